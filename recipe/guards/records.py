@@ -1,0 +1,44 @@
+"""The files of a run directory that guards write: one JSON object a line, rank 0 only, flushed at each line."""
+
+import json
+from pathlib import Path
+from typing import TypedDict
+
+
+class StepRecord(TypedDict):
+    """One optimizer step. `loss` in nats per token, `grad_norm` before clipping (None where it is not clipped),
+    `learning_rate` used."""
+
+    step: int
+    tokens_seen: int
+    loss: float
+    grad_norm: float | None
+    learning_rate: float
+    tokens_per_second: float
+
+
+def append_line(path: Path, record: dict) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Every whole line; a half-written last one, of a run that was killed, is left out. No file, no lines."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop records after `step`, which a resumed run will write again."""
+    if path.exists():
+        kept = [record for record in read_lines(path) if record["step"] <= step]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        partial.replace(path)

@@ -1,0 +1,140 @@
+"""LlamaConfig JSON -> LlamaForCausalLM, and what the hardware has: attention kernel, precision, compilation."""
+
+import json
+import logging
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+
+from recipe.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def hardware_defaults() -> dict:
+    """TrainingArguments keys that this machine decides where the config is silent, so that one JSON serves all
+    machines.
+
+    TF32 and bf16 on a GPU that has them (Ampere and later). On a CPU nothing: there bf16 autocast was slower than fp32
+    for the demo model even on a processor with AVX512-BF16 (4,977 against 7,193 tokens/s on 2 cores, torch 2.13.0).
+    """
+    if not torch.cuda.is_available():
+        return {}
+    capability = torch.cuda.get_device_capability()
+    return {"bf16": torch.cuda.is_bf16_supported(including_emulation=False), "tf32": capability >= (8, 0)}
+
+
+def build_model(
+    *,
+    model_config: str | None,
+    model_name_or_path: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    attn_implementation: str = "auto",
+    document_masking: bool = False,
+) -> PreTrainedModel:
+    """A new model from a LlamaConfig JSON, or pretrained weights to go on from. Weights are fp32; autocast does the
+    rest.
+
+    Draws on torch's global generator. Raises `UserError` where config, tokenizer and block size do not fit together.
+    """
+    attention = choose_attention(attn_implementation, document_masking)
+    if model_config is not None:
+        config = load_model_config(model_config)
+        check_fit(config, tokenizer, block_size, model_config)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path)
+        check_fit(config, tokenizer, block_size, model_name_or_path)
+        return AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, config=config, attn_implementation=attention, dtype=torch.float32
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model_name_or_path {model_name_or_path!r}: cannot be loaded ({reason})") from error
+
+
+def load_model_config(path: str) -> LlamaConfig:
+    """Read a LlamaConfig JSON; unknown keys are refused, since LlamaConfig would keep them without a word."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"model_config {path}: holds {type(values).__name__}, not an object of LlamaConfig's keys")
+    if values.get("model_type", "llama") != "llama":
+        raise UserError(
+            f"model_config {path}: model_type {values['model_type']!r}; the recipe builds llama models from a JSON "
+            "(others can be continued with model_name_or_path)"
+        )
+    unknown = sorted(set(values) - set(LlamaConfig().to_dict()) - {"unk_token_id"})
+    if unknown:
+        raise UserError(f"model_config {path}: LlamaConfig has no key {', '.join(unknown)}")
+    try:
+        return LlamaConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model_config {path}: {str(error).strip().splitlines()[-1].strip()}") from error
+
+
+def check_fit(config, tokenizer: PreTrainedTokenizerBase, block_size: int, name: str) -> None:
+    """Raise `UserError` unless every token id has an embedding and every position of a block is one the model is made
+    for."""
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{name}: vocab_size {config.vocab_size:,} is smaller than the tokenizer's {len(tokenizer):,} tokens"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and block_size > longest:
+        raise UserError(f"block_size {block_size:,} is over the model's max_position_embeddings {longest:,} ({name})")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token, which separates documents; use one that has")
+
+
+def choose_attention(attn_implementation: str, document_masking: bool) -> str:
+    """`auto` is SDPA, which picks a flash kernel by itself on CUDA; with document masking on CUDA it is flash
+    attention's varlen kernel if installed, since SDPA then needs a mask of block_size x block_size (not run on a GPU
+    yet)."""
+    if attn_implementation != "auto":
+        return attn_implementation
+    if document_masking and torch.cuda.is_available() and is_flash_attn_2_available():
+        return "flash_attention_2"
+    return "sdpa"
+
+
+def why_not_compile() -> str | None:
+    """What `torch.compile` lacks here, or None. Inductor needs a C++ compiler and Python's headers even for GPU
+    code."""
+    if not any(shutil.which(compiler) for compiler in ("g++", "c++", "clang++", "cl")):
+        return "no C++ compiler found (on Debian: apt install g++)"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python's C headers are not installed (on Debian: apt install python3-dev)"
+    return None
+
+
+def describe_kernels(model: PreTrainedModel, training_args) -> str:
+    """One line: which attention kernel, precision and compile mode are in force."""
+    precision = "bf16 autocast" if training_args.bf16 else "fp16 autocast" if training_args.fp16 else "fp32"
+    device = training_args.device.type
+    matmul = torch.backends.cuda.matmul.fp32_precision if device == "cuda" else None
+    compiled = f"torch.compile ({training_args.torch_compile_backend})" if training_args.torch_compile else "eager"
+    parts = [f"attention {model.config._attn_implementation}", f"precision {precision}", compiled, f"device {device}"]
+    if matmul is not None:
+        parts.insert(2, f"fp32 matrix products in {matmul}")
+    return " | ".join(parts)
+
+
+def count_flops_per_token(model: PreTrainedModel, block_size: int) -> int:
+    """Training FLOPs for one token: 6 for each weight that multiplies, plus attention, as in PaLM's appendix B (arXiv
+    2204.02311).
+
+    The embedding table counts only where it is also the head (tied).
+    """
+    config = model.config
+    weights = model.num_parameters()
+    if not config.tie_word_embeddings:
+        weights -= model.get_input_embeddings().weight.numel()
+    return 6 * weights + 12 * config.num_hidden_layers * config.hidden_size * block_size

@@ -1,0 +1,119 @@
+"""Healthy runs of one config -> a reference with a band that comes from their measured noise."""
+
+import json
+import statistics
+from datetime import UTC, datetime
+from pathlib import Path
+
+from recipe.errors import UserError
+from recipe.guards.records import read_lines
+from recipe.rundir import write_json
+
+WINDOW = 10
+POINTS = 40
+# The band is this many standard deviations, between seeds and steps, of a window's median; and never narrower than the
+# second number, the nats by which other versions of the corpus or another machine's arithmetic may move a healthy
+# curve.
+DEVIATIONS = 6
+MIN_HALF_WIDTH = 0.25
+# What must agree for a run to be of the same config.
+ARGUMENTS = (
+    "source",
+    "block_size",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "train_tokens",
+    "train_seed",
+)
+
+
+def record_reference(out: Path, run_dirs: list[Path]) -> Path:
+    """Write the reference of `run_dirs` to `out`. Raises `UserError` for runs that are not finished, clean, healthy
+    and alike."""
+    runs = [load_run(run_dir) for run_dir in run_dirs]
+    first = runs[0]["facts"]
+    for run_dir, run in zip(run_dirs, runs, strict=True):
+        different = [name for name in first if run["facts"][name] != first[name]]
+        if different:
+            raise UserError(f"{run_dir}: another config than {run_dirs[0]}: {', '.join(different)} differ")
+    curves = [run["steps"] for run in runs]
+    write_json(
+        out,
+        {
+            "name": out.stem,
+            "description": f"Recorded from {len(runs)} healthy runs of {Path(runs[0]['config_path']).name}.",
+            "provenance": {"runs": [run["provenance"] for run in runs], "date": datetime.now(UTC).date().isoformat()},
+            "belongs_to": first,
+            "window": WINDOW,
+            "above": "warning",
+            "points": [point_at(step, curves) for step in choose_steps(len(curves[0]))],
+        },
+    )
+    return out
+
+
+def load_run(run_dir: Path) -> dict:
+    """The run's facts and steps, or `UserError` with the reason why no reference may come from it."""
+    try:
+        run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir}: not a run directory ({error})") from error
+    verdict = run.get("result", {}).get("verdict")
+    steps = read_lines(run_dir / "steps.jsonl")
+    if verdict != "healthy" or not steps or run["finished"] is None:
+        raise UserError(f"{run_dir}: a reference comes from finished, healthy runs; this one's verdict is {verdict}")
+    if run["is_dirty"]:
+        raise UserError(
+            f"{run_dir}: was made from a checkout with uncommitted changes, so nobody "
+            "could repeat it; commit and run again"
+        )
+    arguments = run["arguments"]
+    facts = {
+        "parameters": run["model"]["parameters"],
+        "vocab_size": run["model"]["vocab_size"],
+        "block_size": run["model"]["block_size"],
+        "tokens_per_step": steps[0]["tokens_seen"],
+        "train_tokens": steps[-1]["tokens_seen"],
+        "learning_rate": arguments["learning_rate"],
+        "source": arguments["source"],
+        "is_new_model": arguments["model_config"] is not None,
+    }
+    provenance = {
+        "commit": run["commit"],
+        "versions": run["versions"],
+        "device": run["device"],
+        "corpus": run["source"]["content_hash"],
+        "seed": arguments["seed"],
+        "train_seed": arguments["train_seed"],
+        "eval_loss": run["result"]["eval_loss"],
+        "train_seconds": run["result"]["train_seconds"],
+        "arguments": {name: arguments[name] for name in ARGUMENTS},
+    }
+    return {"facts": facts, "steps": steps, "provenance": provenance, "config_path": run["config_path"]}
+
+
+def choose_steps(num_steps: int) -> list[int]:
+    """About 40 steps, dense where the curve is steep: from one window on, evenly in log(step)."""
+    ratio = (num_steps / WINDOW) ** (1 / (POINTS - 1))
+    return sorted({min(num_steps, round(WINDOW * ratio**i)) for i in range(POINTS)})
+
+
+def point_at(step: int, curves: list[list[dict]]) -> dict:
+    """Median and band of a window of steps around `step` (1-based), over all runs."""
+    start = max(0, min(step - 1 - (WINDOW - 1) // 2, len(curves[0]) - WINDOW))
+    windows = [[record["loss"] for record in curve[start : start + WINDOW]] for curve in curves]
+    medians = [statistics.median(window) for window in windows]
+    loss = statistics.fmean(medians)
+    # A window's median scatters like its losses' deviation / sqrt(window) * 1.25; runs add their own spread.
+    within = statistics.fmean(statistics.stdev(window) for window in windows) * 1.25 / WINDOW**0.5
+    between = statistics.stdev(medians) if len(medians) > 1 else 0.0
+    half = max(MIN_HALF_WIDTH, DEVIATIONS * (within**2 + between**2) ** 0.5)
+    tokens = curves[0][step - 1]["tokens_seen"]
+    return {
+        "step": step,
+        "tokens": tokens,
+        "loss": round(loss, 4),
+        "low": round(loss - half, 4),
+        "high": round(loss + half, 4),
+    }

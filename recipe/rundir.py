@@ -1,0 +1,136 @@
+"""The run directory: which one, what is written into it, which checkpoint to go on from."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from recipe.errors import UserError
+
+STREAM_STATE = "stream_state.json"
+CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", STREAM_STATE)
+PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "sentencepiece",
+    "evaluate",
+    "pyarrow",
+    "numpy",
+)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def update_json(path: Path, values: dict) -> None:
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **values})
+
+
+def choose_output_dir(output_dir: str, is_default: bool, is_resuming: bool) -> Path:
+    """The directory for this run. A directory that holds a run already is never written into, unless the run is
+    resumed.
+
+    The default name gets a number then; a name of the user's own is refused with `UserError`.
+    """
+    path = Path(output_dir)
+    if is_resuming or not holds_run(path):
+        return path
+    if not is_default:
+        raise UserError(
+            f"output_dir {path} holds a run already; choose another one, or go on "
+            "with it: --resume_from_checkpoint latest"
+        )
+    return next(candidate for candidate in _numbered(path) if not holds_run(candidate))
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    number = 2
+    while True:
+        yield path.with_name(f"{path.name}-{number}")
+        number += 1
+
+
+def holds_run(path: Path) -> bool:
+    return (path / "run.json").exists() or (path.is_dir() and get_last_checkpoint(str(path)) is not None)
+
+
+def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint to resume from, None for a new run.
+
+    `latest` is the newest complete one in `output_dir`; checkpoints are written in place, and a run killed while it
+    wrote one leaves it without `stream_state.json`, which comes last. Raises `UserError` where there is none, or where
+    files are missing: Trainer would go on without an optimizer's state and say nothing.
+    """
+    if resume_from_checkpoint is None:
+        return None
+    if resume_from_checkpoint != "latest":
+        path = Path(resume_from_checkpoint)
+        missing = _missing_files(path)
+        if missing:
+            raise UserError(
+                f"resume_from_checkpoint {path}: not a complete checkpoint, {', '.join(missing)} "
+                "missing; give another, or latest"
+            )
+        return path
+    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=step_of, reverse=True)
+    for path in checkpoints:
+        if not _missing_files(path):
+            return path
+    found = f"{len(checkpoints)} checkpoints, none complete" if checkpoints else "no checkpoint"
+    raise UserError(f"resume_from_checkpoint latest: {output_dir} holds {found}; leave the key out to start a new run")
+
+
+def step_of(path: Path) -> int:
+    number = path.name.rsplit("-", 1)[-1]
+    return int(number) if number.isdigit() else -1
+
+
+def _missing_files(path: Path) -> list[str]:
+    missing = [name for name in CHECKPOINT_FILES if not (path / name).is_file()]
+    return missing if any(path.glob("*.safetensors")) else [*missing, "model.safetensors"]
+
+
+def write_exit(code: int, reason: str, output_dir: Path | None) -> None:
+    """`exit.json` in the run directory, and where `run_clm.sh` asks for it: torchrun turns every child's code into
+    1."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if output_dir is not None and output_dir.is_dir():
+        write_json(output_dir / "exit.json", {"code": code, "reason": reason})
+    if os.environ.get("RECIPE_EXIT_FILE"):
+        write_json(Path(os.environ["RECIPE_EXIT_FILE"]), {"code": code, "reason": reason})
+
+
+def describe_environment() -> dict:
+    """Versions, and the commit of the recipe where it runs from a checkout."""
+    versions = {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}}
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "versions": versions,
+        "commit": commit,
+        "is_dirty": bool(_git("status", "--porcelain")) if commit else None,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,266 @@
+"""What the recipe adds to `transformers.Trainer`: its own loader, checkpoints that hold the stream's position,
+samples, progress."""
+
+import json
+import logging
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback
+
+from recipe.data.loader import BatchLoader, merge_positions
+from recipe.data.source import Source
+from recipe.errors import UserError
+from recipe.guards import Finding, RegressionCallback
+from recipe.guards.records import append_line
+from recipe.rundir import STREAM_STATE, write_json
+
+logger = logging.getLogger(__name__)
+
+
+class PretrainTrainer(Trainer):
+    """Trainer that reads the recipe's loader as it is: the stream has shared its rows out over ranks, accelerate must
+    not do it again."""
+
+    def __init__(self, *args, train_loader: BatchLoader, **kwargs):
+        super().__init__(*args, train_dataset=train_loader.dataset, **kwargs)
+        self.train_loader = train_loader
+
+    def get_train_dataloader(self) -> BatchLoader:
+        return self.train_loader
+
+
+# --- the stream's position
+# ---------------------------------------------------------------------------------------------
+
+
+class StreamCallback(TrainerCallback):
+    """Saves the stream's position into each checkpoint, last of all files, and announces the end of a pass once."""
+
+    def __init__(self, loader: BatchLoader, identity: dict, guards: RegressionCallback):
+        self.loader = loader
+        self.identity = identity
+        self.guards = guards
+        self._is_announced = loader.passes > 0
+
+    def on_save(self, args, state, control, **kwargs):
+        position = self.loader.position
+        if args.world_size > 1:
+            positions = [None] * args.world_size
+            torch.distributed.all_gather_object(positions, position)
+            position = merge_positions(positions, args.world_size)
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(checkpoint / STREAM_STATE, {"identity": self.identity, "position": position})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._is_announced or self.loader.passes == 0:
+            return
+        self._is_announced = True
+        source = self.loader.dataset.source
+        self.guards.report(
+            Finding(
+                "source_exhausted",
+                "info",
+                state.global_step,
+                self.guards.tokens_seen,
+                found=f"a lane has read all of its share of {source.num_documents:,} documents and begins pass 2",
+                expected="known: the run asks for more tokens than the source holds",
+                action="from here on documents come a second time, in a new order; read the loss accordingly",
+                evidence={"documents": source.num_documents, "bytes": source.num_bytes},
+            )
+        )
+
+
+def load_position(checkpoint: Path, identity: dict) -> dict:
+    """The position saved in a checkpoint. Raises `UserError` with the differences where it belongs to another
+    stream."""
+    saved = json.loads((checkpoint / STREAM_STATE).read_text(encoding="utf-8"))
+    differences = [
+        f"{name}: checkpoint {saved['identity'].get(name)}, config {value}"
+        for name, value in identity.items()
+        if saved["identity"].get(name) != value
+    ]
+    if differences:
+        raise UserError(
+            f"{checkpoint} was made on another stream, its position means nothing here:\n  " + "\n  ".join(differences)
+        )
+    return saved["position"]
+
+
+# --- samples
+# -----------------------------------------------------------------------------------------------------------
+
+
+class SampleCallback(TrainerCallback):
+    """A few continuations of held-out text at each evaluation, with the share of their words that the source knows."""
+
+    def __init__(self, prompts: list[list[int]], tokenizer, source: Source, new_tokens: int = 64):
+        self.prompts = prompts
+        self.tokenizer = tokenizer
+        self.source = source
+        self.new_tokens = new_tokens
+        self._known_words: set[str] | None = None
+        self._last_step = -1
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if not state.is_world_process_zero or state.global_step == self._last_step:
+            return
+        self._last_step = state.global_step
+        self._known_words = self._known_words or words_of_source(self.source)
+        for prompt in self.prompts:
+            text = generate(model, self.tokenizer, prompt, self.new_tokens, seed=args.seed)
+            record = {
+                "step": state.global_step,
+                "tokens_seen": state.global_step
+                * args.train_batch_size
+                * args.gradient_accumulation_steps
+                * args.world_size,
+                "prompt": self.tokenizer.decode(prompt),
+                "text": text,
+                "words_in_corpus": share_of_known_words(text, self._known_words),
+            }
+            append_line(Path(args.output_dir) / "samples.jsonl", record)
+        share = record["words_in_corpus"]
+        known = "" if share is None else f" ({share:.0%} of its words occur in the corpus)"
+        prompt, text = " ".join(record["prompt"].split()), " ".join(text.split())
+        logger.info("step %d | sample: %s >> %s%s", state.global_step, prompt, text, known)
+
+
+def generate(model, tokenizer, prompt: list[int], new_tokens: int, seed: int) -> str:
+    """Sample a continuation (temperature 0.8, nucleus 0.95) and leave the generators and the model's mode as they
+    were."""
+    was_training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.eval()
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        input_ids = torch.tensor([prompt], device=model.device)
+        output = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=new_tokens,
+            do_sample=True,
+            temperature=0.8,
+            top_p=0.95,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    model.train(was_training)
+    return tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]{2,}", text.lower())
+
+
+def words_of_source(source: Source, max_bytes: int = 1 << 25) -> set[str]:
+    """Distinct words in the first 32 MB of the source."""
+    words, size = set(), 0
+    for chunk in source.chunks:
+        for text in source.read_chunk(chunk):
+            words.update(words_of(text))
+        size += chunk.num_bytes
+        if size >= max_bytes:
+            break
+    return words
+
+
+def share_of_known_words(text: str, known: set[str]) -> float | None:
+    """Share of the words in `text` that are in `known`; None without words. The first and last may be cut, so they do
+    not count."""
+    words = words_of(text)[1:-1]
+    return sum(word in known for word in words) / len(words) if words else None
+
+
+# --- signals and progress
+# ----------------------------------------------------------------------------------------------
+
+
+class SignalCallback(TrainerCallback):
+    """SIGINT and SIGTERM end the training after the current step, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self, guards: RegressionCallback):
+        self.guards = guards
+        self.received: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+        logger.warning(
+            "%s: saving a checkpoint after this step; once more to end at once", signal.Signals(number).name
+        )
+        self.guards.ask_to_stop()
+
+
+class ProgressBarCallback(TrainerCallback):
+    """A bar with loss, tokens/s and ETA on a terminal; elsewhere a line at every logged step."""
+
+    def __init__(self, guards: RegressionCallback):
+        self.guards = guards
+        self._bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._start, self._first = time.perf_counter(), state.global_step
+        if state.is_world_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+            if self.guards.history:
+                now = self.guards.history[-1]
+                self._bar.set_postfix_str(f"loss {now['loss']:.3f}, {now['tokens_per_second']:,.0f} tokens/s")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self._bar is not None or "loss" not in (logs or {}):
+            return
+        done = state.global_step - self._first
+        seconds = time.perf_counter() - self._start
+        left = seconds / max(1, done) * (state.max_steps - state.global_step)
+        rate = self.guards.history[-1]["tokens_per_second"] if self.guards.history else 0
+        logger.info(
+            f"step {state.global_step} of {state.max_steps} | loss {logs['loss']:.3f} | learning rate "
+            f"{logs['learning_rate']:.2e} | {rate:,.0f} tokens/s | {format_seconds(left)} left"
+        )
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.is_world_process_zero and metrics:
+            parts = [
+                f"{name.removeprefix('eval_').replace('_', ' ')} {metrics[name]:.4f}"
+                for name in EVAL_METRICS
+                if name in metrics
+            ]
+            logger.info("step %d | eval | %s", state.global_step, " | ".join(parts))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._bar is not None:
+            self._bar.close()
+
+
+EVAL_METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_next_token_accuracy")
+
+
+def format_seconds(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# Trains. `bash run_clm.sh --help` tells how.
+set -euo pipefail
+
+script=${BASH_SOURCE[0]}
+while [ -L "$script" ]; do # follow links to the checkout, without `readlink -f`, which macOS lacks
+  target=$(readlink "$script")
+  case $target in /*) script=$target ;; *) script=$(dirname "$script")/$target ;; esac
+done
+repo=$(cd "$(dirname "$script")" && pwd -P)
+. "$repo/.bootstrap.sh"
+
+print_usage() {
+  cat <<'USAGE'
+bash run_clm.sh [CONFIG.json] [--field value ...]
+
+Trains a language model. Without CONFIG.json: recipe/configs/llama_180m.json where there is a CUDA GPU, recipe/configs/cpu_demo.json
+where there is none. --field value overrides any key of the config. The first use makes the Python environment (about 1-3 minutes).
+
+  bash run_clm.sh --max_steps 100 --learning_rate 1e-3
+  bash run_clm.sh my_config.json --output_dir runs/mine
+
+Several GPUs are all used, by torch.distributed.run. Variables that change what happens:
+  CUDA_VISIBLE_DEVICES   the GPUs to use; empty: none
+  NPROC                  number of processes, also without GPU (default: one for each GPU)
+  RECIPE_PYTHON          the Python (3.11 or newer) that the environment is made with
+  RECIPE_VENV            where the environment is (default: the active one, else .venv beside this script)
+  TORCH_INDEX_URL        package index to take torch from when installing, for example the one with the small CPU builds
+
+Exit codes: 0 good, 1 unexpected, 2 your input, 3 a guard stopped the run, 4 data, disk or network,
+130 / 143 interrupted with a checkpoint saved.
+USAGE
+}
+
+# Sets config, if the first argument is one, and shift_config. A relative path may start here or at the checkout.
+choose_given_config() {
+  config='' shift_config=0
+  case ${1:---} in -*) return 0 ;; esac
+  config=$1 shift_config=1
+  [ -f "$config" ] || config=$repo/$1
+  [ -f "$config" ] || fail 2 "no such config file: $1 (try recipe/configs/cpu_demo.json; --help tells more)"
+}
+
+# Sets gpus to the number that the environment's torch can use. Asks torch, which takes seconds, only if nvidia-smi lists some.
+count_gpus() {
+  gpus=$(count_nvidia_gpus) torch_problem=''
+  [ "$gpus" != 0 ] || return 0
+  local listed=$gpus
+  gpus=$("$env_python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || gpus=0
+  [ "$gpus" != 0 ] || torch_problem="nvidia-smi lists $listed GPU(s) but torch can use none (its CPU build, or a driver too old for it)"
+}
+
+choose_default_config() {
+  if [ "$gpus" != 0 ]; then
+    config=$repo/recipe/configs/llama_180m.json
+    say "$gpus CUDA GPU(s): training recipe/configs/llama_180m.json"
+  else
+    config=$repo/recipe/configs/cpu_demo.json
+    say "${torch_problem:-no CUDA GPU}: training the demo, recipe/configs/cpu_demo.json"
+  fi
+}
+
+wants_cpu() {
+  case " $* " in
+    *" --use_cpu false "* | *" --use_cpu=false "*) return 1 ;;
+    *" --use_cpu "* | *" --use_cpu=true "*) return 0 ;;
+  esac
+  grep -qE '"use_cpu"[[:space:]]*:[[:space:]]*true' "$config"
+}
+
+# Sets processes: NPROC, or one for each GPU.
+count_processes() {
+  processes=${NPROC:-$gpus}
+  if [ -z "${NPROC:-}" ] && { [ "$gpus" -le 1 ] || wants_cpu "$@"; }; then processes=1; fi
+}
+
+train() {
+  if [ "$processes" -eq 1 ]; then
+    run_child "$env_python" -m recipe train "$config" "$@"
+    return
+  fi
+  local cores
+  cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null) || cores=$processes
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / processes > 1 ? cores / processes : 1))}"
+  # torchrun kills its children 30 s after a signal: too early for a large checkpoint on a slow disk.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
+  run_child "$env_python" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m recipe train "$config" "$@"
+}
+
+# torchrun turns its children's exit codes into 1, so rank 0 writes {"code": N, "reason": "..."} to RECIPE_EXIT_FILE.
+reported_code() { sed -n 's/.*"code"[[:space:]]*:[[:space:]]*\([0-9][0-9]*\).*/\1/p' "$RECIPE_EXIT_FILE" | head -n 1; }
+reported_reason() { sed -n 's/.*"reason"[[:space:]]*:[[:space:]]*"\(.*\)".*/\1/p' "$RECIPE_EXIT_FILE" | head -n 1; }
+
+case ${1:-} in -h | --help) print_usage && exit 0 ;; esac
+case ${NPROC:-1} in 0* | *[!0-9]*) fail 2 "NPROC must be a whole number from 1 on, not '$NPROC'" ;; esac
+choose_given_config "$@"
+shift "$shift_config"
+bootstrap
+count_gpus
+if [ -z "$config" ]; then
+  choose_default_config
+elif [ -n "$torch_problem" ]; then
+  say "$torch_problem"
+fi
+count_processes "$@"
+
+RECIPE_EXIT_FILE=$(mktemp "${TMPDIR:-/tmp}/recipe-exit.XXXXXX")
+export RECIPE_EXIT_FILE
+trap 'rm -f "$RECIPE_EXIT_FILE"' EXIT
+train "$@"
+code=$(reported_code)
+code=${code:-$child_code}
+# torchrun's own report of the failure has pushed the run's message off the screen.
+if [ "$processes" -gt 1 ] && [ "$code" != 0 ]; then say "exit code $code: $(reported_reason)"; fi
+exit "$code"

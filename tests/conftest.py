@@ -1,0 +1,106 @@
+"""Small things that many tests need: a throw-away tokenizer, a corpus, a tiny model. No network anywhere."""
+
+import json
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, TokenizersBackend
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token a byte, EOS = id 256: sequences are easy to predict by hand."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return TokenizersBackend(tokenizer_object=backend, eos_token="</s>", model_max_length=10**6)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def document(index: int) -> str:
+    """A short text that names its own index and differs in length from its neighbours."""
+    return f"<{index}> " + " ".join(f"w{(index * 7 + i * i) % 97}" for i in range(3 + index * 5 % 23))
+
+
+@pytest.fixture
+def write_parquet(tmp_path):
+    def write(
+        num_documents: int, rows_per_group: int = 10, num_files: int = 1, texts=None, column: str = "text"
+    ) -> str:
+        texts = texts if texts is not None else [document(i) for i in range(num_documents)]
+        share = -(-len(texts) // num_files)
+        for file in range(num_files):
+            table = pa.table({column: pa.array(texts[file * share : (file + 1) * share], pa.string())})
+            pq.write_table(table, tmp_path / f"part-{file:02}.parquet", row_group_size=rows_per_group)
+        return str(tmp_path / "part-*.parquet")
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    return {
+        "model_type": "llama",
+        "vocab_size": 257,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "eos_token_id": 256,
+        "bos_token_id": None,
+    }
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**tiny_config))
+
+
+@pytest.fixture
+def write_config(tmp_path, tiny_config, tokenizer_dir, write_parquet):
+    """A whole run that takes seconds: writes data, model and config, returns the config's path."""
+
+    def write(**changes) -> str:
+        (tmp_path / "model.json").write_text(json.dumps(tiny_config))
+        values = {
+            "model_config": str(tmp_path / "model.json"),
+            "tokenizer": tokenizer_dir,
+            "source": write_parquet(300),
+            "block_size": 32,
+            "max_steps": 6,
+            "eval_skip": 280,
+            "eval_documents": 10,
+            "num_lanes": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.003,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "save_steps": 3,
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+        }
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**values, **changes}))
+        return str(path)
+
+    return write

@@ -1,0 +1,193 @@
+"""RegressionCallback on a stock Trainer: one line, nothing else of the recipe."""
+
+import json
+import logging
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from recipe.guards import RegressionCallback
+from recipe.guards.records import read_lines
+
+
+def rows(count=40, length=24, vocabulary=257):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, vocabulary, (count, length), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def make_trainer(model, tmp_path, callbacks=(), dataset=None, **arguments):
+    values = dict(
+        output_dir=str(tmp_path / "run"),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        learning_rate=1e-3,
+    )
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**{**values, **arguments}),
+        train_dataset=dataset or rows(),
+        callbacks=list(callbacks),
+    )
+
+
+def unshifted(logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+
+def watch(trainer, **options):
+    guards = RegressionCallback(**options)
+    trainer.add_callback(guards)
+    trainer.train()
+    return guards
+
+
+def test_a_healthy_run_is_silent_and_was_judged(tiny_model, tmp_path):
+    guards = watch(make_trainer(tiny_model, tmp_path))
+    assert guards.findings == []
+    assert {"missing_label_shift", "double_label_shift", "wrong_loss_target", "loss_not_finite"} <= guards.judged
+    assert "this run has" in guards.cannot_judge["loss_off_reference"]
+    assert (tmp_path / "run/findings.jsonl").read_text() == ""
+
+
+def test_a_missing_shift_is_named_before_step_1_in_the_documented_line(tiny_model, tmp_path, caplog):
+    tiny_model.loss_function = unshifted
+    with caplog.at_level(logging.INFO, "recipe.guards"):
+        guards = watch(make_trainer(tiny_model, tmp_path))
+    assert [finding.id for finding in guards.findings] == ["missing_label_shift"]
+    assert guards.findings[0].step == 0
+    line = next(record for record in caplog.records if record.levelno == logging.ERROR)
+    assert line.name == "recipe.guards"
+    assert line.getMessage().startswith("missing_label_shift | step 0 | found loss target = token i (")
+    assert " | expected token i+1 | likely: labels passed unshifted" in line.getMessage()
+    assert line.getMessage().endswith("docs/findings.md#missing_label_shift")
+    stored = read_lines(tmp_path / "run/findings.jsonl")
+    assert [record["id"] for record in stored] == ["missing_label_shift"]
+
+
+def test_labels_shifted_twice_are_named(tiny_model, tmp_path):
+    dataset = [
+        {"input_ids": row["input_ids"], "labels": torch.cat([row["input_ids"][1:], torch.tensor([-100])])}
+        for row in rows()
+    ]
+    guards = watch(make_trainer(tiny_model, tmp_path, dataset=dataset))
+    assert [finding.id for finding in guards.findings] == ["double_label_shift"]
+
+
+def test_a_disabled_guard_stays_silent(tiny_model, tmp_path):
+    tiny_model.loss_function = unshifted
+    guards = watch(make_trainer(tiny_model, tmp_path), disabled_guards=["missing_label_shift"])
+    assert guards.findings == []
+
+
+def test_stop_ends_the_run_with_a_checkpoint(tiny_model, tmp_path):
+    tiny_model.loss_function = unshifted
+    trainer = make_trainer(tiny_model, tmp_path, gradient_accumulation_steps=2, save_strategy="steps", save_steps=1000)
+    guards = watch(trainer, on_regression="stop")
+    assert guards.stopped_by.id == "missing_label_shift"
+    assert trainer.state.global_step <= 1
+    assert (tmp_path / f"run/checkpoint-{trainer.state.global_step}").is_dir()
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_is_bit_equal_with_and_without(tiny_config, tmp_path, accumulation, precision):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    weights, logs = [], []
+    for callbacks in ([], [RegressionCallback()]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**tiny_config, attention_dropout=0.1))
+        trainer = make_trainer(
+            model, tmp_path, callbacks, gradient_accumulation_steps=accumulation, bf16=precision == "bf16"
+        )
+        trainer.train()
+        weights.append(model.state_dict())
+        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert logs[0] == logs[1]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_it_lets_go_of_the_trainer(tiny_model, tmp_path):
+    trainer = make_trainer(tiny_model, tmp_path)
+    watch(trainer)
+    assert "training_step" not in vars(trainer) and "clip_grad_norm_" not in vars(trainer.accelerator)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_steps_are_recorded_as_trainer_logs_them(tiny_model, tmp_path, accumulation):
+    trainer = make_trainer(tiny_model, tmp_path, gradient_accumulation_steps=accumulation)
+    watch(trainer)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    records = read_lines(tmp_path / "run/steps.jsonl")
+    assert len(records) == len(logged) == 6
+    for record, entry in zip(records, logged, strict=True):
+        # Trainer adds micro-batch losses in the same order, in fp32: equal to the last bit
+        assert record["loss"] == entry["loss"] and record["grad_norm"] == entry["grad_norm"]
+        assert record["learning_rate"] == entry["learning_rate"]
+        assert record["step"] == entry["step"] and record["tokens_seen"] == entry["step"] * 4 * 24 * accumulation
+
+
+class Poison(TrainerCallback):
+    """Makes the weights NaN after step 3."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            with torch.no_grad():
+                model.model.norm.weight.fill_(float("nan"))
+
+
+def test_nan_is_seen_although_trainer_logs_zero(tiny_model, tmp_path):
+    trainer = make_trainer(tiny_model, tmp_path, [Poison()])
+    guards = watch(trainer)
+    assert [(finding.id, finding.step) for finding in guards.findings] == [("loss_not_finite", 4)]
+    assert 0.0 in [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][3:], "the trap itself"
+
+
+def test_once_per_onset_and_once_on_recovery(tiny_model, tmp_path, caplog):
+    reference = {
+        "name": "low",
+        "description": "a band that the run leaves at once and enters later",
+        "belongs_to": {},
+        "window": 1,
+        "points": [
+            {"tokens": 1, "loss": 1.0, "low": 0.9, "high": 1.1},
+            {"tokens": 250, "loss": 1.0, "low": 0.9, "high": 1.1},
+            {"tokens": 251, "loss": 5.0, "low": 0.1, "high": 9.0},
+            {"tokens": 10**6, "loss": 5.0, "low": 0.1, "high": 9.0},
+        ],
+    }
+    (tmp_path / "reference.json").write_text(json.dumps(reference))
+    with caplog.at_level(logging.INFO, "recipe.guards"):
+        guards = watch(make_trainer(tiny_model, tmp_path), trajectory=str(tmp_path / "reference.json"))
+    assert [(finding.id, finding.step) for finding in guards.findings] == [("loss_off_reference", 1)]
+    recoveries = [record.getMessage() for record in caplog.records if "recovered" in record.getMessage()]
+    assert recoveries == ["loss_off_reference | step 3 | recovered, since step 1"]
+
+
+def test_a_probe_that_breaks_does_not_break_the_run(tiny_model, tmp_path):
+    trainer = make_trainer(tiny_model, tmp_path)
+    compute_loss, calls = trainer.compute_loss, []
+
+    def fails_at_first(model, inputs, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("no second model here")
+        return compute_loss(model, inputs, **kwargs)
+
+    trainer.compute_loss = fails_at_first
+    guards = watch(trainer)
+    assert trainer.state.global_step == 6
+    assert "no second model here" in guards.cannot_judge["missing_label_shift"]
+
+
+def test_unknown_guards_are_refused():
+    with pytest.raises(ValueError, match="no guard is called typo"):
+        RegressionCallback(disabled_guards=["typo"])

@@ -1,0 +1,145 @@
+"""Target recovery as pure functions on hand-made numbers, and on real models with and without the bug."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from recipe.guards.probes import (
+    IGNORE_INDEX,
+    CannotJudge,
+    check_loss_targets,
+    recover_loss_targets,
+    targets_from_gradient,
+)
+
+IDS = torch.arange(2 * 24).reshape(2, 24) * 5 % 53
+
+
+def targets_at(shift: int) -> torch.Tensor:
+    return torch.cat([IDS[:, shift:], torch.full((2, shift), IGNORE_INDEX)], dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_targets_weights_and_masks_come_out_of_the_gradient(dtype):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 7, 50, requires_grad=True)
+    labels = torch.randint(0, 50, (2, 7))
+    labels[0, 2] = labels[1, 5] = IGNORE_INDEX
+    weights = torch.rand(2, 7) + 0.5
+    weights[labels == IGNORE_INDEX] = 0.0
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(2, 7)
+    (gradient,) = torch.autograd.grad((weights * losses).sum(), logits)
+    found = targets_from_gradient(logits.detach().to(dtype), gradient.to(dtype))
+    assert torch.equal(found.targets, labels)
+    # bf16 keeps 8 bits: half a percent; fp32 rounds at 1e-7, divided by 1 - p
+    assert torch.allclose(found.weights, weights, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_a_healthy_loss_is_silent():
+    assert check_loss_targets(IDS, targets_at(1)) is None
+
+
+@pytest.mark.parametrize(
+    ("shift", "name", "found"), [(0, "missing_label_shift", "token i "), (2, "double_label_shift", "token i+2")]
+)
+def test_a_wrong_shift_is_named(shift, name, found):
+    finding = check_loss_targets(IDS, targets_at(shift), step=0)
+    assert finding.id == name and found in finding.found and finding.severity == "error"
+    assert "(22 of 22 positions)" in finding.found
+
+
+def test_one_wrong_row_among_good_ones_is_found():
+    mixed = torch.stack([targets_at(1)[0], targets_at(0)[1]])
+    finding = check_loss_targets(IDS, mixed)
+    assert finding.id == "missing_label_shift" and finding.evidence["row"] == 1
+
+
+def test_targets_of_another_row():
+    assert check_loss_targets(IDS, targets_at(1).flip(0)).id == "wrong_loss_target"
+
+
+def test_repeated_tokens_are_not_mistaken_for_a_missing_shift():
+    ids = torch.tensor([[7] * 30 + list(range(20))])
+    targets = torch.cat([ids[:, 1:], torch.tensor([[IGNORE_INDEX]])], dim=1)
+    assert check_loss_targets(ids, targets) is None
+
+
+def test_masked_prompts_are_not_a_fault():
+    targets = targets_at(1)
+    targets[:, :10] = IGNORE_INDEX
+    assert check_loss_targets(IDS, targets) is None
+
+
+def test_a_few_chance_hits_elsewhere_are_not_a_fault():
+    targets = targets_at(1)
+    targets[0, 3] = 52  # 1 of 22
+    assert check_loss_targets(IDS, targets) is None
+
+
+@pytest.mark.parametrize("ids", [torch.full((2, 24), 3), IDS[:, :8]])
+def test_too_little_to_go_by_says_so(ids):
+    targets = torch.cat([ids[:, 1:], torch.full((2, 1), IGNORE_INDEX)], dim=1)
+    with pytest.raises(CannotJudge, match="8 are needed"):
+        check_loss_targets(ids, targets)
+
+
+# --- on real models
+# ----------------------------------------------------------------------------------------------------
+
+
+def unshifted(logits, labels, vocab_size, **kwargs):
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=32, n_embd=32, n_layer=2, n_head=2))
+
+
+def test_it_leaves_no_trace(tiny_model):
+    tiny_model.train()
+    before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    generator = torch.get_rng_state()
+    recover_loss_targets(tiny_model, lambda: tiny_model(input_ids=IDS, labels=IDS).loss)
+    assert all(parameter.grad is None for parameter in tiny_model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
+    assert torch.equal(generator, torch.get_rng_state())
+    assert not tiny_model.lm_head._forward_hooks
+
+
+def test_dropout_does_not_move_the_generator():
+    model = gpt2().train()
+    generator = torch.get_rng_state()
+    recover_loss_targets(model, lambda: model(input_ids=IDS, labels=IDS).loss)
+    assert torch.equal(generator, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("make", ["llama", "gpt2"])
+def test_healthy_and_broken_models(make, tiny_model):
+    model = tiny_model if make == "llama" else gpt2()
+    healthy = recover_loss_targets(model, lambda: model(input_ids=IDS, labels=IDS).loss)
+    assert check_loss_targets(IDS, healthy.targets) is None
+    model.loss_function = unshifted
+    broken = recover_loss_targets(model, lambda: model(input_ids=IDS, labels=IDS).loss)
+    assert check_loss_targets(IDS, broken.targets).id == "missing_label_shift"
+
+
+def test_labels_shifted_by_hand_and_again_by_the_model(tiny_model):
+    labels = torch.cat([IDS[:, 1:], torch.full((2, 1), IGNORE_INDEX)], dim=1)
+    found = recover_loss_targets(tiny_model, lambda: tiny_model(input_ids=IDS, labels=labels).loss)
+    assert check_loss_targets(IDS, found.targets).id == "double_label_shift"
+
+
+def test_a_model_without_a_head_cannot_be_judged():
+    with pytest.raises(CannotJudge, match="names no output embeddings"):
+        recover_loss_targets(torch.nn.Linear(2, 2), lambda: torch.zeros(()))
+
+
+def test_a_loss_that_does_not_use_the_head_cannot_be_judged(tiny_model):
+    def fused():
+        tiny_model(input_ids=IDS)
+        return tiny_model.model.embed_tokens.weight.sum()
+
+    with pytest.raises(CannotJudge, match="does not depend"):
+        recover_loss_targets(tiny_model, fused)

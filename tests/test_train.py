@@ -1,0 +1,244 @@
+"""Whole runs through the command, on a tiny model and made-up text."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
+
+from recipe.__main__ import run
+from recipe.guards.records import read_lines
+
+
+@pytest.fixture(autouse=True)
+def one_line_of_output(monkeypatch):
+    monkeypatch.setattr("recipe.trainer.SampleCallback.__init__.__defaults__", (4,), raising=False)
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in read_lines(run_dir / "steps.jsonl")]
+
+
+def test_a_run_leaves_everything_it_promises(write_config, tmp_path, capsys):
+    assert run(["train", write_config(), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    run_dir = Path(result["run_dir"])
+    assert result["verdict"] == "healthy" and result["steps"] == 6 and result["tokens_seen"] == 6 * 4 * 32
+    assert {path.name for path in run_dir.iterdir()} >= {
+        "run.json", "steps.jsonl", "evals.jsonl", "findings.jsonl", "samples.jsonl", "exit.json", "report.html",
+        "final", "checkpoint-3", "checkpoint-6",
+    }  # fmt: skip
+    assert json.loads((run_dir / "exit.json").read_text()) == {"code": 0, "reason": "healthy"}
+    stored = json.loads((run_dir / "run.json").read_text())
+    assert stored["arguments"]["block_size"] == 32 and stored["result"]["verdict"] == "healthy"
+    assert [record["step"] for record in read_lines(run_dir / "evals.jsonl")] == [3, 6]
+    assert len(read_lines(run_dir / "samples.jsonl")) >= 2
+    assert "healthy" in (run_dir / "report.html").read_text().lower()
+
+
+def test_the_final_model_loads_as_any_other(write_config, tmp_path):
+    assert run(["train", write_config()]) == 0
+    final = str(tmp_path / "run/final")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)("w1 w2", max_new_tokens=4)
+    assert text[0]["generated_text"].startswith("w1 w2")
+    assert (tmp_path / "run/final/README.md").exists()
+
+
+def test_eval_loss_is_the_plain_next_token_loss_of_the_hold_out(write_config, tmp_path, tokenizer):
+    from recipe.data.source import open_source
+    from recipe.data.stream import HeldOutRows, train_and_eval_splits
+
+    path = write_config()
+    assert run(["train", path]) == 0
+    source = open_source(json.loads(Path(path).read_text())["source"])
+    offsets = dict(train_skip=0, train_seed=42, eval_skip=280, eval_seed=1041, eval_documents=10)
+    rows = HeldOutRows(source, train_and_eval_splits(source, **offsets)[1], tokenizer, 32)
+    ids = torch.stack([torch.from_numpy(row.input_ids).long() for row in rows.rows])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/final")
+    with torch.no_grad():
+        expected = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    found = read_lines(tmp_path / "run/evals.jsonl")[-1]["eval_loss"]
+    assert found == pytest.approx(expected.item(), rel=1e-5)  # another batch size: fp32 sums in another order
+
+
+@pytest.mark.parametrize("changes", [{}, {"document_masking": True}, {"gradient_accumulation_steps": 2}])
+def test_a_resumed_run_is_bit_equal_to_one_that_went_through(write_config, tmp_path, changes):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    path = write_config(**changes)
+    assert run(["train", path, "--output_dir", str(whole)]) == 0
+    assert run(["train", path, "--output_dir", str(halves)]) == 0
+    remove_after(halves, step=3)
+    assert run(["train", path, "--output_dir", str(halves), "--resume_from_checkpoint", "latest"]) == 0
+    assert losses(whole) == losses(halves)
+    models = [AutoModelForCausalLM.from_pretrained(folder / "final").state_dict() for folder in (whole, halves)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def remove_after(run_dir: Path, step: int) -> None:
+    """As a machine leaves it that dies after `step`: later checkpoints gone, the records of some later steps written."""
+    import shutil
+
+    for checkpoint in run_dir.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    with (run_dir / "steps.jsonl").open("a") as file:
+        file.write('{"step": 7, "tokens_se')
+
+
+def test_another_split_of_the_global_batch_gives_the_same_run(write_config, tmp_path):
+    """Batch 4 x 1 and 2 x 2, also with two workers: the same rows in each step."""
+    path = write_config(eval_strategy="no", eval_steps=None)
+    options = ["--output_dir", str(tmp_path / "a")], [
+        "--output_dir", str(tmp_path / "b"), "--per_device_train_batch_size", "2",
+        "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2",
+    ]  # fmt: skip
+    for words in options:
+        assert run(["train", path, *words]) == 0
+    # The same sum over tokens in another order: fp32 rounds at 1e-7, Adam's first steps amplify it
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-4)
+
+
+def test_resuming_at_the_end_trains_no_further_step(write_config, tmp_path):
+    path = write_config()
+    assert run(["train", path]) == 0
+    before, final = losses(tmp_path / "run"), tmp_path / "run/final/model.safetensors"
+    weights = final.read_bytes()
+    final.unlink()  # as if it was killed between its last checkpoint and its results
+    assert run(["train", path, "--resume_from_checkpoint", "latest"]) == 0
+    assert losses(tmp_path / "run") == before and final.read_bytes() == weights
+    assert not (tmp_path / "run/checkpoint-7").exists()
+
+
+@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt", "stream_state.json", "model.safetensors"])
+def test_latest_passes_over_an_incomplete_checkpoint(write_config, tmp_path, missing):
+    path = write_config()
+    assert run(["train", path]) == 0
+    whole = losses(tmp_path / "run")
+    (tmp_path / f"run/checkpoint-6/{missing}").unlink()
+    assert run(["train", path, "--resume_from_checkpoint", "latest"]) == 0
+    assert losses(tmp_path / "run") == whole
+
+
+def test_a_named_incomplete_checkpoint_is_refused(write_config, tmp_path, capsys):
+    path = write_config()
+    assert run(["train", path]) == 0
+    (tmp_path / "run/checkpoint-3/optimizer.pt").unlink()
+    assert run(["train", path, "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-3")]) == 2
+    assert "optimizer.pt missing" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_stream_is_refused_with_the_differences(write_config, tmp_path, capsys):
+    assert run(["train", write_config()]) == 0
+    assert run(["train", write_config(train_seed=7), "--resume_from_checkpoint", "latest"]) == 2
+    assert "train_seed: checkpoint 42, config 7" in capsys.readouterr().err
+
+
+def test_a_directory_that_holds_a_run_is_not_written_into(write_config, capsys, tmp_path):
+    path = write_config()
+    assert run(["train", path]) == 0
+    before = (tmp_path / "run/steps.jsonl").read_text()
+    assert run(["train", path]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert (tmp_path / "run/steps.jsonl").read_text() == before
+
+
+def test_continued_pretraining_starts_from_the_checkpoints_loss(write_config, tmp_path):
+    path = write_config(max_steps=30, eval_steps=30, save_steps=30)
+    assert run(["train", path]) == 0
+    words = ["--model_name_or_path", str(tmp_path / "run/final"), "--output_dir", str(tmp_path / "more")]
+    assert run(["train", path, *words, "--train_seed", "7"]) == 0
+    first, last = losses(tmp_path / "run")[0], losses(tmp_path / "run")[-1]
+    assert losses(tmp_path / "more")[0] < (first + last) / 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_saves_a_checkpoint_and_goes_on(write_config, tmp_path, monkeypatch, number, code):
+    from recipe.trainer import StreamCallback
+
+    path = write_config()
+    assert run(["train", path, "--output_dir", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        on_step_end = StreamCallback.on_step_end
+
+        def interrupted_at_2(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                signal.raise_signal(number)
+            on_step_end(self, args, state, control, **kwargs)
+
+        patch.setattr(StreamCallback, "on_step_end", interrupted_at_2)
+        assert run(["train", path]) == code
+    assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == code
+    assert not (tmp_path / "run/final").exists()
+    assert run(["train", path, "--resume_from_checkpoint", "latest"]) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_the_end_of_the_source_is_announced_once(write_config, tmp_path, write_parquet):
+    path = write_config(eval_skip=50, eval_documents=8, max_steps=50, eval_steps=50, save_steps=50)
+    write_parquet(60)
+    assert run(["train", path]) == 0
+    assert [record["id"] for record in read_lines(tmp_path / "run/findings.jsonl")] == ["source_exhausted"]
+    assert json.loads((tmp_path / "run/run.json").read_text())["result"]["passes"] > 1
+
+
+# --- the first guard, on whole runs ------------------------------------------------------------------------------------
+
+
+def unshifted(self, logits, labels, vocab_size, **kwargs):
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("action", ["warn", "stop"])
+def test_a_missing_label_shift_is_named_before_step_1(write_config, tmp_path, monkeypatch, action):
+    monkeypatch.setattr(LlamaForCausalLM, "loss_function", unshifted)
+    assert run(["train", write_config(on_regression=action)]) == (3 if action == "stop" else 0)
+    findings = read_lines(tmp_path / "run/findings.jsonl")
+    assert [(finding["id"], finding["step"]) for finding in findings] == [("missing_label_shift", 0)]
+    verdict = json.loads((tmp_path / "run/run.json").read_text())["result"]["verdict"]
+    assert verdict == "not to be trusted: missing_label_shift"
+
+
+def test_labels_shifted_twice_are_named(write_config, tmp_path, monkeypatch):
+    from recipe.data.collator import DataCollatorForPackedRows
+
+    collate = DataCollatorForPackedRows.__call__
+
+    def shifted(self, rows):
+        batch = collate(self, rows)
+        batch["labels"] = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        return batch
+
+    monkeypatch.setattr(DataCollatorForPackedRows, "__call__", shifted)
+    assert run(["train", write_config()]) == 0
+    assert [finding["id"] for finding in read_lines(tmp_path / "run/findings.jsonl")] == ["double_label_shift"]
+
+
+# --- users' mistakes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"learning_rat": 1}, 2, "did you mean learning_rate"),
+        ({"source": "nowhere/*.parquet"}, 2, "no such file"),
+        ({"source": "hf://HuggingFaceFW/fineweb-edu/sample-10BT"}, 4, "--source docstrings"),
+        ({"eval_skip": 5000}, 2, "has 300 documents"),
+        ({"block_size": 128}, 2, "max_position_embeddings 64"),
+        ({"num_lanes": 4, "dataloader_num_workers": 3}, 2, "would do"),
+        ({"resume_from_checkpoint": "latest"}, 2, "holds no checkpoint"),
+    ],
+)
+def test_a_mistake_is_one_message_and_the_right_code(write_config, capsys, changes, code, message):
+    assert run(["train", write_config(**changes)]) == code
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_an_unknown_command_names_those_that_exist(capsys):
+    assert run(["trian"]) == 2
+    assert "there are train, report, trajectory" in capsys.readouterr().err
