@@ -224,7 +224,7 @@ def key_figures(run: Run) -> dict[str, tuple[str, str, str]]:
         "accuracy": ("Next-token accuracy", _show(accuracy and 100 * accuracy, 1, " %"), at_step),
         "unigram_entropy": ("Unigram entropy", _show(entropy, 3), _against_entropy(last_eval, entropy)),
         "tokens_seen": ("Tokens seen", _show(tokens), f"in {_show(steps)} steps"),
-        "minutes": ("Training time", _show(seconds and seconds / 60, 1, " min"), "without set-up"),
+        "minutes": ("Training time", _show(seconds and seconds / 60, 1, " min"), "wall clock, evaluations included"),
         "tokens_per_second": ("Tokens per second", _show(speed, 0), f"median, on {device.get('name') or 'unknown'}"),
         "parameters": ("Parameters", _show(model.get("parameters")), flops),
     }

@@ -80,7 +80,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_went_through(write_config, tmp_p
 
 
 def remove_after(run_dir: Path, step: int) -> None:
-    """As a machine leaves it that dies after `step`: later checkpoints gone, the records of some later steps written."""
+    """As a machine leaves it that dies after `step`: later checkpoints gone, records of later steps written."""
     import shutil
 
     for checkpoint in run_dir.glob("checkpoint-*"):
@@ -186,7 +186,7 @@ def test_the_end_of_the_source_is_announced_once(write_config, tmp_path, write_p
     assert json.loads((tmp_path / "run/run.json").read_text())["result"]["passes"] > 1
 
 
-# --- the first guard, on whole runs ------------------------------------------------------------------------------------
+# --- the first guard, on whole runs
 
 
 def unshifted(self, logits, labels, vocab_size, **kwargs):
@@ -218,7 +218,7 @@ def test_labels_shifted_twice_are_named(write_config, tmp_path, monkeypatch):
     assert [finding["id"] for finding in read_lines(tmp_path / "run/findings.jsonl")] == ["double_label_shift"]
 
 
-# --- users' mistakes -----------------------------------------------------------------------------------------------------
+# --- users mistakes
 
 
 @pytest.mark.parametrize(

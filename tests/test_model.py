@@ -1,0 +1,153 @@
+"""Models from JSON, the flagship's numbers, and what the hardware decides."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM, TrainingArguments
+
+from recipe import model as model_module
+from recipe.errors import UserError
+from recipe.model import build_model, check_fit, count_flops_per_token, load_model_config
+
+CONFIGS = Path(model_module.__file__).parent / "configs"
+
+
+def count_parameters(name: str) -> int:
+    with torch.device("meta"):
+        return LlamaForCausalLM(load_model_config(str(CONFIGS / name))).num_parameters()
+
+
+def test_the_flagship_has_180m_parameters_and_the_original_batch():
+    assert count_parameters("llama_180m_model.json") == pytest.approx(180e6, rel=0.01)
+    config = load_model_config(str(CONFIGS / "llama_180m_model.json"))
+    assert config.vocab_size == 32_000 and config.tie_word_embeddings
+    assert config.num_key_value_heads < config.num_attention_heads
+    values = json.loads((CONFIGS / "llama_180m.json").read_text())
+    assert values["block_size"] == 1024
+    assert (values["per_device_train_batch_size"], values["gradient_accumulation_steps"]) == (4, 12)
+    assert (values["train_skip"], values["train_seed"]) == (0, 42)
+    assert (values["eval_skip"], values["eval_seed"]) == (100_000, 42 + 999)
+
+
+def test_the_flagship_is_judged_by_the_original_table():
+    from recipe.guards.trajectory import find_reference
+
+    facts = {
+        "parameters": count_parameters("llama_180m_model.json"),
+        "vocab_size": 32_000,
+        "block_size": 1024,
+        "tokens_per_step": 49_152,
+        "is_new_model": True,
+    }
+    assert find_reference("auto", facts)[0].name == "original_180m"
+    assert find_reference("auto", {**facts, "tokens_per_step": 8 * 49_152})[0] is None
+
+
+def test_build_model_is_the_same_for_the_same_seed(tmp_path, tiny_config, tokenizer):
+    (tmp_path / "model.json").write_text(json.dumps(tiny_config))
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        models.append(
+            build_model(
+                model_config=str(tmp_path / "model.json"), model_name_or_path=None, tokenizer=tokenizer, block_size=16
+            )
+        )
+    assert torch.equal(models[0].lm_head.weight, models[1].lm_head.weight)
+    assert models[0].lm_head.weight.data_ptr() == models[0].model.embed_tokens.weight.data_ptr()
+    assert models[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_document_masking_isolates_documents(tiny_config, tokenizer, tmp_path, attention):
+    """Trap 10 of the stack: only position_ids without an attention mask do it."""
+    from recipe.data.collator import restarting_positions
+
+    (tmp_path / "model.json").write_text(json.dumps(tiny_config))
+    model = build_model(
+        model_config=str(tmp_path / "model.json"),
+        model_name_or_path=None,
+        tokenizer=tokenizer,
+        block_size=16,
+        attn_implementation=attention,
+    ).eval()
+    ids = torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(0))
+    ids[0, 7] = 256
+    other = ids.clone()
+    other[0, :7] = (ids[0, :7] + 1) % 256
+    with torch.no_grad():
+        positions = restarting_positions(ids, 256)
+        masked = [model(input_ids=x, position_ids=positions, use_cache=False).logits[0, 8:] for x in (ids, other)]
+        unmasked = [model(input_ids=x, use_cache=False).logits[0, 8:] for x in (ids, other)]
+    assert torch.equal(masked[0], masked[1])
+    assert not torch.allclose(unmasked[0], unmasked[1]), "without masking the next document does see this one"
+
+
+def test_flops_per_token(tiny_model):
+    weights = tiny_model.num_parameters()
+    assert count_flops_per_token(tiny_model, 64) == 6 * weights + 12 * 2 * 32 * 64
+
+
+def test_the_loss_of_the_built_model_is_shifted_once(tiny_model):
+    ids = torch.randint(0, 257, (2, 12), generator=torch.Generator().manual_seed(0))
+    output = tiny_model(input_ids=ids, labels=ids)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "model.json"),
+        ("[1]", "not an object"),
+        ('{"model_type": "gpt2"}', "model_type 'gpt2'"),
+        ('{"hidden_sise": 5}', "no key hidden_sise"),
+    ],
+)
+def test_a_bad_model_json_is_one_message(tmp_path, content, message):
+    (tmp_path / "model.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_model_config(str(tmp_path / "model.json"))
+
+
+def test_what_does_not_fit_is_refused(tmp_path, tiny_config, tokenizer):
+    (tmp_path / "model.json").write_text(json.dumps({**tiny_config, "vocab_size": 200}))
+    config = load_model_config(str(tmp_path / "model.json"))
+    with pytest.raises(UserError, match=r"vocab_size 200 is smaller than the tokenizer's 257"):
+        check_fit(config, tokenizer, 16, "model.json")
+    with pytest.raises(UserError, match="max_position_embeddings 64"):
+        check_fit(load_model_config(write(tmp_path, tiny_config)), tokenizer, 65, "model.json")
+
+
+def write(tmp_path, values) -> str:
+    (tmp_path / "model.json").write_text(json.dumps(values))
+    return str(tmp_path / "model.json")
+
+
+def test_a_pretrained_model_that_is_not_there(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="cannot be loaded"):
+        build_model(model_config=None, model_name_or_path=str(tmp_path / "none"), tokenizer=tokenizer, block_size=16)
+
+
+def test_hardware_defaults_on_a_cpu_and_on_an_ampere_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert model_module.hardware_defaults() == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert model_module.hardware_defaults() == {"bf16": True, "tf32": True}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert model_module.hardware_defaults()["tf32"] is False
+
+
+def test_no_compiler_is_said_in_words(monkeypatch):
+    monkeypatch.setattr(model_module.shutil, "which", lambda name: None)
+    assert "apt install g++" in model_module.why_not_compile()
+
+
+def test_kernels_in_force_are_said_in_one_line(tiny_model, tmp_path):
+    line = model_module.describe_kernels(tiny_model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    assert line == "attention sdpa | precision fp32 | eager | device cpu"
