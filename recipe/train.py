@@ -82,7 +82,7 @@ def run_training(config: Config) -> Outcome:
         data.loader.position = load_position(checkpoint, data.identity)
     guards = build_guards(config)
     trainer, signals = build_trainer(config, data, model, guards)
-    describe_run(config, output_dir, data, model)
+    describe_run(config, output_dir, data, model, checkpoint)
     seconds = train(trainer, guards, checkpoint)
     return conclude(config, output_dir, data, trainer, guards, signals, seconds)
 
@@ -224,7 +224,7 @@ def build_trainer(config: Config, data: Data, model, guards: RegressionCallback)
         callbacks=[
             guards,
             StreamCallback(data.loader, data.identity, guards),
-            SampleCallback(prompts, data.tokenizer, data.source),
+            SampleCallback(prompts, data.tokenizer, data.source, guards),
             signals,
             ProgressBarCallback(guards),
         ],
@@ -234,7 +234,7 @@ def build_trainer(config: Config, data: Data, model, guards: RegressionCallback)
     return trainer, signals
 
 
-def describe_run(config: Config, output_dir: Path, data: Data, model) -> None:
+def describe_run(config: Config, output_dir: Path, data: Data, model, checkpoint: Path | None) -> None:
     """Print what is about to run, and store it in `run.json`."""
     training, source = config.training, data.source
     kernels = model_module.describe_kernels(model, training)
@@ -257,6 +257,7 @@ def describe_run(config: Config, output_dir: Path, data: Data, model) -> None:
         {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "finished": None,
+            "resumed_from": str(checkpoint) if checkpoint else None,
             "config_path": str(config.path),
             "arguments": config.to_dict(),
             **rundir.describe_environment(),

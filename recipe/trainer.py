@@ -100,10 +100,13 @@ def load_position(checkpoint: Path, identity: dict) -> dict:
 class SampleCallback(TrainerCallback):
     """A few continuations of held-out text at each evaluation, with the share of their words that the source knows."""
 
-    def __init__(self, prompts: list[list[int]], tokenizer, source: Source, new_tokens: int = 64):
+    def __init__(
+        self, prompts: list[list[int]], tokenizer, source: Source, guards: RegressionCallback, new_tokens: int = 64
+    ):
         self.prompts = prompts
         self.tokenizer = tokenizer
         self.source = source
+        self.guards = guards
         self.new_tokens = new_tokens
         self._known_words: set[str] | None = None
         self._last_step = -1
@@ -117,10 +120,7 @@ class SampleCallback(TrainerCallback):
             text = generate(model, self.tokenizer, prompt, self.new_tokens, seed=args.seed)
             record = {
                 "step": state.global_step,
-                "tokens_seen": state.global_step
-                * args.train_batch_size
-                * args.gradient_accumulation_steps
-                * args.world_size,
+                "tokens_seen": self.guards.tokens_seen,
                 "prompt": self.tokenizer.decode(prompt),
                 "text": text,
                 "words_in_corpus": share_of_known_words(text, self._known_words),

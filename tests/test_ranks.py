@@ -1,0 +1,66 @@
+"""Two real ranks (gloo) under torchrun: the same run as one rank, one checkpoint for both, the right exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipe.__main__ import run
+from recipe.guards.records import read_lines
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def launch(tmp_path, *words) -> dict:
+    """Run the train command on two ranks; returns what rank 0 left in the exit file."""
+    exit_file = tmp_path / "exit-file.json"
+    environment = {**os.environ, "RECIPE_EXIT_FILE": str(exit_file), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "recipe"]
+    done = subprocess.run([*command, "train", *words], env=environment, capture_output=True, text=True, timeout=300)
+    assert exit_file.exists(), done.stderr[-3000:]
+    return json.loads(exit_file.read_text())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_two_ranks_are_the_same_run_as_one(write_config, tmp_path, num_workers):
+    path = write_config()
+    assert run(["train", path, "--output_dir", str(tmp_path / "one")]) == 0
+    words = ["--per_device_train_batch_size", "2", "--dataloader_num_workers", str(num_workers)]
+    assert launch(tmp_path, path, "--output_dir", str(tmp_path / "two"), *words) == {"code": 0, "reason": "healthy"}
+    one, two = (read_lines(tmp_path / name / "steps.jsonl") for name in ("one", "two"))
+    assert [record["tokens_seen"] for record in one] == [record["tokens_seen"] for record in two]
+    # The same tokens summed in another order: fp32 rounds at 1e-7, Adam's first steps amplify it
+    assert [record["loss"] for record in one] == pytest.approx([record["loss"] for record in two], abs=1e-4)
+    evals = [read_lines(tmp_path / name / "evals.jsonl")[-1]["eval_loss"] for name in ("one", "two")]
+    assert evals[0] == pytest.approx(evals[1], abs=1e-4)
+    states = [(tmp_path / name / "checkpoint-6/stream_state.json").read_text() for name in ("one", "two")]
+    assert states[0] == states[1]
+
+    # and one rank goes on from the two ranks' checkpoint
+    more = ["--output_dir", str(tmp_path / "two"), "--resume_from_checkpoint", str(tmp_path / "two/checkpoint-3")]
+    assert run(["train", path, *more]) == 0
+    resumed = [record["loss"] for record in read_lines(tmp_path / "two/steps.jsonl")]
+    assert resumed == pytest.approx([record["loss"] for record in one], abs=1e-4)
+
+
+def test_a_guard_that_stops_two_ranks_gives_3(write_config, tmp_path):
+    reference = {
+        "name": "low",
+        "description": "",
+        "belongs_to": {},
+        "window": 1,
+        "points": [{"tokens": tokens, "loss": 1.0, "low": 0.9, "high": 1.1} for tokens in (1, 10**6)],
+    }
+    (tmp_path / "reference.json").write_text(json.dumps(reference))
+    words = ["--trajectory", str(tmp_path / "reference.json"), "--on_regression", "stop"]
+    found = launch(tmp_path, write_config(), "--per_device_train_batch_size", "2", *words)
+    assert found["code"] == 3 and "loss_off_reference" in found["reason"]
+    assert list((tmp_path / "run").glob("checkpoint-*/stream_state.json"))
+
+
+def test_a_users_mistake_on_two_ranks_gives_2(write_config, tmp_path):
+    found = launch(tmp_path, write_config(), "--eval_skip", "5000")
+    assert found["code"] == 2 and "has 300 documents" in found["reason"]

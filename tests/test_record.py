@@ -1,0 +1,94 @@
+"""A reference comes from finished, healthy, clean runs of one config, and its band from their noise."""
+
+import json
+
+import pytest
+
+from recipe.__main__ import run
+from recipe.guards.trajectory import check_reference, load_reference
+from recipe.record import DEVIATIONS, MIN_HALF_WIDTH, choose_steps, point_at
+
+
+def write_run(path, seed=0, noise=0.1, **changes):
+    """300 steps of a falling loss with a seeded, made-up noise."""
+    path.mkdir()
+    values = {
+        "config_path": "demo.json",
+        "finished": "2026-01-01",
+        "is_dirty": False,
+        "commit": "abc",
+        "versions": {},
+        "device": {},
+        "model": {"parameters": 1000, "vocab_size": 100, "block_size": 8},
+        "source": {"content_hash": "x"},
+        "arguments": dict.fromkeys(
+            ("source", "block_size", "learning_rate", "lr_scheduler_type", "warmup_steps", "train_tokens", "seed")
+            + ("train_seed", "model_config"),
+            1,
+        ),
+        "result": {"verdict": "healthy", "eval_loss": 3.0, "train_seconds": 1.0},
+    }
+    (path / "run.json").write_text(json.dumps({**values, **changes}))
+    losses = [8 - i / 60 + noise * ((i * 7919 + seed * 104729) % 11 - 5) / 5 for i in range(300)]
+    lines = [{"step": i + 1, "tokens_seen": 64 * (i + 1), "loss": loss} for i, loss in enumerate(losses)]
+    (path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return losses
+
+
+def test_recorded_runs_and_new_ones_like_them_are_inside_a_broken_one_is_not(tmp_path, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path / f"run{seed}", seed)
+    assert (
+        run(["trajectory", "record", str(tmp_path / "new.json"), str(tmp_path / "run0"), str(tmp_path / "run1")]) == 0
+    )
+    reference = load_reference(tmp_path / "new.json")
+    assert reference.name == "new" and reference.belongs_to["tokens_per_step"] == 64
+    steps, tokens = list(range(1, 301)), [64 * step for step in range(1, 301)]
+    healthy = write_run(tmp_path / "run2", seed=2)
+    broken = [loss * 0.8 for loss in healthy]
+
+    def findings(losses):
+        return [check_reference(reference, steps[:now], tokens[:now], losses[:now]) for now in steps]
+
+    assert not any(findings(healthy))
+    assert any(findings(broken))
+
+
+def test_the_band_is_recomputed_from_the_losses():
+    curve = [{"loss": loss, "tokens_seen": 64 * (i + 1)} for i, loss in enumerate([5.0, 4.0] * 20)]
+    point = point_at(20, [curve])
+    deviation = 0.5270462766947299 * 1.25 / 10**0.5  # of ten losses 5, 4, 5, 4 ...; see record.py
+    assert point["loss"] == 4.5 and point["tokens"] == 64 * 20
+    assert point["high"] - point["loss"] == pytest.approx(DEVIATIONS * deviation, abs=1e-3)
+
+
+def test_a_run_without_noise_still_has_a_band():
+    curve = [{"loss": 5.0, "tokens_seen": 64 * (i + 1)} for i in range(40)]
+    assert point_at(20, [curve])["low"] == 5.0 - MIN_HALF_WIDTH
+
+
+def test_steps_reach_from_the_first_window_to_the_end():
+    steps = choose_steps(1000)
+    assert steps[0] == 10 and steps[-1] == 1000 and steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"result": {"verdict": "not to be trusted: x"}}, "verdict is not to be trusted"),
+        ({"finished": None}, "finished, healthy runs"),
+        ({"is_dirty": True}, "uncommitted changes"),
+        ({"model": {"parameters": 2000, "vocab_size": 100, "block_size": 8}}, "parameters differ"),
+    ],
+)
+def test_other_runs_are_refused(tmp_path, capsys, changes, message):
+    write_run(tmp_path / "good")
+    write_run(tmp_path / "bad", **changes)
+    assert run(["trajectory", "record", str(tmp_path / "x.json"), str(tmp_path / "good"), str(tmp_path / "bad")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    assert run(["trajectory", "record", str(tmp_path / "x.json"), str(tmp_path)]) == 2
+    assert "not a run directory" in capsys.readouterr().err
