@@ -2,14 +2,13 @@
 
 import argparse
 import atexit
-import errno
 import json
 import logging
 import os
 import sys
 from pathlib import Path
 
-from recipe.errors import DataError, UserError
+from recipe.errors import DataError, UserError, message_of
 from recipe.rundir import write_exit
 
 USAGE = """usage: python -m recipe COMMAND ...
@@ -19,7 +18,7 @@ USAGE = """usage: python -m recipe COMMAND ...
   trajectory record OUT.json RUN_DIR [RUN_DIR ...]    healthy runs of one config -> a reference that later runs are
   held against
 """
-GOOD, UNEXPECTED, USER_INPUT, DATA_OR_DISK = 0, 1, 2, 4
+GOOD, UNEXPECTED, USER_INPUT = 0, 1, 2
 
 
 def train(arguments: list[str]) -> int:
@@ -62,7 +61,7 @@ COMMANDS = {"train": train, "report": report, "trajectory": trajectory}
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command and return its exit code (docs/exit codes in README). A user's mistake is one message, never a
+    """Run one command and return its exit code (README lists them). A user's mistake is one message, never a
     traceback."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -71,22 +70,20 @@ def run(arguments: list[str]) -> int:
         return _fail(USER_INPUT, f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
     try:
         return COMMANDS[arguments[0]](arguments[1:])
-    except UserError as error:
-        return _fail(USER_INPUT, _message(error))
-    except DataError as error:
-        return _fail(DATA_OR_DISK, _message(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        return _fail(DATA_OR_DISK, f"the disk is full or read-only: {error}")
+    except (UserError, DataError) as error:
+        return _fail(error.exit_code, message_of(error))
     except SystemExit as stop:  # argparse
         return stop.code or GOOD
+    except Exception as error:
+        if not _is_disk_error(error):
+            raise
+        return _fail(DataError.exit_code, f"the disk is full or read-only: {error}")
 
 
-def _message(error: Exception) -> str:
-    """The error's own words; one that crossed from a DataLoader worker comes wrapped in that worker's traceback."""
-    text = str(error)
-    return text.strip().splitlines()[-1].split(": ", 1)[-1] if "Original Traceback" in text else text
+def _is_disk_error(error: Exception) -> bool:
+    """A full or read-only disk, in the words of Python, safetensors or torch."""
+    words = ("No space left on device", "Disk quota exceeded", "Read-only file system", "PytorchStreamWriter failed")
+    return any(word in str(error) for word in words)
 
 
 def _fail(code: int, reason: str) -> int:

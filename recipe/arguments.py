@@ -1,36 +1,36 @@
 """One flat JSON, then `--field value` overrides -> a checked `Config`.
 
 TrainingArguments' keys and the recipe's own share one namespace. Nothing passes silently: every key, type, range
-and combination is checked before anything is built, and all problems are reported at once. Keys that begin with
-"_" are comments.
+and combination is checked before anything is built (`config_checks.py`), and all problems are reported at once. Keys
+that begin with "_" are comments.
 """
 
-import difflib
-import inspect
 import json
 import logging
 import math
 import os
 import re
-import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from enum import Enum
 from pathlib import Path
-from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, Union
+from types import MappingProxyType
+from typing import Any, Literal, get_type_hints
 
-import torch
-from transformers import TrainingArguments, get_scheduler
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.training_args import trainer_log_levels
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
+from transformers import TrainingArguments
 
+from recipe.config_checks import (
+    ALTERNATIVES,
+    REFUSED,
+    Problem,
+    convert_word,
+    find_conflicts,
+    find_problem,
+    show,
+    split_hint,
+)
 from recipe.errors import UserError
-from recipe.guards.finding import FINDING_IDS
 
 logger = logging.getLogger(__name__)
-Problem = tuple[str, str]  # key (`--key` when it came from the command line, "" for the file itself), message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,7 @@ class ModelArguments:
 class DataArguments:
     """What it is trained on, and which documents belong to eval alone."""
 
-    source: str = field(
-        metadata={"help": '"docstrings" (embedded), a path, glob or URL, or "hf://owner/name/config".'}
-    )
+    source: str = field(metadata={"help": '"docstrings" (embedded), path, glob, URL, or "hf://owner/name/config".'})
     text_column: str = field(default="text", metadata={"help": "Column or JSON key that holds the text."})
     block_size: int = field(default=1024, metadata={"help": "Tokens in a row."})
     train_tokens: int | None = field(default=None, metadata={"help": "Tokens of the whole run; or give max_steps."})
@@ -69,15 +67,8 @@ class GuardArguments:
     """Which guards watch the run, against what, and what an error does."""
 
     trajectory: str = field(default="auto", metadata={"help": 'Reference curve: "auto", "none" or a JSON\'s path.'})
-    on_regression: Literal["warn", "stop"] = field(
-        default="warn", metadata={"help": "On an error: warn, or exit (3)."}
-    )
+    on_regression: Literal["warn", "stop"] = field(default="warn", metadata={"help": "On an error: warn or exit (3)."})
     disabled_guards: list[str] = field(default_factory=list, metadata={"help": "Finding ids that are not judged."})
-
-
-def _per_key(groups: Mapping[Any, str]) -> dict[str, Any]:
-    """{value: "key key"} -> {"key": value}, so that a table states a reason once."""
-    return {key: value for value, keys in groups.items() for key in keys.split()}
 
 
 OURS = (ModelArguments, DataArguments, GuardArguments)
@@ -95,99 +86,22 @@ FIXED = {
 }
 DEFAULTS = {name: value for name, (value, _) in FIXED.items()} | {
     "logging_steps": 10,
-    "report_to": "none",
+    "report_to": [],
     "disable_tqdm": False,
     "prediction_loss_only": False,
     "ddp_find_unused_parameters": False,  # Trainer's own default walks the graph in each step
     "trackio_static_space_id": False,  # unset, a push to the hub also creates a Space
     "seed": 42,
 }
-ROWS = "the recipe deals rows to ranks itself, in canonical order"
-# TrainingArguments would accept these, and they would change nothing, or nothing that is wanted.
-MEANINGLESS = _per_key(
-    {
-        "the stream has no epochs; set train_tokens or max_steps": "num_train_epochs",
-        "the command (train, evaluate, ...) says what is done": "do_train do_eval do_predict",
-        ROWS: "accelerator_config parallelism_config train_sampling_strategy length_column_name dataloader_in_order",
-        "every batch of the endless stream is full": "dataloader_drop_last",
-        "the recipe's loader does not use it; set dataloader_num_workers": "dataloader_pin_memory "
-        "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context",
-        "the order of the data comes from train_seed and eval_seed": "data_seed",
-        "the recipe's batches and metrics are its own": "label_names include_for_metrics eval_do_concat_batches",
-        "the launcher sets it": "local_rank",
-    }
-)
-REMOVED = _per_key(
-    {
-        "renamed eval_strategy": "evaluation_strategy",
-        "renamed use_cpu": "no_cuda",
-        "renamed activation_checkpointing": "gradient_checkpointing",
-        "renamed activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
-        "use warmup_steps, which below 1 is a share of all steps": "warmup_ratio",
-        "set another output_dir, or empty this one": "overwrite_output_dir",
-        "set TENSORBOARD_LOGGING_DIR in the environment": "logging_dir",
-        "weights are always safetensors": "save_safetensors",
-        "the recipe logs tokens_per_second in every step": "include_tokens_per_second",
-        ROWS: "group_by_length split_batches dispatch_batches",
-        "use torch_compile": "torchdynamo",
-        "use bf16 or fp16 alone": "half_precision_backend fp16_backend fp16_opt_level",
-        "use hub_model_id": "push_to_hub_model_id push_to_hub_organization",
-        "use hub_token": "push_to_hub_token",
-        "delete the key": "past_index ray_scope jit_mode_eval use_mps_device tpu_num_cores use_legacy_prediction_loop",
-    }
-)
-TRAINING_FIELDS = {f.name: f for f in fields(TrainingArguments) if f.name not in MEANINGLESS | REMOVED}
+TRAINING_FIELDS = {f.name: f for f in fields(TrainingArguments) if f.name not in REFUSED}
 FIELDS = {f.name: f for group in OURS for f in fields(group)} | TRAINING_FIELDS
+HINTS = {name: hint for group in (*OURS, TrainingArguments) for name, hint in get_type_hints(group).items()}
 # transformers' own hints are too wide (a string of kwargs only fails later) or wrong (`fsdp` is a bool in v5).
-TYPES = {name: hint for group in (*OURS, TrainingArguments) for name, hint in typing.get_type_hints(group).items()}
-TYPES |= {"lr_scheduler_kwargs": dict | None, "activation_checkpointing_kwargs": dict | None}
-TYPES |= {"fsdp": bool | str | None, "output_dir": str, "report_to": str | list[str]}
-TYPE_NAMES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a string",
-    list: "a list of strings",
-    dict: "an object",
-    NoneType: "null",
-}
-WORDS = {
-    "disabled_guards": FINDING_IDS,
-    "report_to": ("none", "all", *get_available_reporting_integrations()),
-    "log_level": tuple(trainer_log_levels),
-    "log_level_replica": tuple(trainer_log_levels),
-    "include_num_input_tokens_seen": ("no", "all", "non_padding"),
-}
-AT_LEAST = {"block_size": 8} | _per_key(
-    {
-        0: "train_skip eval_skip train_seed eval_seed seed dataloader_num_workers learning_rate weight_decay "
-        "adam_beta1 adam_beta2 max_grad_norm warmup_steps eval_delay neftune_noise_alpha",
-        1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps train_tokens num_lanes "
-        "eval_documents eval_accumulation_steps save_total_limit torch_empty_cache_steps ddp_timeout",
-    }
-)
-# What a value must be beyond that, and the test for it.
-RANGES = {
-    "max_steps": ("at least 1", lambda v: v == -1 or v >= 1),
-    "num_lanes": ("a power of two", lambda v: v & (v - 1) == 0),
-    "warmup_steps": ("a whole number of steps, or a share below 1", lambda v: v < 1 or v == int(v)),
-    "adam_epsilon": ("above 0", lambda v: v > 0),
-}
-RANGES |= dict.fromkeys(("adam_beta1", "adam_beta2"), ("below 1", lambda v: v < 1))
-RANGES |= dict.fromkeys(("seed", "train_seed", "eval_seed"), ("below 2**32", lambda v: v < 2**32))
-RANGES |= dict.fromkeys(
-    ("eval_steps", "save_steps", "logging_steps"),
-    ("a whole number of steps, or a share between 0 and 1", lambda v: v > 0 and (v < 1 or v == int(v))),
-)
-# What does nothing, or not what it says, unless the other key is on.
-NEEDS = {
-    "activation_checkpointing_kwargs": "activation_checkpointing",
-    "liger_kernel_config": "use_liger_kernel",
-    "fsdp_config": "fsdp",
-    **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), "torch_compile"),
-}
+HINTS |= {"lr_scheduler_kwargs": dict | None, "activation_checkpointing_kwargs": dict | None}
+HINTS |= {"fsdp": bool | str | None, "output_dir": str, "report_to": str | list[str]}
+HINTS |= {"trackio_static_space_id": bool | str | None}
+TYPES = {name: split_hint(HINTS[name]) for name in FIELDS}
 FILES, FOLDERS = ("model_config", "trajectory"), ("tokenizer", "model_name_or_path")
-ALTERNATIVES = (("train_tokens", "max_steps"), ("model_config", "model_name_or_path"))
 HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(?<!\.json)(?<!\.model)"
 
 
@@ -214,8 +128,8 @@ class Config:
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one global batch: over ranks, accumulation and rows."""
-        rows = self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps * _world_size()
-        return rows * self.data.block_size
+        rows = self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps
+        return rows * self.training.world_size * self.data.block_size
 
     @property
     def max_steps(self) -> int:
@@ -225,11 +139,17 @@ class Config:
         return math.ceil(self.data.train_tokens / self.tokens_per_step)
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat and JSON-able: ours first, then TrainingArguments', each in its declared order; tokens are masked."""
+        """Flat and JSON-able, for `parse_config` to read again: ours first, then TrainingArguments', each in its
+        declared order. The hub token is masked; of `train_tokens` and `max_steps` only the one chosen is set."""
         groups = (self.model, self.data, self.guards)
-        resolved = {f.name: _plain(getattr(group, f.name)) for group in groups for f in fields(group)}
-        resolved |= {name: _plain(getattr(self.training, name)) for name in TRAINING_FIELDS}
-        return resolved | {k: _mask(k) for k, v in resolved.items() if k.endswith("_token") and v is not None}
+        stored = {f.name: getattr(group, f.name) for group in groups for f in fields(group)}
+        training = self.training.to_dict()
+        stored |= {name: training[name] for name in TRAINING_FIELDS}
+        if self.training.hub_token is None:  # masked all the same
+            stored["hub_token"] = None
+        if self.data.train_tokens is not None:  # a run sets max_steps too, once it knows the number of processes
+            stored["max_steps"] = -1
+        return stored
 
 
 def parse_config(
@@ -247,13 +167,14 @@ def parse_config(
     replaced = {name for pair in ALTERNATIVES if options.keys() & pair for name in pair}
     given = {k: v for k, v in given.items() if not k.startswith("_") and k not in replaced} | options
 
-    found = {name: message for name, value in given.items() if (message := _field_problem(name, value))}
+    found = {name: message for name, value in given.items() if (message := _problem_of(name, value))}
     values = _defaults() | {"output_dir": f"runs/{path.stem}"} | machine_defaults
     if given.get("fp16") is True and "bf16" not in given:
         values["bf16"] = False  # the user's fp16 stands against the machine's bf16
-    values |= {name: _settled(value, TYPES[name]) for name, value in given.items() if name not in found}
+    values |= {name: _settled(name, value) for name, value in given.items() if name not in found}
     found |= {name: "is required" for name, value in values.items() if value is MISSING and name not in found}
-    found |= _cross_problems(path, values, given.keys(), found.keys())
+    conflicts = find_conflicts(values, given.keys(), found.keys())
+    found |= conflicts | _resolve_paths(values, path, found.keys())
     labels = {name: f"--{name}" for name in options}
     problems += misread + [(labels.get(name, name), message) for name, message in found.items()]
     if problems:
@@ -261,10 +182,24 @@ def parse_config(
     return _build(path, values, labels)
 
 
+def _problem_of(name: str, value: Any) -> str | None:
+    problem = find_problem(name, value, TYPES)
+    if problem is None and name in FIXED and value != FIXED[name][0]:
+        return f"must stay {show(FIXED[name][0])}: {FIXED[name][1]}"
+    return problem
+
+
+def _defaults() -> dict[str, Any]:
+    fresh = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in FIELDS.values()}
+    return fresh | DEFAULTS
+
+
+def _settled(name: str, value: Any) -> Any:
+    """1e9 as int where the field is one."""
+    return int(value) if isinstance(value, float) and float not in TYPES[name].kinds else value
+
+
 def _build(path: Path, values: dict[str, Any], labels: Mapping[str, str]) -> Config:
-    for name in (*FILES, *FOLDERS):
-        if values[name] not in (None, "auto", "none"):
-            values[name] = str(find_path(values[name], path) or values[name])
     try:
         training = TrainingArguments(**{name: values[name] for name in TRAINING_FIELDS})
     except (ValueError, TypeError, KeyError, NotImplementedError, ImportError, OSError) as error:
@@ -279,12 +214,14 @@ def _build(path: Path, values: dict[str, Any], labels: Mapping[str, str]) -> Con
 
 def format_config(config: Config) -> str:
     """The resolved keys that differ from their defaults, one per line, aligned; then how many others do not."""
-    resolved = config.to_dict()
-    defaults = {name: _plain(value) for name, value in _defaults().items()}
-    different = {k: v for k, v in resolved.items() if v != defaults[k] and not (_is_off(v) and _is_off(defaults[k]))}
+    resolved, defaults = config.to_dict(), _defaults()
+    different = {k: v for k, v in resolved.items() if v != defaults[k] and (v or defaults[k])}
     width = max(map(len, different))
     lines = [f"{name:<{width}}  {json.dumps(value, ensure_ascii=False)}" for name, value in different.items()]
     return "\n".join([*lines, f"{len(resolved) - len(different)} other keys at their defaults"])
+
+
+# Paths
 
 
 def find_path(value: str, config_path: str | os.PathLike) -> Path | None:
@@ -303,20 +240,33 @@ def _places(value: str, config_path: str | os.PathLike) -> list[Path]:
     return places
 
 
+def _resolve_paths(values: dict[str, Any], config_path: Path, unsound: Collection[str]) -> dict[str, str]:
+    """Put the place where each file and folder lies into `values`; returns key -> message for those that cannot be."""
+    problems = {}
+    for name in (*FILES, *FOLDERS):
+        if name not in unsound and values[name] not in (None, "auto", "none"):
+            if message := _path_problem(name, values[name], config_path):
+                problems[name] = message
+            values[name] = str(find_path(values[name], config_path) or values[name])
+    return problems
+
+
+def _path_problem(name: str, value: str, config_path: Path) -> str | None:
+    found = find_path(value, config_path)
+    if found is not None and name in FILES:
+        return None if found.is_file() else f"{value} is a folder; name the JSON file in it"
+    if found is not None:
+        return None if found.is_dir() else f"{value} is a file; name the folder that holds it"
+    if name in FOLDERS and not value.startswith("tokenizer/") and re.fullmatch(HUB_NAME, value):
+        return None
+    places = ", ".join(str(place) for place in _places(value, config_path))
+    return f"{value} not found; looked for {places}" + ("; nor is it a hub name" if name in FOLDERS else "")
+
+
 # Reading
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], list[Problem]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(path, [("", "no such file")]) from None
-    except IsADirectoryError:
-        raise ConfigError(path, [("", "is a folder; name the JSON file in it")]) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(path, [("", f"is not UTF-8 (byte {error.start}); save it as UTF-8")]) from None
-    except OSError as error:
-        raise ConfigError(path, [("", f"cannot be read: {error.strerror}")]) from None
     repeated: list[Problem] = []
 
     def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -325,14 +275,22 @@ def _read_json(path: Path) -> tuple[dict[str, Any], list[Problem]]:
         return dict(pairs)
 
     try:
-        given = json.loads(text, object_pairs_hook=to_dict)
+        given = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=to_dict)
+    except UnicodeDecodeError as error:
+        message = f"is not UTF-8 (byte {error.start}); save it as UTF-8"
     except json.JSONDecodeError as error:
-        raise ConfigError(path, [("", _syntax_message(error))]) from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(path, [("", f"is not usable JSON: {error}")]) from None
-    if not isinstance(given, dict):
-        raise ConfigError(path, [("", f"must be a JSON object of keys and values, not {_show(given)}")])
-    return given, repeated
+        message = _syntax_message(error)
+    except FileNotFoundError:
+        message = "no such file"
+    except IsADirectoryError:
+        message = "is a folder; name the JSON file in it"
+    except (OSError, ValueError, RecursionError) as error:
+        message = f"cannot be read: {error}"
+    else:
+        if isinstance(given, dict):
+            return given, repeated
+        message = f"must be a JSON object of keys and values, not {show(given)}"
+    raise ConfigError(path, [("", message)])
 
 
 def _syntax_message(error: json.JSONDecodeError) -> str:
@@ -361,285 +319,11 @@ def _read_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[Problem]
         name = name.replace("-", "_")
         if not equals and words and not words[0].startswith("--"):
             equals, text = "=", words.pop(0)
+        kinds = TYPES[name].kinds if name in TYPES else (bool, str)
         if name in options:
             problems.append((f"--{name}", "is given twice; keep one"))
-        elif not equals and name in FIELDS and bool not in _members(TYPES[name]):
+        elif not equals and bool not in kinds:
             problems.append((f"--{name}", "needs a value"))
         else:
-            options[name] = _converted(text, TYPES.get(name, str)) if equals else True
+            options[name] = convert_word(text, kinds) if equals else True
     return options, problems
-
-
-def _converted(text: str, hint: Any) -> Any:
-    """A word of the command line as the field's type; where none fits, as it stands, for the type check to refuse."""
-    members = _members(hint)
-    kinds = {typing.get_origin(member) or member for member in members}
-    lowered = text.lower()
-    if NoneType in kinds and lowered in ("null", "none"):
-        return None
-    if lowered in ("true", "false") and (bool in kinds or False in _choices(hint)):
-        return lowered == "true"
-    for kind in (int, float):
-        if kinds & {int, float}:
-            try:
-                return kind(text)
-            except ValueError:
-                pass
-    if kinds & {list, dict} and text[:1] in ("[", "{"):
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-    if list in kinds and str not in kinds:
-        return [word.strip() for word in text.split(",") if word.strip()]
-    return text
-
-
-# One field
-
-
-def _field_problem(name: str, value: Any) -> str | None:
-    if name in REMOVED:
-        return f"was removed in transformers 5: {REMOVED[name]}"
-    if name in MEANINGLESS:
-        return f"is refused: {MEANINGLESS[name]}"
-    if name not in FIELDS:
-        nearest = difflib.get_close_matches(name, FIELDS, n=1)
-        return f"unknown key; did you mean {nearest[0]}?" if nearest else "unknown key"
-    if not _all_finite(value):
-        return f"expected a finite number, got {_show(value)}"
-    return _type_problem(value, TYPES[name]) or _value_problem(name, _settled(value, TYPES[name]))
-
-
-def _value_problem(name: str, value: Any) -> str | None:
-    if name in FIXED and value != FIXED[name][0]:
-        return f"must stay {_show(FIXED[name][0])}: {FIXED[name][1]}"
-    if value == "" and name not in ("debug", "optim_args"):
-        return "must not be empty"
-    if name.endswith("_token") and value == _mask(name):
-        return "is the mask of a stored config; remove it and set HF_TOKEN in the environment"
-    if isinstance(value, (str, list)):
-        return _word_problem(name, [value] if isinstance(value, str) else value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if name in AT_LEAST and value < AT_LEAST[name]:
-            return f"must be at least {AT_LEAST[name]}, got {_show(value)}"
-        if name in RANGES and not RANGES[name][1](value):
-            return f"must be {RANGES[name][0]}, got {_show(value)}"
-    return None
-
-
-def _word_problem(name: str, words: Sequence[str]) -> str | None:
-    unknown = [word for word in words if name in WORDS and word not in WORDS[name]]
-    if name == "report_to" and unknown and unknown[0] in INTEGRATION_TO_CALLBACK:
-        return f"{unknown[0]} is not installed here; install it, or leave it out"
-    return _not_a_choice(unknown[0], WORDS[name]) if unknown else None
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _choices(hint: Any) -> list[Any]:
-    """The values that a Literal or an Enum in the hint allows."""
-    return [v for m in _members(hint) if not _is_plain(m) for v in (typing.get_args(m) or [item.value for item in m])]
-
-
-def _is_plain(member: Any) -> bool:
-    return typing.get_origin(member) is not Literal and not (isinstance(member, type) and issubclass(member, Enum))
-
-
-def _type_problem(value: Any, hint: Any) -> str | None:
-    choices = _choices(hint)
-    has_words = any(isinstance(choice, str) for choice in choices)  # `IntervalStrategy | str` is no free string
-    members = [m for m in _members(hint) if _is_plain(m) and not (m is str and has_words)]
-    if any(type(choice) is type(value) and choice == value for choice in choices):
-        return None
-    if any(_fits(value, member) for member in members):
-        return None
-    if has_words and isinstance(value, str):
-        return _not_a_choice(value, choices)
-    kinds = [TYPE_NAMES[typing.get_origin(m) or m] for m in members if (typing.get_origin(m) or m) in TYPE_NAMES]
-    expected = " or ".join([f"one of {', '.join(map(str, choices))}"] * has_words + kinds)
-    quoted = isinstance(value, str) and any(_fits(_converted(value, m), m) for m in members if m in (bool, int, float))
-    return f"expected {expected}, got {_show(value)}" + (": remove the quotes" if quoted else "")
-
-
-def _fits(value: Any, member: Any) -> bool:
-    kind, inner = typing.get_origin(member) or member, typing.get_args(member)
-    if kind is Any:
-        return True
-    if kind in (int, float):  # 1e9 is how a person writes a whole number of tokens
-        return type(value) in (int, float) and (kind is float or value == int(value))
-    if not isinstance(value, kind):
-        return False
-    inside = value if kind is list else value.values() if kind is dict else ()
-    return not inner or all(_type_problem(item, inner[-1]) is None for item in inside)
-
-
-def _not_a_choice(word: str, choices: Sequence[str]) -> str:
-    nearest = sorted(choices, key=lambda choice: -difflib.SequenceMatcher(None, word.lower(), choice).ratio())
-    more = f", ... ({len(nearest)} in all)" if len(nearest) > 8 else ""
-    return f"{_show(word)} is not one of {', '.join(nearest[:8])}{more}"
-
-
-def _all_finite(value: Any) -> bool:
-    if isinstance(value, (int, float)):
-        return abs(value) < 1e300
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return all(map(_all_finite, inside))
-
-
-# Several fields together: a check's parameters are the fields it needs, and it runs only where those are sound.
-
-
-def _cross_problems(path: Path, values: Mapping[str, Any], given: Collection, unsound: Collection) -> dict[str, str]:
-    found = {}
-    for name in (*FILES, *FOLDERS):
-        if name not in unsound and values[name] not in (None, "auto", "none"):
-            found |= {name: message} if (message := _path_problem(name, values[name], path)) else {}
-    for name, switch in NEEDS.items():
-        if not {name, switch} & set(unsound) and values[name] and not values[switch]:
-            found[name] = f"needs {switch}, which is off"
-    for check in CROSS_CHECKS:
-        needed = inspect.signature(check).parameters
-        if not any(name in unsound for name in needed):
-            problems = check(**{name: given if name == "given" else values[name] for name in needed})
-            found |= {name: message for name, message in problems if name not in found}
-    return found
-
-
-def _path_problem(name: str, value: str, config_path: Path) -> str | None:
-    found = find_path(value, config_path)
-    if found is not None and name in FILES:
-        return None if found.is_file() else f"{value} is a folder; name the JSON file in it"
-    if found is not None:
-        return None if found.is_dir() else f"{value} is a file; name the folder that holds it"
-    if name in FOLDERS and not value.startswith("tokenizer/") and re.fullmatch(HUB_NAME, value):
-        return None
-    places = ", ".join(str(place) for place in _places(value, config_path))
-    return f"{value} not found; looked for {places}" + ("; nor is it a hub name" if name in FOLDERS else "")
-
-
-def _check_length(train_tokens, max_steps) -> Iterator[Problem]:
-    if (train_tokens is None) == (max_steps == -1):
-        found = "neither is set" if train_tokens is None else "both are set"
-        yield "train_tokens", f"give train_tokens or max_steps; {found}"
-
-
-def _check_model(model_config, model_name_or_path) -> Iterator[Problem]:
-    if (model_config is None) == (model_name_or_path is None):
-        found = "neither is set" if model_config is None else "both are set"
-        yield "model_config", f"give model_config or model_name_or_path; {found}"
-
-
-def _check_lanes(num_lanes, dataloader_num_workers) -> Iterator[Problem]:
-    ranks, workers = _world_size(), max(1, dataloader_num_workers)
-    if num_lanes % ranks:
-        yield "num_lanes", f"{num_lanes} lanes cannot be dealt to {ranks} processes; start a divisor of {num_lanes}"
-    elif num_lanes % (ranks * workers):
-        fitting = [str(n) for n in range(num_lanes // ranks + 1) if num_lanes % (ranks * max(1, n)) == 0]
-        message = f"num_lanes {num_lanes} cannot be dealt to {ranks} x {workers} (processes x workers)"
-        yield "dataloader_num_workers", f"{message}; {', '.join(fitting)} would do"
-
-
-def _check_precision(bf16, fp16, bf16_full_eval, fp16_full_eval, tf32, use_cpu) -> Iterator[Problem]:
-    for bf16_on, fp16_on, suffix in ((bf16, fp16, ""), (bf16_full_eval, fp16_full_eval, "_full_eval")):
-        key = f"bf16{suffix}"
-        if bf16_on and fp16_on:
-            yield key, f"{key} and fp16{suffix} are both true; keep one (bf16 where the GPU has it)"
-        elif bf16_on and not use_cpu and not is_torch_bf16_gpu_available():
-            yield key, f"this machine has no GPU that computes in bf16; add --use_cpu true, or --{key} false"
-        elif fp16_on and _on_cpu(use_cpu):
-            yield f"fp16{suffix}", "needs a GPU; on a CPU use bf16, or neither"
-    if tf32 and not is_torch_tf32_available():
-        yield "tf32", "this machine has no TF32; leave the key out, the recipe turns TF32 on where it exists"
-
-
-def _check_attention(attn_implementation, bf16, fp16, use_cpu, document_masking, use_cache) -> Iterator[Problem]:
-    is_flash = attn_implementation.startswith("flash")
-    if (is_flash or attn_implementation == "flex_attention") and _on_cpu(use_cpu):
-        yield "attn_implementation", f"{attn_implementation} needs a GPU to train; use auto, sdpa or eager"
-    elif is_flash and not (bf16 or fp16):
-        yield "attn_implementation", f"{attn_implementation} computes in half precision only; set bf16, or use sdpa"
-    if document_masking and use_cache:
-        yield "use_cache", "true turns document_masking off without a word; remove it"
-
-
-def _check_intervals(given, eval_strategy, eval_steps, save_strategy, logging_strategy) -> Iterator[Problem]:
-    strategies = {"eval_strategy": eval_strategy, "save_strategy": save_strategy, "logging_strategy": logging_strategy}
-    for name, strategy in strategies.items():
-        if strategy == "epoch":
-            yield name, 'the stream has no epochs; use "steps"'
-    if eval_strategy == "steps" and eval_steps is None:
-        yield "eval_steps", 'is required when eval_strategy is "steps"'
-    if eval_steps is not None and "eval_strategy" not in given:
-        yield "eval_steps", 'does nothing while eval_strategy is unset; add "eval_strategy": "steps"'
-
-
-def _check_best(save_strategy, eval_strategy, load_best_model_at_end, metric_for_best_model) -> Iterator[Problem]:
-    if save_strategy == "best" and (eval_strategy == "no" or metric_for_best_model is None):
-        yield "save_strategy", '"best" needs an eval_strategy and metric_for_best_model, such as "loss"'
-    if load_best_model_at_end and "no" in (eval_strategy, save_strategy):
-        yield "load_best_model_at_end", "needs both an eval_strategy and a save_strategy"
-
-
-def _check_schedule(lr_scheduler_type, lr_scheduler_kwargs, learning_rate, warmup_steps) -> Iterator[Problem]:
-    if lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy") and warmup_steps:
-        yield "warmup_steps", f"{lr_scheduler_type} ignores it; use constant_with_warmup, or remove it"
-    if lr_scheduler_type in ("constant", "constant_with_warmup") and lr_scheduler_kwargs:
-        yield "lr_scheduler_kwargs", f"{lr_scheduler_type} ignores them; remove them"
-    # Built once on nothing: transformers would refuse a wrong or missing kwarg only after the data has been opened.
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
-    try:
-        get_scheduler(lr_scheduler_type, optimizer, 0, 100_000, dict(lr_scheduler_kwargs or {}))
-    except (TypeError, ValueError, ArithmeticError) as error:
-        yield "lr_scheduler_kwargs", f"do not suit {lr_scheduler_type}: {error}"
-
-
-CROSS_CHECKS = (
-    *(_check_length, _check_model, _check_lanes, _check_precision, _check_attention),
-    *(_check_intervals, _check_best, _check_schedule),
-)
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _on_cpu(use_cpu: bool) -> bool:
-    return use_cpu or not torch.accelerator.is_available()
-
-
-# Values
-
-
-def _defaults() -> dict[str, Any]:
-    fresh = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in FIELDS.values()}
-    return fresh | DEFAULTS
-
-
-def _settled(value: Any, hint: Any) -> Any:
-    """1e9 as int where the field is one."""
-    return int(value) if isinstance(value, float) and int in _members(hint) and float not in _members(hint) else value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _is_off(value: Any) -> bool:
-    return value in (None, False, "", "none", [])
-
-
-def _mask(name: str) -> str:
-    return f"<{name.upper()}>"
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, (list, dict)):
-        return "a list" if isinstance(value, list) else "an object"
-    return json.dumps(value, ensure_ascii=False)[:80]

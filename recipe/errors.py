@@ -4,6 +4,16 @@
 class UserError(ValueError):
     """The user's input cannot be used (exit code 2). The message says what, where and how to mend it."""
 
+    exit_code = 2
+
 
 class DataError(RuntimeError):
     """Data or disk failed under a good configuration (exit code 4): unreachable, corrupt, changed, full."""
+
+    exit_code = 4
+
+
+def message_of(error: BaseException) -> str:
+    """The error's own words; one that crossed from a DataLoader worker comes wrapped in that worker's traceback."""
+    text = str(error).strip()
+    return text.splitlines()[-1].split(": ", 1)[-1] if "Original Traceback" in text else text or type(error).__name__

@@ -36,7 +36,6 @@ class PretrainTrainer(Trainer):
 
 
 # --- the stream's position
-# ---------------------------------------------------------------------------------------------
 
 
 class StreamCallback(TrainerCallback):
@@ -94,7 +93,6 @@ def load_position(checkpoint: Path, identity: dict) -> dict:
 
 
 # --- samples
-# -----------------------------------------------------------------------------------------------------------
 
 
 class SampleCallback(TrainerCallback):
@@ -133,7 +131,7 @@ class SampleCallback(TrainerCallback):
 
 
 def generate(model, tokenizer, prompt: list[int], new_tokens: int, seed: int) -> str:
-    """Sample a continuation (temperature 0.8, nucleus 0.95) and leave the generators and the model's mode as they
+    """Sample a continuation (temperature 0.7, nucleus 0.95) and leave the generators and the model's mode as they
     were."""
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
@@ -146,7 +144,7 @@ def generate(model, tokenizer, prompt: list[int], new_tokens: int, seed: int) ->
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=new_tokens,
             do_sample=True,
-            temperature=0.8,
+            temperature=0.7,
             top_p=0.95,
             use_cache=True,
             eos_token_id=tokenizer.eos_token_id,
@@ -180,7 +178,6 @@ def share_of_known_words(text: str, known: set[str]) -> float | None:
 
 
 # --- signals and progress
-# ----------------------------------------------------------------------------------------------
 
 
 class SignalCallback(TrainerCallback):

@@ -85,7 +85,6 @@ def test_too_little_to_go_by_says_so(ids):
 
 
 # --- on real models
-# ----------------------------------------------------------------------------------------------------
 
 
 def unshifted(logits, labels, vocab_size, **kwargs):

@@ -6,7 +6,7 @@ import pytest
 
 from recipe.__main__ import run
 from recipe.guards.trajectory import check_reference, load_reference
-from recipe.record import DEVIATIONS, MIN_HALF_WIDTH, choose_steps, point_at
+from recipe.record import ARGUMENTS, DEVIATIONS, MIN_HALF_WIDTH, choose_steps, point_at
 
 
 def write_run(path, seed=0, noise=0.1, **changes):
@@ -21,11 +21,7 @@ def write_run(path, seed=0, noise=0.1, **changes):
         "device": {},
         "model": {"parameters": 1000, "vocab_size": 100, "block_size": 8},
         "source": {"content_hash": "x"},
-        "arguments": dict.fromkeys(
-            ("source", "block_size", "learning_rate", "lr_scheduler_type", "warmup_steps", "train_tokens", "seed")
-            + ("train_seed", "model_config"),
-            1,
-        ),
+        "arguments": dict.fromkeys([*ARGUMENTS, "seed", "model_config"], 1),
         "result": {"verdict": "healthy", "eval_loss": 3.0, "train_seconds": 1.0},
     }
     (path / "run.json").write_text(json.dumps({**values, **changes}))

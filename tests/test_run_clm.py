@@ -165,7 +165,7 @@ def checkout(fresh):
     return fresh
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------
+# --- the run
 
 
 def test_without_gpu_the_demo_is_trained_and_the_reason_said(checkout):
@@ -262,7 +262,7 @@ def test_called_through_a_symbolic_link_from_elsewhere(checkout, tmp_path):
     assert checkout.calls == [f"-m recipe train {checkout.config('cpu_demo')}"]
 
 
-# --- exit codes and signals ------------------------------------------------------------------------------------------
+# --- exit codes and signals
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 130, 143])
@@ -309,7 +309,7 @@ def test_a_run_killed_from_outside_returns_the_shells_code(checkout):
     assert process.returncode == 137
 
 
-# --- the environment -------------------------------------------------------------------------------------------------
+# --- the environment
 
 
 def test_first_start_says_what_it_does_and_installs_what_pyproject_names(fresh):
@@ -527,7 +527,7 @@ def test_the_link_lock_of_a_dead_start_is_broken(fresh):
     assert not link.is_symlink()
 
 
-# --- an active environment -------------------------------------------------------------------------------------------
+# --- an active environment
 
 
 @pytest.mark.parametrize("kind", ["venv", "conda"])

@@ -1,6 +1,7 @@
 """Every kind of source, and every kind of bad one."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -139,3 +140,25 @@ def test_a_hub_that_cannot_be_reached_names_the_source_that_needs_none():
 def test_a_hub_name_needs_an_owner():
     with pytest.raises(UserError, match="hf://OWNER/NAME"):
         open_source("hf://fineweb")
+
+
+def test_a_hub_dataset_is_read_from_the_files_of_its_train_split(write_parquet, monkeypatch):
+    """The hub cannot be reached from a test; what `datasets` answers there is a list of URLs that fsspec opens."""
+    from types import SimpleNamespace
+
+    import datasets
+
+    files = [f"file://{path}" for path in sorted(Path(write_parquet(30, num_files=2)).parent.glob("*.parquet"))]
+    asked = []
+
+    def load_dataset_builder(path, name):
+        asked.append((path, name))
+        return SimpleNamespace(config=SimpleNamespace(data_files={"train": files}))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    source = open_source("hf://HuggingFaceFW/fineweb-edu/sample-10BT")
+    assert asked == [("HuggingFaceFW/fineweb-edu", "sample-10BT")]
+    assert source.num_documents == 30 and read_all(source) == read_all(open_source(files[0])) + read_all(
+        open_source(files[1])
+    )
+    assert open_source("hf://owner/name").num_documents == 30 and asked[-1] == ("owner/name", None)

@@ -182,7 +182,6 @@ def test_eval_rows_are_the_hold_out_alone_and_the_same_each_time(write_parquet, 
 
 
 # --- packing
-# -----------------------------------------------------------------------------------------------------------
 
 
 def documents_of(texts):
@@ -236,7 +235,6 @@ def test_the_text_of_eos_in_a_document_is_not_what_ends_it(write_parquet, tokeni
 
 
 # --- collator
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_collator_as_its_docstring_says():

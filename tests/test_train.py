@@ -103,6 +103,15 @@ def test_another_split_of_the_global_batch_gives_the_same_run(write_config, tmp_
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-4)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluating_changes_nothing_of_the_training(write_config, tmp_path, num_workers):
+    """Trap 2 of the stack: no token crosses between train and eval, for the collator keeps no state."""
+    path = write_config(dataloader_num_workers=num_workers)
+    for name, steps in (("often", "1"), ("never", "1000")):
+        assert run(["train", path, "--output_dir", str(tmp_path / name), "--eval_steps", steps]) == 0
+    assert losses(tmp_path / "often") == losses(tmp_path / "never")
+
+
 def test_resuming_at_the_end_trains_no_further_step(write_config, tmp_path):
     path = write_config()
     assert run(["train", path]) == 0
@@ -242,3 +251,40 @@ def test_a_mistake_is_one_message_and_the_right_code(write_config, capsys, chang
 def test_an_unknown_command_names_those_that_exist(capsys):
     assert run(["trian"]) == 2
     assert "there are train, report, trajectory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_data_that_breaks_during_the_run_is_code_4_and_leaves_its_reason(write_config, tmp_path, capsys, num_workers):
+    """Bytes flipped inside a page: the reader, in a worker or not, says which documents, without a traceback."""
+    path = write_config(dataloader_num_workers=num_workers, eval_strategy="no", eval_steps=None, max_steps=200)
+    file = tmp_path / "part-00.parquet"
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 300] = bytes(300)
+    file.write_bytes(data)
+    assert run(["train", path]) == 4
+    error = capsys.readouterr().err
+    assert "cannot read documents" in error and "Traceback" not in error
+    assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 4
+
+
+def test_a_full_disk_is_code_4(write_config, monkeypatch, capsys):
+    from recipe.trainer import PretrainTrainer
+
+    def full(self, *args, **kwargs):
+        raise RuntimeError("Error while serializing: IoError(Os { code: 28, message: No space left on device })")
+
+    monkeypatch.setattr(PretrainTrainer, "save_model", full)
+    assert run(["train", write_config()]) == 4
+    assert "the disk is full" in capsys.readouterr().err
+
+
+def test_a_resumed_run_does_not_forget_what_was_found_before(write_config, tmp_path, monkeypatch):
+    path = write_config()
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "loss_function", unshifted)
+        assert run(["train", path]) == 0
+    remove_after(tmp_path / "run", step=3)
+    assert run(["train", path, "--resume_from_checkpoint", "latest"]) == 0
+    result = json.loads((tmp_path / "run/run.json").read_text())["result"]
+    assert result["verdict"] == "not to be trusted: missing_label_shift"

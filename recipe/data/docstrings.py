@@ -44,7 +44,7 @@ from recipe.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1  # raise it whenever the same packages would give other documents
+FORMAT_VERSION = 2  # raise it whenever the same packages would give other documents
 
 # Dependencies of the recipe, direct or through torch, transformers and datasets, with the most text. An import name is
 # also the distribution's. setuptools is left out: its version follows whatever made the environment.

@@ -130,7 +130,7 @@ def _halves(chunk: Chunk) -> list[Chunk]:
     return [left, right]
 
 
-# --- which files -----------------------------------------------------------------------------------------------------
+# --- which files
 
 
 def _hub_files(source: str) -> list[str]:
@@ -203,7 +203,6 @@ def _format_of(path: str) -> str:
 
 
 # --- how many documents, and where
-# ------------------------------------------------------------------------------------
 
 
 def _index_files(name: str, paths: list[str], text_column: str, fingerprint: str | None = None) -> Source:
@@ -286,7 +285,6 @@ def _index_text(path: str, text_column: str) -> list[Chunk]:
 
 
 # --- reading one chunk
-# ------------------------------------------------------------------------------------------------
 
 
 def _open(path: str):

@@ -73,7 +73,7 @@ class RegressionCallback(TrainerCallback):
         heard of it)."""
         self._is_stop_asked = True
 
-    # --- Trainer's events -----------------------------------------------------------------------------------------
+    # --- Trainer's events
 
     def on_train_begin(self, args, state, control, **kwargs):
         _make_visible()
@@ -100,7 +100,11 @@ class RegressionCallback(TrainerCallback):
             _stop(control)
         self._start_step()
 
+    def on_save(self, args, state, control, **kwargs):
+        self._last_time = time.perf_counter()  # saving and evaluating are not the next step's time
+
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._last_time = time.perf_counter()
         if self.is_main and metrics:
             values = {name: value for name, value in metrics.items() if name.startswith("eval_")}
             append_line(
@@ -111,7 +115,7 @@ class RegressionCallback(TrainerCallback):
         self._flush(control)
         self._let_go()
 
-    # --- listening ------------------------------------------------------------------------------------------------
+    # --- listening
 
     def _listen(self) -> None:
         trainer = self._trainer
@@ -191,7 +195,7 @@ class RegressionCallback(TrainerCallback):
         targets = recover_loss_targets(model, compute_loss).targets
         return check_loss_targets(prepared["input_ids"], targets, trainer.state.global_step, self.tokens_seen)
 
-    # --- one step -------------------------------------------------------------------------------------------------
+    # --- one step
 
     def _start_step(self) -> None:
         self._loss: torch.Tensor | None = None
@@ -259,7 +263,7 @@ class RegressionCallback(TrainerCallback):
         if self.reference.grad_norm_phases and None not in norms:
             self._update("grad_norm_off", check_grad_norm(self.reference, steps, tokens, norms), control)
 
-    # --- findings -------------------------------------------------------------------------------------------------
+    # --- findings
 
     def _update(self, guard: str, finding: Finding | None, control) -> None:
         """Report at an onset, say once when it is over."""
@@ -301,6 +305,8 @@ class RegressionCallback(TrainerCallback):
             -HISTORY:
         ]
         self.tokens_seen = self.history[-1]["tokens_seen"] if self.history else 0
+        earlier = [record for record in read_lines(self.output_dir / "findings.jsonl") if record["step"] <= until]
+        self.findings = [Finding(**record) for record in earlier]  # a verdict is about the whole run
         if not self.is_main:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)

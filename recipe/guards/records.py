@@ -23,16 +23,25 @@ def append_line(path: Path, record: dict) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Every whole line; a half-written last one, of a run that was killed, is left out. No file, no lines."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    """Every whole record; a half-written line, of a run that was killed, is left out. No file, no records."""
+    return read_and_count_lines(path)[0]
+
+
+def read_and_count_lines(path: Path) -> tuple[list[dict], int]:
+    """As `read_lines`, with the number of lines that are not blank: more than the records where some are broken."""
+    if not path.is_file():
+        return [], 0
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    return [record for record in map(parse_object, lines) if record is not None], len(lines)
+
+
+def parse_object(text: str) -> dict | None:
+    """The JSON object in `text`, None where it holds none or half of one."""
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -1,0 +1,180 @@
+"""What a run says of itself: `run.json` when it begins, verdict, final model and report when it ends."""
+
+import logging
+import signal
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from recipe import rundir
+from recipe.arguments import Config, format_config
+from recipe.data.pipeline import Data, unigram_entropy
+from recipe.guards import RegressionCallback
+from recipe.guards.trajectory import Reference
+from recipe.model import count_flops_per_token, describe_kernels
+from recipe.model_card import write_model_card
+from recipe.report import write_report
+from recipe.trainer import PretrainTrainer, SignalCallback, format_seconds
+
+logger = logging.getLogger(__name__)
+
+GOOD, STOPPED_BY_GUARD = 0, 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: exit code, and the JSON-able summary that is also in `run.json`."""
+
+    code: int
+    result: dict
+    is_main: bool
+
+
+def describe_run(config: Config, output_dir: Path, data: Data, model, checkpoint: Path | None) -> None:
+    """Print what is about to run, and store it in `run.json`."""
+    training, source = config.training, data.source
+    kernels = describe_kernels(model, training)
+    if not training.should_save:
+        return
+    first, last = config.data.eval_skip, config.data.eval_skip + config.data.eval_documents - 1
+    total = training.max_steps * config.tokens_per_step
+    logger.info("configuration %s\n%s", config.path, format_config(config))
+    logger.info(
+        f"source {source.name}: {source.num_documents:,} documents, {source.num_bytes / 1e6:.1f} MB, fingerprint "
+        f"{source.fingerprint[:16]} | eval: documents {first:,} to {last:,}, {len(data.eval_rows):,} rows of "
+        f"{config.data.block_size:,} tokens"
+    )
+    logger.info(
+        f"model: {model.num_parameters() / 1e6:.1f}M parameters | {training.max_steps:,} steps of "
+        f"{config.tokens_per_step:,} tokens, {total / 1e6:.1f}M in all | {kernels}"
+    )
+    rundir.write_json(
+        output_dir / "run.json",
+        {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": None,
+            "resumed_from": str(checkpoint) if checkpoint else None,
+            "config_path": str(config.path),
+            "arguments": config.to_dict(),
+            **rundir.describe_environment(),
+            "device": describe_device(config, kernels),
+            "model": {
+                "parameters": model.num_parameters(),
+                "vocab_size": model.config.vocab_size,
+                "block_size": config.data.block_size,
+                "flops_per_token": count_flops_per_token(model, config.data.block_size),
+            },
+            "source": {
+                "name": source.name,
+                "documents": source.num_documents,
+                "bytes": source.num_bytes,
+                "content_hash": source.fingerprint,
+            },
+            "trajectory": None,
+        },
+    )
+
+
+def describe_device(config: Config, kernels: str) -> dict:
+    training = config.training
+    is_cuda = training.device.type == "cuda"
+    return {
+        "name": torch.cuda.get_device_name() if is_cuda else f"CPU, {torch.get_num_threads()} threads",
+        "type": training.device.type,
+        "count": training.world_size,
+        "kernels": kernels,
+    }
+
+
+def conclude(
+    config: Config,
+    output_dir: Path,
+    data: Data,
+    trainer: PretrainTrainer,
+    guards: RegressionCallback,
+    signals: SignalCallback,
+    seconds: float,
+) -> Outcome:
+    """Evaluate, save the model, write report and verdict. An interrupted or stopped run keeps its checkpoint and skips
+    the rest."""
+    is_whole = signals.received is None and guards.stopped_by is None
+    metrics = final_evaluation(trainer) if is_whole else {}
+    entropy = unigram_entropy(data.eval_rows)
+    if is_whole:
+        trainer.save_model(str(output_dir / "final"))
+    code = GOOD if is_whole else 128 + signals.received if signals.received else STOPPED_BY_GUARD
+    result = {
+        "verdict": verdict(guards, signals.received),
+        "exit_code": code,
+        "steps": trainer.state.global_step,
+        "tokens_seen": guards.tokens_seen,
+        "train_seconds": round(seconds, 1),
+        "passes": data.loader.passes + 1,
+        "unigram_entropy": entropy,
+        **metrics,
+        "guards": {
+            "judged": sorted(guards.judged - guards.disabled),
+            "cannot_judge": guards.cannot_judge,
+            "disabled": sorted(guards.disabled),
+        },
+    }
+    if trainer.is_world_process_zero():
+        write_results(config, output_dir, data, guards, result, is_whole)
+    return Outcome(code, {"run_dir": str(output_dir), **result}, trainer.is_world_process_zero())
+
+
+def final_evaluation(trainer: PretrainTrainer) -> dict:
+    """The last step's evaluation, run now unless the training ended with it."""
+    logged = [
+        entry
+        for entry in trainer.state.log_history
+        if "eval_loss" in entry and entry["step"] == trainer.state.global_step
+    ]
+    metrics = logged[-1] if logged else trainer.evaluate()
+    names = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_next_token_accuracy")
+    return {name: metrics[name] for name in names}
+
+
+def verdict(guards: RegressionCallback, received: int | None) -> str:
+    """One phrase: an error says that the loss is not what it seems, a warning that it does not look right."""
+    for severity, words in (("error", "not to be trusted"), ("warning", "suspicious")):
+        ids = dict.fromkeys(finding.id for finding in guards.findings if finding.severity == severity)
+        if ids:
+            return f"{words}: {', '.join(ids)}"
+    return f"interrupted by {signal.Signals(received).name}, healthy so far" if received else "healthy"
+
+
+def write_results(
+    config: Config, output_dir: Path, data: Data, guards: RegressionCallback, result: dict, is_whole: bool
+) -> None:
+    reference = guards.reference and reference_of(guards.reference, config.tokens_per_step)
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    rundir.update_json(output_dir / "run.json", {"finished": finished, "trajectory": reference, "result": result})
+    report = write_report(output_dir)
+    if is_whole:
+        data.tokenizer.save_pretrained(output_dir / "final")
+        write_model_card(output_dir, output_dir / "final")
+    rundir.write_exit(result["exit_code"], result["verdict"], output_dir)
+    if "eval_loss" in result:
+        logger.info(
+            f"eval loss {result['eval_loss']:.4f} nats per token | unigram entropy of the same tokens "
+            f"{result['unigram_entropy']:.4f} | bits per byte {result['eval_bits_per_byte']:.4f}"
+        )
+    if not is_whole:
+        again = f"bash run_clm.sh {config.path} --output_dir {output_dir} --resume_from_checkpoint latest"
+        logger.info("a checkpoint is saved; to go on: %s", again)
+    counts = Counter(finding.severity for finding in guards.findings)
+    logger.info(
+        f"verdict: {result['verdict']} | {len(result['guards']['judged'])} guards judged, {len(guards.cannot_judge)} "
+        f"could not | findings: {counts['error']} errors, {counts['warning']} warnings, {counts['info']} info | "
+        f"{guards.tokens_seen:,} tokens in {format_seconds(result['train_seconds'])} | {report}"
+    )
+
+
+def reference_of(reference: Reference, tokens_per_step: int) -> dict:
+    """The reference as the report reads it: a step beside each point's tokens."""
+    values = asdict(reference)
+    return {**values, "points": [{**point, "step": point["tokens"] // tokens_per_step} for point in values["points"]]}
