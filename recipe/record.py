@@ -101,7 +101,7 @@ def choose_steps(num_steps: int) -> list[int]:
 
 def point_at(step: int, curves: list[list[dict]]) -> dict:
     """Median and band of a window of steps around `step` (1-based), over all runs."""
-    start = max(0, min(step - 1 - (WINDOW - 1) // 2, len(curves[0]) - WINDOW))
+    start = max(0, min(step - 1 - WINDOW // 2, len(curves[0]) - WINDOW))
     windows = [[record["loss"] for record in curve[start : start + WINDOW]] for curve in curves]
     medians = [statistics.median(window) for window in windows]
     loss = statistics.fmean(medians)

@@ -190,6 +190,8 @@ def _ending(run: Run) -> str:
     if exit_code is not None:
         return ENDINGS.get(exit_code, f"The run ended with exit code {exit_code}.")
     last = f"step {show(run.steps[-1]['step'])}" if run.steps else "before its first step"
+    if run.info.get("failure"):
+        return f"The run failed: {run.info['failure']}. Last heard of: {last}."
     return f"The run recorded no result: it is still going, or it died. Last heard of: {last}."
 
 

@@ -114,6 +114,13 @@ def write_exit(code: int, reason: str, output_dir: Path | None) -> None:
         write_json(Path(os.environ["RECIPE_EXIT_FILE"]), {"code": code, "reason": reason})
 
 
+def write_failure(code: int, reason: str, output_dir: Path) -> None:
+    """What ended a run before its result, for `exit.json` and, in the report, `run.json`."""
+    write_exit(code, reason, output_dir)
+    if os.environ.get("RANK", "0") == "0" and (output_dir / "run.json").exists():
+        update_json(output_dir / "run.json", {"failure": reason})
+
+
 def describe_environment() -> dict:
     """Versions, and the commit of the recipe where it runs from a checkout."""
     versions = {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}}

@@ -58,7 +58,7 @@ def run_training(config: Config) -> Outcome:
         return conclude(config, output_dir, data, trainer, guards, signals, seconds)
     except BaseException as error:
         code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
-        rundir.write_exit(code, message_of(error), output_dir)
+        rundir.write_failure(code, message_of(error), output_dir)
         raise
 
 

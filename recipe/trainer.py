@@ -17,7 +17,7 @@ from recipe.data.loader import BatchLoader, merge_positions
 from recipe.data.source import Source
 from recipe.errors import UserError
 from recipe.guards import Finding, RegressionCallback
-from recipe.guards.records import append_line
+from recipe.guards.records import append_line, keep_until
 from recipe.rundir import STREAM_STATE, write_json
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,10 @@ class SampleCallback(TrainerCallback):
         self.new_tokens = new_tokens
         self._known_words: set[str] | None = None
         self._last_step = -1
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            keep_until(Path(args.output_dir) / "samples.jsonl", state.global_step or -1)
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero or state.global_step == self._last_step:

@@ -266,6 +266,7 @@ def test_data_that_breaks_during_the_run_is_code_4_and_leaves_its_reason(write_c
     error = capsys.readouterr().err
     assert "cannot read documents" in error and "Traceback" not in error
     assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 4
+    assert "cannot read documents" in json.loads((tmp_path / "run/run.json").read_text())["failure"]
 
 
 def test_a_full_disk_is_code_4(write_config, monkeypatch, capsys):

@@ -75,7 +75,7 @@ def check_loss_targets(
     """Hold the recovered targets against the next token of the input.
 
     Both `[rows, positions]`. Looks only at positions where the tokens at i, i+1 and i+2 differ, so that a shift is
-    told without doubt. Returns the worst row's finding: `missing_label_shift` (scored on token i),
+    told without doubt. Returns the first faulty row's finding: `missing_label_shift` (scored on token i),
     `double_label_shift` (i+2) or `wrong_loss_target` (none of these, a tenth of the positions or more). Raises
     `CannotJudge` with too few clear positions.
     """
