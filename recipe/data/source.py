@@ -29,7 +29,7 @@ TEXT_CHUNK_BYTES = 1 << 18  # jsonl and text have no row groups of their own; th
 TEXT_DOCUMENT_BYTES = 1 << 15
 END_OF_TEXT = b"<|endoftext|>"
 HUB_OFFLINE_HINT = (
-    "run on what needs no network, --source docstrings --eval_skip 5000 --eval_documents 100, or on files of your own, "
+    "run on what needs no network, --source docstrings --eval_skip 5000 --eval_documents 100, or on your own files, "
     "--source 'data/*.parquet'"
 )
 
