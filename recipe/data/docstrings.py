@@ -214,7 +214,7 @@ def _extract_in_workers(paths: list[Path], num_processes: int) -> list[list[str]
     try:
         for i, worker in enumerate(workers):
             _send_paths(worker, paths[i::num_processes])
-        numbered = enumerate(tqdm(paths, desc="reading docstrings", unit="file", mininterval=0.5))
+        numbered = enumerate(tqdm(paths, desc="reading docstrings", disable=None, unit="file", mininterval=0.5))
         return [_read_result(workers[i % num_processes], path) for i, path in numbered]
     finally:
         for worker in workers:
