@@ -87,16 +87,25 @@ def open_run(config: Config) -> Path:
 
 
 def choose_prompts(rows: HeldOutRows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The first tokens of a few held-out documents, of those that begin in words rather than in code."""
+    """The first whole words of a few held-out documents, of those that begin in words rather than in code."""
     prompts = []
     for row in rows.rows:
         for start in np.flatnonzero(row.input_ids == tokenizer.eos_token_id) + 1:
-            prompt = row.input_ids[start : start + PROMPT_TOKENS].tolist()
-            text = tokenizer.decode(prompt)
-            is_prose = sum(char.isalpha() or char == " " for char in text) > 0.9 * len(text)
-            if len(prompt) == PROMPT_TOKENS and tokenizer.eos_token_id not in prompt and is_prose:
-                prompts.append(prompt)
-    return prompts[:NUM_PROMPTS] or [rows.rows[0].input_ids[:PROMPT_TOKENS].tolist()]
+            prompt = row.input_ids[start : start + PROMPT_TOKENS + 1].tolist()
+            if len(prompt) > PROMPT_TOKENS and tokenizer.eos_token_id not in prompt:
+                prompts.append(_whole_words(prompt, tokenizer))
+    prose = [prompt for prompt in prompts if prompt and _is_prose(tokenizer.decode(prompt))]
+    return prose[:NUM_PROMPTS] or [rows.rows[0].input_ids[:PROMPT_TOKENS].tolist()]
+
+
+def _whole_words(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Cut before a token that begins a word, with a space: \u2581 in SentencePiece, \u0120 in byte-level pieces."""
+    begins_word = [piece[0] in "\u2581\u0120" for piece in tokenizer.convert_ids_to_tokens(prompt)]
+    return prompt[: max((place for place, begins in enumerate(begins_word) if begins), default=0)]
+
+
+def _is_prose(text: str) -> bool:
+    return sum(char.isalpha() or char == " " for char in text) > 0.9 * len(text)
 
 
 # --- guards and trainer

@@ -1,6 +1,7 @@
 """What the recipe adds to `transformers.Trainer`: its own loader, checkpoints that hold the stream's position,
 samples, progress."""
 
+import contextlib
 import json
 import logging
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback
 
 from recipe.data.loader import BatchLoader, merge_positions
@@ -215,11 +217,13 @@ class ProgressBarCallback(TrainerCallback):
     def __init__(self, guards: RegressionCallback):
         self.guards = guards
         self._bar = None
+        self._redirection = contextlib.ExitStack()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start, self._first = time.perf_counter(), state.global_step
         if state.is_world_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+            self._redirection.enter_context(logging_redirect_tqdm())  # log lines go above the bar, not into it
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._bar is not None:
@@ -252,6 +256,7 @@ class ProgressBarCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self._bar is not None:
             self._bar.close()
+            self._redirection.close()
 
 
 EVAL_METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_next_token_accuracy")
