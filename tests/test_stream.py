@@ -1,6 +1,7 @@
 """The canonical order: endless, disjoint, the same for any ranks and workers, resumable."""
 
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -264,7 +265,10 @@ def test_a_source_of_empty_documents_is_an_error_and_not_an_endless_loop(write_p
 
 def test_no_document_comes_twice_in_100_batches(write_parquet, tokenizer):
     """The original project's expectation: 0 % duplicates over 100+ batches, here of 4 rows, read by two workers."""
-    stream = make_stream(write_parquet(1200), tokenizer, block_size=48, eval_skip=1100, eval_documents=50)
+    words = random.Random(0)
+    texts = ["".join(words.choices("abcdefghij ", k=words.randint(20, 120))) for _ in range(1200)]
+    path = write_parquet(0, texts=texts)
+    stream = make_stream(path, tokenizer, block_size=48, eval_skip=1100, eval_documents=50)
     rows = DataLoader(stream, batch_size=None, num_workers=2, collate_fn=lambda row: row)
     starts, blocks = [], set()
     previous: dict[int, int] = {}

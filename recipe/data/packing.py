@@ -6,7 +6,9 @@ from typing import TypedDict
 
 import numpy as np
 
-TOKENIZE_BYTES = 1 << 18  # text handed to the tokenizer at once: enough to keep its threads busy, little to hold
+# Text handed to the tokenizer at once: little at first, so that the first row comes soon, then enough to keep its
+# threads busy. Which documents share a call changes no token.
+FIRST_TOKENIZE_BYTES, TOKENIZE_BYTES = 1 << 12, 1 << 18
 
 
 class LaneState(TypedDict("LaneState", {"pass": int})):
@@ -60,13 +62,13 @@ def _encode(texts: list[str], tokenizer) -> list[list[int]]:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
+    batch, size, limit = [], 0, FIRST_TOKENIZE_BYTES
     for document in documents:
         batch.append(document)
         size += len(document.text)
-        if size >= TOKENIZE_BYTES:
+        if size >= limit:
             yield batch
-            batch, size = [], 0
+            batch, size, limit = [], 0, min(2 * limit, TOKENIZE_BYTES)
     if batch:
         yield batch
 
