@@ -289,3 +289,17 @@ def test_a_resumed_run_does_not_forget_what_was_found_before(write_config, tmp_p
     assert run(["train", path, "--resume_from_checkpoint", "latest"]) == 0
     result = json.loads((tmp_path / "run/run.json").read_text())["result"]
     assert result["verdict"] == "not to be trusted: missing_label_shift"
+
+
+def test_without_a_compiler_it_runs_uncompiled_and_says_so(write_config, monkeypatch, caplog):
+    monkeypatch.setattr("recipe.train.why_not_compile", lambda: "no C++ compiler found")
+    assert run(["train", write_config(torch_compile=True, eval_strategy="no", eval_steps=None)]) == 0
+    assert "torch_compile is on but cannot work here: no C++ compiler found; running uncompiled" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_judged_and_silent(write_config, tmp_path):
+    """The probe runs the eager modules beside the compiled model; takes a minute of compilation."""
+    assert run(["train", write_config(torch_compile=True)]) == 0
+    result = json.loads((tmp_path / "run/run.json").read_text())["result"]
+    assert result["verdict"] == "healthy" and "missing_label_shift" in result["guards"]["judged"]
