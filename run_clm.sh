@@ -111,5 +111,5 @@ train "$@"
 code=$(reported_code)
 code=${code:-$child_code}
 # torchrun's own report of the failure has pushed the run's message off the screen.
-if [ "$processes" -gt 1 ] && [ "$code" != 0 ]; then say "exit code $code: $(reported_reason)"; fi
+if [ "$processes" -gt 1 ] && [ "$code" != 0 ]; then say "exit code $code: $(printf '%b' "$(reported_reason)")"; fi
 exit "$code"

@@ -5,6 +5,7 @@ import atexit
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -93,16 +94,22 @@ def _fail(code: int, reason: str) -> int:
     return code
 
 
+def _terminate(number, frame):
+    raise KeyboardInterrupt("SIGTERM")
+
+
 def main() -> None:
     """Entry point of the command line. Leaves by `os._exit`: threads of streaming readers may abort an interpreter
     that is shutting down."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s | %(message)s")
     for name in ("httpx", "filelock", "fsspec", "datasets", "torch", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what failed in the end is said once
+    signal.signal(signal.SIGTERM, _terminate)  # while the training runs, its own handler saves a checkpoint
     try:
         code = run(sys.argv[1:])
-    except KeyboardInterrupt:
-        code = _fail(130, "interrupted")
+    except KeyboardInterrupt as interrupt:
+        code = _fail(143 if interrupt.args else 130, "interrupted outside of the training; no checkpoint was saved")
     except Exception:
         logging.getLogger("recipe").exception("unexpected error; this is a bug of the recipe or of what it stands on")
         write_exit(UNEXPECTED, "unexpected error", None)

@@ -5,13 +5,14 @@ and combination is checked before anything is built (`config_checks.py`), and al
 that begin with "_" are comments.
 """
 
+import glob
 import json
 import logging
 import math
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
@@ -67,7 +68,9 @@ class GuardArguments:
     """Which guards watch the run, against what, and what an error does."""
 
     trajectory: str = field(default="auto", metadata={"help": 'Reference curve: "auto", "none" or a JSON\'s path.'})
-    on_regression: Literal["warn", "stop"] = field(default="warn", metadata={"help": "On an error: warn or exit (3)."})
+    on_regression: Literal["warn", "stop"] = field(
+        default="warn", metadata={"help": "At a warning or error: go on, or exit."}
+    )
     disabled_guards: list[str] = field(default_factory=list, metadata={"help": "Finding ids that are not judged."})
 
 
@@ -124,6 +127,7 @@ class Config:
     data: DataArguments
     guards: GuardArguments
     training: TrainingArguments
+    overrides: tuple[str, ...] = ()  # the words of the command line, to be said again when the run is to go on
 
     @property
     def tokens_per_step(self) -> int:
@@ -179,7 +183,7 @@ def parse_config(
     problems += misread + [(labels.get(name, name), message) for name, message in found.items()]
     if problems:
         raise ConfigError(path, problems)
-    return _build(path, values, labels)
+    return replace(_build(path, values, labels), overrides=tuple(overrides))
 
 
 def _problem_of(name: str, value: Any) -> str | None:
@@ -248,7 +252,15 @@ def _resolve_paths(values: dict[str, Any], config_path: Path, unsound: Collectio
             if message := _path_problem(name, values[name], config_path):
                 problems[name] = message
             values[name] = str(find_path(values[name], config_path) or values[name])
+    if "source" not in unsound:
+        values["source"] = _locate_source(values["source"], config_path)
     return problems
+
+
+def _locate_source(source: str, config_path: Path) -> str:
+    """Files named by a path or glob that is meant from the config's folder; everything else as it stands."""
+    beside = str(Path(config_path).resolve().parent / source)
+    return beside if "://" not in source and not glob.glob(source) and glob.glob(beside) else source
 
 
 def _path_problem(name: str, value: str, config_path: Path) -> str | None:

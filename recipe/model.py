@@ -7,7 +7,9 @@ import sysconfig
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 from transformers.utils import is_flash_attn_2_available
 
 from recipe.errors import UserError
@@ -19,11 +21,12 @@ def hardware_defaults() -> dict:
     """TrainingArguments keys that this machine decides where the config is silent, so that one JSON serves all
     machines.
 
-    TF32 and bf16 on a GPU that has them (Ampere and later). On a CPU nothing: there bf16 autocast was slower than fp32
-    for the demo model even on a processor with AVX512-BF16 (4,977 against 7,193 tokens/s on 2 cores, torch 2.13.0).
+    TF32 and bf16 on a GPU that has them (Ampere and later). Without any accelerator `use_cpu`: otherwise each of
+    several ranks would take itself for the only one. On a CPU bf16 autocast was slower than fp32 for the demo model,
+    even with AVX512-BF16 (4,977 against 7,193 tokens/s on 2 cores, torch 2.13.0).
     """
     if not torch.cuda.is_available():
-        return {}
+        return {} if torch.accelerator.is_available() else {"use_cpu": True}
     capability = torch.cuda.get_device_capability()
     return {"bf16": torch.cuda.is_bf16_supported(including_emulation=False), "tf32": capability >= (8, 0)}
 
@@ -53,7 +56,7 @@ def build_model(
         return AutoModelForCausalLM.from_pretrained(
             model_name_or_path, config=config, attn_implementation=attention, dtype=torch.float32
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model_name_or_path {model_name_or_path!r}: cannot be loaded ({reason})") from error
 
@@ -75,9 +78,25 @@ def load_model_config(path: str) -> LlamaConfig:
     if unknown:
         raise UserError(f"model_config {path}: LlamaConfig has no key {', '.join(unknown)}")
     try:
-        return LlamaConfig(**values)
-    except (TypeError, ValueError) as error:
+        config = LlamaConfig(**values)
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"model_config {path}: {str(error).strip().splitlines()[-1].strip()}") from error
+    check_shape(config, path)
+    return config
+
+
+def check_shape(config: LlamaConfig, path: str) -> None:
+    """Raise `UserError` for shapes that LlamaConfig accepts and no forward pass does."""
+    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"):
+        if getattr(config, name) < 1:
+            raise UserError(f"model_config {path}: {name} must be at least 1, got {getattr(config, name)}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(
+            f"model_config {path}: num_attention_heads {config.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {config.num_key_value_heads}"
+        )
+    if config.hidden_act not in ACT2FN:
+        raise UserError(f"model_config {path}: hidden_act {config.hidden_act!r} is unknown; llama's is silu")
 
 
 def check_fit(config, tokenizer: PreTrainedTokenizerBase, block_size: int, name: str) -> None:

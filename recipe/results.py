@@ -1,6 +1,7 @@
 """What a run says of itself: `run.json` when it begins, verdict, final model and report when it ends."""
 
 import logging
+import shlex
 import signal
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -164,14 +165,29 @@ def write_results(
             f"{result['unigram_entropy']:.4f} | bits per byte {result['eval_bits_per_byte']:.4f}"
         )
     if not is_whole:
-        again = f"bash run_clm.sh {config.path} --output_dir {output_dir} --resume_from_checkpoint latest"
+        again = f"bash run_clm.sh {config.path}{_said_again(config.overrides)} --output_dir {output_dir}"
+        again += " --resume_from_checkpoint latest"
         logger.info("a checkpoint is saved; to go on: %s", again)
+    unjudged = "" if "loss_off_reference" in result["guards"]["judged"] else " (the loss curve was not judged)"
     counts = Counter(finding.severity for finding in guards.findings)
+    num_judged, num_unjudged = len(result["guards"]["judged"]), len(guards.cannot_judge)
     logger.info(
-        f"verdict: {result['verdict']} | {len(result['guards']['judged'])} guards judged, {len(guards.cannot_judge)} "
-        f"could not | findings: {counts['error']} errors, {counts['warning']} warnings, {counts['info']} info | "
+        f"verdict: {result['verdict']}{unjudged} | {num_judged} guards judged, {num_unjudged} could not | findings: "
+        f"{counts['error']} errors, {counts['warning']} warnings, {counts['info']} info | "
         f"{guards.tokens_seen:,} tokens in {format_seconds(result['train_seconds'])} | {report}"
     )
+
+
+def _said_again(overrides: tuple[str, ...]) -> str:
+    """The command line's words, without those that a resumed run sets anew."""
+    words, kept = list(overrides), []
+    while words:
+        taken = [words.pop(0)]
+        while words and not words[0].startswith("--"):
+            taken.append(words.pop(0))
+        if taken[0].split("=")[0] not in ("--output_dir", "--resume_from_checkpoint"):
+            kept += taken
+    return f" {shlex.join(kept)}" if kept else ""
 
 
 def reference_of(reference: Reference, tokens_per_step: int) -> dict:

@@ -1,5 +1,6 @@
 """The run directory: which one, what is written into it, which checkpoint to go on from."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from transformers.trainer_utils import get_last_checkpoint
 
 from recipe.errors import UserError
@@ -30,7 +32,7 @@ PACKAGES = (
 def write_json(path: Path, values: dict) -> None:
     """Write whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
@@ -39,15 +41,21 @@ def update_json(path: Path, values: dict) -> None:
     write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **values})
 
 
-def choose_output_dir(output_dir: str, is_default: bool, is_resuming: bool) -> Path:
-    """The directory for this run. A directory that holds a run already is never written into, unless the run is
-    resumed.
+def choose_output_dir(output_dir: str, is_default: bool, resume_from_checkpoint: str | None) -> Path:
+    """The directory for this run. One that holds a run already is never written into, unless that run is resumed.
 
     The default name gets a number then; a name of the user's own is refused with `UserError`.
     """
     path = Path(output_dir)
-    if is_resuming or not holds_run(path):
+    if not holds_run(path) or resume_from_checkpoint == "latest":
         return path
+    if resume_from_checkpoint is not None:
+        if Path(resume_from_checkpoint).resolve().parent == path.resolve():
+            return path
+        raise UserError(
+            f"output_dir {path} holds another run than {resume_from_checkpoint}; choose an empty one, or "
+            f"{Path(resume_from_checkpoint).parent}"
+        )
     if not is_default:
         raise UserError(
             f"output_dir {path} holds a run already; choose another one, or go on "
@@ -104,14 +112,35 @@ def _missing_files(path: Path) -> list[str]:
 
 
 def write_exit(code: int, reason: str, output_dir: Path | None) -> None:
-    """`exit.json` in the run directory, and where `run_clm.sh` asks for it: torchrun turns every child's code into
-    1."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if output_dir is not None and output_dir.is_dir():
+    """`exit.json` in the run directory, and where `run_clm.sh` asks for it: torchrun turns every child's code into 1.
+
+    Rank 0 has the last word; another rank that dies first, and has rank 0 killed, says why.
+    """
+    is_main, asked = os.environ.get("RANK", "0") == "0", os.environ.get("RECIPE_EXIT_FILE")
+    if is_main and output_dir is not None and output_dir.is_dir():
         write_json(output_dir / "exit.json", {"code": code, "reason": reason})
-    if os.environ.get("RECIPE_EXIT_FILE"):
-        write_json(Path(os.environ["RECIPE_EXIT_FILE"]), {"code": code, "reason": reason})
+    if asked and (is_main or not Path(asked).exists() or Path(asked).stat().st_size == 0):
+        write_json(Path(asked), {"code": code, "reason": reason})
+
+
+@contextlib.contextmanager
+def claim(output_dir: Path, rank: int) -> Iterator[None]:
+    """Make the directory and hold it, by rank 0, for this run alone. Raises `UserError` if that cannot be."""
+    if rank != 0:
+        yield
+        return
+    lock = FileLock(output_dir / ".lock")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"output_dir {output_dir}: another run is writing into it; wait, or choose another") from None
+    except OSError as error:
+        raise UserError(f"output_dir {output_dir}: cannot be written ({error.strerror}); choose another") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_failure(code: int, reason: str, output_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """The run as a table of contents: where, data, model, guards, train, results."""
 
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import is_liger_kernel_available
 from transformers.utils.logging import disable_progress_bar
 
 from recipe import rundir
@@ -16,6 +18,7 @@ from recipe.data.pipeline import Data, build_data
 from recipe.data.stream import HeldOutRows
 from recipe.errors import UserError, message_of
 from recipe.guards import RegressionCallback
+from recipe.guards.trajectory import load_reference
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
 from recipe.model import build_model, why_not_compile
 from recipe.results import Outcome, conclude, describe_run
@@ -36,6 +39,11 @@ NUM_PROMPTS, PROMPT_TOKENS = 3, 12
 def run_training(config: Config) -> Outcome:
     """One run from configuration to verdict. Raises `UserError` and `DataError`; everything else is in the outcome."""
     output_dir = open_run(config)
+    with rundir.claim(output_dir, config.training.process_index):
+        return run_claimed(config, output_dir)
+
+
+def run_claimed(config: Config, output_dir: Path) -> Outcome:
     checkpoint = rundir.find_checkpoint(config.training.resume_from_checkpoint, output_dir)
     disable_progress_bar()
     set_seed(config.training.seed)
@@ -49,7 +57,7 @@ def run_training(config: Config) -> Outcome:
         document_masking=config.data.document_masking,
     )
     if checkpoint is not None:
-        data.loader.position = load_position(checkpoint, data.identity)
+        data.loader.position = load_position(checkpoint, data.identity, restored_settings(config, model))
     guards = build_guards(config)
     trainer, signals = build_trainer(config, data, model, guards)
     describe_run(config, output_dir, data, model, checkpoint)
@@ -73,8 +81,14 @@ def open_run(config: Config) -> Path:
             f"{training.n_gpu} GPUs and one process: start with torchrun, as run_clm.sh does, or choose one GPU with "
             "CUDA_VISIBLE_DEVICES=0"
         )
+    if training.world_size != int(os.environ.get("WORLD_SIZE", "1")):
+        raise UserError("several processes were started, but this machine has no GPU for them; add --use_cpu true")
+    if training.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("use_liger_kernel needs the package liger-kernel, which is not installed; set it to false")
+    if config.guards.trajectory not in ("auto", "none"):
+        load_reference(config.guards.trajectory)  # a bad file is to be known now, not when the training begins
     is_default = training.output_dir == f"runs/{config.path.stem}"
-    chosen = [rundir.choose_output_dir(training.output_dir, is_default, training.resume_from_checkpoint is not None)]
+    chosen = [rundir.choose_output_dir(training.output_dir, is_default, training.resume_from_checkpoint)]
     if training.world_size > 1:
         torch.distributed.broadcast_object_list(chosen)
     if training.torch_compile and (reason := why_not_compile()):
@@ -124,6 +138,15 @@ def build_guards(config: Config) -> RegressionCallback:
     )
 
 
+def restored_settings(config: Config, model) -> dict:
+    """What a checkpoint brings back with optimizer, scheduler and generators: another value in the config would be
+    accepted and ignored."""
+    names = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1")
+    resolved = config.to_dict()
+    settings = {name: resolved[name] for name in (*names, "adam_beta2", "adam_epsilon", "seed")}
+    return {**settings, "parameters": model.num_parameters()}
+
+
 def build_trainer(config: Config, data: Data, model, guards: RegressionCallback):
     metrics = NextTokenMetrics(token_byte_lengths(data.tokenizer))
     signals = SignalCallback(guards)
@@ -139,7 +162,7 @@ def build_trainer(config: Config, data: Data, model, guards: RegressionCallback)
         preprocess_logits_for_metrics=metrics.preprocess_logits,
         callbacks=[
             guards,
-            StreamCallback(data.loader, data.identity, guards),
+            StreamCallback(data.loader, data.identity, restored_settings(config, model), guards),
             SampleCallback(prompts, data.tokenizer, data.source, guards),
             signals,
             ProgressBarCallback(guards),

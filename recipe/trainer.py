@@ -43,9 +43,9 @@ class PretrainTrainer(Trainer):
 class StreamCallback(TrainerCallback):
     """Saves the stream's position into each checkpoint, last of all files, and announces the end of a pass once."""
 
-    def __init__(self, loader: BatchLoader, identity: dict, guards: RegressionCallback):
+    def __init__(self, loader: BatchLoader, identity: dict, settings: dict, guards: RegressionCallback):
         self.loader = loader
-        self.identity = identity
+        self.belongs_to = {"identity": identity, "settings": settings}
         self.guards = guards
         self._is_announced = loader.passes > 0
 
@@ -57,7 +57,7 @@ class StreamCallback(TrainerCallback):
             position = merge_positions(positions, args.world_size)
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(checkpoint / STREAM_STATE, {"identity": self.identity, "position": position})
+            write_json(checkpoint / STREAM_STATE, {**self.belongs_to, "position": position})
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._is_announced or self.loader.passes == 0:
@@ -78,20 +78,26 @@ class StreamCallback(TrainerCallback):
         )
 
 
-def load_position(checkpoint: Path, identity: dict) -> dict:
-    """The position saved in a checkpoint. Raises `UserError` with the differences where it belongs to another
-    stream."""
+def load_position(checkpoint: Path, identity: dict, settings: dict) -> dict:
+    """The position saved in a checkpoint.
+
+    Raises `UserError` with the differences where it belongs to another stream, or where settings differ that the
+    checkpoint brings back.
+    """
     saved = json.loads((checkpoint / STREAM_STATE).read_text(encoding="utf-8"))
-    differences = [
-        f"{name}: checkpoint {saved['identity'].get(name)}, config {value}"
-        for name, value in identity.items()
-        if saved["identity"].get(name) != value
-    ]
-    if differences:
+    if differences := _differences(saved["identity"], identity):
+        raise UserError(f"{checkpoint} was made on another stream, its position means nothing here:{differences}")
+    if differences := _differences(saved["settings"], settings):
         raise UserError(
-            f"{checkpoint} was made on another stream, its position means nothing here:\n  " + "\n  ".join(differences)
+            f"{checkpoint} brings these back, so that another value would be ignored:{differences}\n  leave them as "
+            f"they were, or begin a new run from its weights: --model_name_or_path {checkpoint}"
         )
     return saved["position"]
+
+
+def _differences(saved: dict, wanted: dict) -> str:
+    different = [name for name, value in wanted.items() if saved.get(name) != value]
+    return "".join(f"\n  {name}: checkpoint {saved.get(name)}, config {wanted[name]}" for name in different)
 
 
 # --- samples
@@ -120,8 +126,8 @@ class SampleCallback(TrainerCallback):
             return
         self._last_step = state.global_step
         self._known_words = self._known_words or words_of_source(self.source)
-        for prompt in self.prompts:
-            text = generate(model, self.tokenizer, prompt, self.new_tokens, seed=args.seed)
+        for number, prompt in enumerate(self.prompts):
+            text = generate(model, self.tokenizer, prompt, self.new_tokens, seed=args.seed + number)
             record = {
                 "step": state.global_step,
                 "tokens_seen": self.guards.tokens_seen,

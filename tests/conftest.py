@@ -97,7 +97,6 @@ def write_config(tmp_path, tiny_config, tokenizer_dir, write_parquet):
             "eval_steps": 3,
             "save_steps": 3,
             "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
         }
         path = tmp_path / "config.json"
         path.write_text(json.dumps({**values, **changes}))

@@ -105,6 +105,11 @@ def test_the_loss_of_the_built_model_is_shifted_once(tiny_model):
         ("[1]", "not an object"),
         ('{"model_type": "gpt2"}', "model_type 'gpt2'"),
         ('{"hidden_sise": 5}', "no key hidden_sise"),
+        ('{"hidden_size": "64"}', "expected int, got str"),
+        ('{"hidden_size": 64, "num_attention_heads": 5}', "not a multiple of the number of attention heads"),
+        ('{"num_attention_heads": 4, "num_key_value_heads": 3}', "not a multiple of num_key_value_heads 3"),
+        ('{"num_hidden_layers": 0}', "num_hidden_layers must be at least 1"),
+        ('{"hidden_act": "foo"}', "hidden_act 'foo' is unknown"),
     ],
 )
 def test_a_bad_model_json_is_one_message(tmp_path, content, message):
@@ -134,7 +139,8 @@ def test_a_pretrained_model_that_is_not_there(tokenizer, tmp_path):
 
 def test_hardware_defaults_on_a_cpu_and_on_an_ampere_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert model_module.hardware_defaults() == {}
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert model_module.hardware_defaults() == {"use_cpu": True}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))

@@ -147,6 +147,59 @@ def test_a_checkpoint_of_another_stream_is_refused_with_the_differences(write_co
     assert "train_seed: checkpoint 42, config 7" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("changes", [{"learning_rate": 0.1}, {"seed": 7}, {"adam_beta2": 0.9}])
+def test_what_a_checkpoint_brings_back_cannot_be_changed_silently(write_config, tmp_path, capsys, changes):
+    assert run(["train", write_config()]) == 0
+    assert run(["train", write_config(**changes), "--resume_from_checkpoint", "latest"]) == 2
+    error = capsys.readouterr().err
+    assert next(iter(changes)) in error and "would be ignored" in error
+
+
+def test_another_runs_checkpoint_is_not_written_into_this_one(write_config, tmp_path, capsys):
+    path = write_config()
+    for name in ("a", "b"):
+        assert run(["train", path, "--output_dir", str(tmp_path / name)]) == 0
+    words = ["--output_dir", str(tmp_path / "b"), "--resume_from_checkpoint", str(tmp_path / "a/checkpoint-3")]
+    assert run(["train", path, *words]) == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert run(["train", path, "--output_dir", str(tmp_path / "c"), *words[2:]]) == 0
+    whole, later = (read_lines(tmp_path / name / "steps.jsonl") for name in ("a", "c"))
+    exact = ("step", "tokens_seen", "loss")
+    assert [[record[key] for key in exact] for record in whole[3:]] == [[r[key] for key in exact] for r in later]
+
+
+def test_a_checkpoint_comes_with_the_record_of_its_step(write_config, tmp_path, monkeypatch):
+    """A run killed right after it saved must not lose a step: records are written a step late, but before a save."""
+    from recipe.trainer import StreamCallback
+
+    seen = []
+    on_save = StreamCallback.on_save
+
+    def look(self, args, state, control, **kwargs):
+        on_save(self, args, state, control, **kwargs)
+        seen.append((state.global_step, read_lines(tmp_path / "run/steps.jsonl")[-1]["step"]))
+
+    monkeypatch.setattr(StreamCallback, "on_save", look)
+    assert run(["train", write_config()]) == 0
+    assert seen == [(3, 3), (6, 6)]
+
+
+def test_two_runs_cannot_share_a_directory(write_config, tmp_path, capsys):
+    from recipe.rundir import claim
+
+    with claim(tmp_path / "run", rank=0):
+        assert run(["train", write_config()]) == 2
+    assert "another run is writing into it" in capsys.readouterr().err
+
+
+def test_the_command_to_go_on_says_the_overrides_again():
+    from recipe.results import _said_again
+
+    words = ("--output_dir", "x", "--max_steps", "30", "--seed=3", "--resume_from_checkpoint=latest")
+    assert _said_again(words) == " --max_steps 30 --seed=3"
+    assert _said_again(()) == ""
+
+
 def test_a_directory_that_holds_a_run_is_not_written_into(write_config, capsys, tmp_path):
     path = write_config()
     assert run(["train", path]) == 0
@@ -240,6 +293,8 @@ def test_labels_shifted_twice_are_named(write_config, tmp_path, monkeypatch):
         ({"block_size": 128}, 2, "max_position_embeddings 64"),
         ({"num_lanes": 4, "dataloader_num_workers": 3}, 2, "would do"),
         ({"resume_from_checkpoint": "latest"}, 2, "holds no checkpoint"),
+        ({"output_dir": "/proc/nowhere"}, 2, "cannot be written"),
+        ({"use_liger_kernel": True}, 2, "liger-kernel"),
     ],
 )
 def test_a_mistake_is_one_message_and_the_right_code(write_config, capsys, changes, code, message):

@@ -25,7 +25,8 @@ from recipe.errors import DataError, UserError
 
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".md": "text"}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
-TEXT_CHUNK_BYTES = 1 << 18  # jsonl and text have no row groups of their own; they are cut about this long
+# jsonl and text have no row groups of their own; they are cut into 128 pieces, within these lengths.
+MIN_TEXT_CHUNK_BYTES, MAX_TEXT_CHUNK_BYTES = 1 << 12, 1 << 18
 TEXT_DOCUMENT_BYTES = 1 << 15
 END_OF_TEXT = b"<|endoftext|>"
 HUB_OFFLINE_HINT = (
@@ -264,10 +265,11 @@ def _index_parquet(path: str, text_column: str) -> list[Chunk]:
 def _index_jsonl(path: str, text_column: str) -> list[Chunk]:
     chunks, start, size, count = [], 0, 0, 0
     with _open(path) as file:
+        limit = min(max(_size(file) // 128, MIN_TEXT_CHUNK_BYTES), MAX_TEXT_CHUNK_BYTES)
         for line in file:
             size += len(line)
             count += bool(line.strip())
-            if size >= TEXT_CHUNK_BYTES:
+            if size >= limit:
                 chunks.append(Chunk(path, start, count, size))
                 start, size, count = start + size, 0, 0
     return [*chunks, Chunk(path, start, count, size)]
@@ -276,10 +278,11 @@ def _index_jsonl(path: str, text_column: str) -> list[Chunk]:
 def _index_text(path: str, text_column: str) -> list[Chunk]:
     chunks, start, size, count = [], 0, 0, 0
     with _open(path) as file:
+        limit = min(max(_size(file) // 128, MIN_TEXT_CHUNK_BYTES), MAX_TEXT_CHUNK_BYTES)
         for piece in _text_documents(file):
             size += len(piece)
             count += 1
-            if size >= TEXT_CHUNK_BYTES:
+            if size >= limit:
                 chunks.append(Chunk(path, start, count, size))
                 start, size, count = start + size, 0, 0
     return [*chunks, Chunk(path, start, count, size)]
@@ -290,6 +293,12 @@ def _index_text(path: str, text_column: str) -> list[Chunk]:
 
 def _open(path: str):
     return fsspec.open(path, "rb").open()
+
+
+def _size(file) -> int:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return size
 
 
 @lru_cache(maxsize=64)

@@ -101,6 +101,7 @@ class RegressionCallback(TrainerCallback):
         self._start_step()
 
     def on_save(self, args, state, control, **kwargs):
+        self._flush(control)  # a run killed after this checkpoint must find its last step's record
         self._last_time = time.perf_counter()  # saving and evaluating are not the next step's time
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -156,6 +157,8 @@ class RegressionCallback(TrainerCallback):
             "learning_rate": args.learning_rate,
             **self.facts,
         }
+        if not self.history:  # resumed where no records lie: the steps before had the same size
+            self.tokens_seen = trainer.state.global_step * self.facts["tokens_per_step"]
         self.reference, reason = find_reference(self.trajectory, self.facts)
         if self.reference is None:
             self._give_up(("loss_off_reference",), reason)
