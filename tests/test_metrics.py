@@ -142,7 +142,6 @@ def test_byte_fallback_lengths_sum_to_the_text(byte_fallback_tokenizer, text):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.skipif(not (SHIPPED_TOKENIZER / "tokenizer.json").exists(), reason="the 4k tokenizer is not built")
 def test_shipped_tokenizer_lengths_sum_to_the_text(text):
     assert bytes_of(AutoTokenizer.from_pretrained(SHIPPED_TOKENIZER), text) == len(text.encode())
 
