@@ -28,7 +28,7 @@ Several GPUs are all used, by torch.distributed.run. Variables that change what 
   TORCH_INDEX_URL        package index to take torch from when installing, for example the one with the small CPU builds
 
 Exit codes: 0 good, 1 unexpected, 2 your input, 3 a guard stopped the run, 4 data, disk or network,
-130 / 143 interrupted with a checkpoint saved.
+130 / 143 interrupted, with a checkpoint saved if it was training.
 USAGE
 }
 

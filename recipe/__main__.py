@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from recipe.errors import DataError, UserError, message_of
+from recipe.errors import DataError, UserError, exit_code_of, message_of
 from recipe.rundir import write_exit
 
 USAGE = """usage: python -m recipe COMMAND ...
@@ -109,7 +109,7 @@ def main() -> None:
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt as interrupt:
-        code = _fail(143 if interrupt.args else 130, "interrupted outside of the training; no checkpoint was saved")
+        code = _fail(exit_code_of(interrupt), "interrupted while not training, so no new checkpoint was saved")
     except Exception:
         logging.getLogger("recipe").exception("unexpected error; this is a bug of the recipe or of what it stands on")
         write_exit(UNEXPECTED, "unexpected error", None)

@@ -13,6 +13,13 @@ class DataError(RuntimeError):
     exit_code = 4
 
 
+def exit_code_of(error: BaseException) -> int:
+    """The exit code that an exception stands for; `__main__` turns SIGTERM into a KeyboardInterrupt with a word."""
+    if isinstance(error, KeyboardInterrupt):
+        return 143 if error.args else 130
+    return getattr(error, "exit_code", 1)
+
+
 def message_of(error: BaseException) -> str:
     """The error's own words; one that crossed from a DataLoader worker comes wrapped in that worker's traceback."""
     text = str(error).strip()

@@ -11,9 +11,8 @@ from recipe.rundir import write_json
 
 WINDOW = 10
 POINTS = 40
-# The band is this many standard deviations, between seeds and steps, of a window's median; and never narrower than the
-# second number, the nats by which other versions of the corpus or another machine's arithmetic may move a healthy
-# curve.
+# The band is this many standard deviations, between seeds and steps, of a window's median. It is never narrower than
+# the second number, in nats: a margin that was chosen, not measured, for other corpus versions and other machines.
 DEVIATIONS = 6
 MIN_HALF_WIDTH = 0.25
 # What must agree for a run to be of the same config.

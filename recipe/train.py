@@ -16,7 +16,7 @@ from recipe import rundir
 from recipe.arguments import Config
 from recipe.data.pipeline import Data, build_data
 from recipe.data.stream import HeldOutRows
-from recipe.errors import UserError, message_of
+from recipe.errors import UserError, exit_code_of, message_of
 from recipe.guards import RegressionCallback
 from recipe.guards.trajectory import load_reference
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
@@ -65,8 +65,7 @@ def run_claimed(config: Config, output_dir: Path) -> Outcome:
         seconds = train(trainer, guards, checkpoint)
         return conclude(config, output_dir, data, trainer, guards, signals, seconds)
     except BaseException as error:
-        code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
-        rundir.write_failure(code, message_of(error), output_dir)
+        rundir.write_failure(exit_code_of(error), message_of(error), output_dir)
         raise
 
 

@@ -14,8 +14,8 @@ from recipe.guards.records import read_lines
 
 
 @pytest.fixture(autouse=True)
-def one_line_of_output(monkeypatch):
-    monkeypatch.setattr("recipe.trainer.SampleCallback.__init__.__defaults__", (4,), raising=False)
+def short_samples(monkeypatch):
+    monkeypatch.setattr("recipe.trainer.SampleCallback.__init__.__defaults__", (4,))
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -358,3 +358,14 @@ def test_a_compiled_run_is_judged_and_silent(write_config, tmp_path):
     assert run(["train", write_config(torch_compile=True)]) == 0
     result = json.loads((tmp_path / "run/run.json").read_text())["result"]
     assert result["verdict"] == "healthy" and "missing_label_shift" in result["guards"]["judged"]
+
+
+@pytest.mark.parametrize(("interrupt", "code"), [(KeyboardInterrupt(), 130), (KeyboardInterrupt("SIGTERM"), 143)])
+def test_a_signal_during_the_last_evaluation_leaves_its_own_code(write_config, tmp_path, monkeypatch, interrupt, code):
+    def interrupted(trainer):
+        raise interrupt
+
+    monkeypatch.setattr("recipe.results.final_evaluation", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(["train", write_config()])
+    assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == code

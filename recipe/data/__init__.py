@@ -7,5 +7,6 @@
 5. `collator.py` rows -> one micro-batch of tensors                                           [dict of tensors]
 6. `loader.py`   all of it behind the loader that Trainer reads; owns the position            [`BatchLoader`]
 
-A stage imports only earlier stages. `docstrings.py` builds the corpus that comes with the recipe.
+A stage imports only earlier stages. `pipeline.py` builds all six from a configuration; `docstrings.py` builds the
+corpus that comes with the recipe.
 """
