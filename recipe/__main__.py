@@ -15,26 +15,71 @@ from recipe.rundir import write_exit
 USAGE = """usage: python -m recipe COMMAND ...
 
   train CONFIG.json [--field value ...] [--json]      the run
+  verify-data CONFIG.json [--num_batches 100] [--workers W] [--field value ...] [--json]
+                                                      read the stream as training would: repetition, hold-out, speed
+  tokenize CONFIG.json OUT_DIR [--field value ...]    write the source's token ids once; name OUT_DIR as `source` then
   report RUN_DIR                                      findings and curve -> RUN_DIR/report.html
   trajectory record OUT.json RUN_DIR [RUN_DIR ...]    healthy runs of one config -> a reference that later runs are
   held against
 """
-GOOD, UNEXPECTED, USER_INPUT = 0, 1, 2
+GOOD, UNEXPECTED, USER_INPUT, STOPPED_BY_GUARD = 0, 1, 2, 3
 
 
 def train(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("recipe train", add_help=False, allow_abbrev=False)
-    parser.add_argument("config")
-    parser.add_argument("--json", action="store_true")
-    options, overrides = parser.parse_known_args(arguments)
-    from recipe.arguments import parse_config
-    from recipe.model import hardware_defaults
+    options, config = _parse(_config_parser("train"), arguments)
     from recipe.train import run_training
 
-    outcome = run_training(parse_config(options.config, overrides, hardware_defaults()))
+    outcome = run_training(config)
     if options.json and outcome.is_main:
         print(json.dumps(outcome.result))
     return outcome.code
+
+
+def verify_data(arguments: list[str]) -> int:
+    parser = _config_parser("verify-data")
+    parser.add_argument("--num_batches", type=_positive, default=100)
+    parser.add_argument("--workers", dest="dataloader_num_workers")
+    options, config = _parse(parser, arguments)
+    from recipe import verify
+
+    result = verify.verify_data(config, options.num_batches)
+    print(json.dumps(result) if options.json else verify.format_result(result))
+    return STOPPED_BY_GUARD if result["findings"] else GOOD
+
+
+def tokenize(arguments: list[str]) -> int:
+    parser = _config_parser("tokenize")
+    parser.add_argument("out_dir", type=Path)
+    options, config = _parse(parser, arguments)
+    from recipe.data.token_cache import write_token_caches
+
+    sources = write_token_caches(config, options.out_dir)
+    print(json.dumps({"source": sources}))
+    return GOOD
+
+
+def _config_parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"recipe {command}", add_help=False, allow_abbrev=False)
+    parser.add_argument("config")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: list[str]):
+    """The command's own options, and the configuration: all that is left over are its overrides."""
+    options, overrides = parser.parse_known_args(arguments)
+    from recipe.arguments import parse_config
+    from recipe.model import hardware_defaults
+
+    if getattr(options, "dataloader_num_workers", None) is not None:
+        overrides += ["--dataloader_num_workers", options.dataloader_num_workers]
+    return options, parse_config(options.config, overrides, hardware_defaults())
+
+
+def _positive(word: str) -> int:
+    if not word.isdigit() or int(word) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {word}")
+    return int(word)
 
 
 def report(arguments: list[str]) -> int:
@@ -58,7 +103,13 @@ def trajectory(arguments: list[str]) -> int:
     return GOOD
 
 
-COMMANDS = {"train": train, "report": report, "trajectory": trajectory}
+COMMANDS = {
+    "train": train,
+    "verify-data": verify_data,
+    "tokenize": tokenize,
+    "report": report,
+    "trajectory": trajectory,
+}
 
 
 def run(arguments: list[str]) -> int:

@@ -25,6 +25,7 @@ from recipe.config_checks import (
     Problem,
     convert_word,
     find_conflicts,
+    find_mixture_problem,
     find_problem,
     show,
     split_hint,
@@ -47,10 +48,23 @@ class ModelArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceArguments:
+    """One entry of a mixture. What it leaves out, it has from the key of the same name beside `source`."""
+
+    path: str
+    text_column: str
+    train_skip: int
+    eval_skip: int
+    weight: float = 1.0  # share of the rows, beside the weights of the other entries
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataArguments:
     """What it is trained on, and which documents belong to eval alone."""
 
-    source: str = field(metadata={"help": '"docstrings" (embedded), path, glob, URL, or "hf://owner/name/config".'})
+    source: str | list = field(
+        metadata={"help": '"docstrings", path, glob, URL, "hf://owner/name/config", or a list of {"path", "weight"}.'}
+    )
     text_column: str = field(default="text", metadata={"help": "Column or JSON key that holds the text."})
     block_size: int = field(default=1024, metadata={"help": "Tokens in a row."})
     train_tokens: int | None = field(default=None, metadata={"help": "Tokens of the whole run; or give max_steps."})
@@ -61,6 +75,17 @@ class DataArguments:
     eval_documents: int = field(default=1000, metadata={"help": "Hold-out documents; training steps over them."})
     document_masking: bool = field(default=False, metadata={"help": "Keep attention inside each document of a row."})
     num_lanes: int = field(default=32, metadata={"help": "Sub-streams of the canonical order; a power of two."})
+    on_changed_stream: Literal["refuse", "continue", "restart"] = field(
+        default="refuse",
+        metadata={"help": "When a checkpoint was made on another stream: refuse, keep its position, or start anew."},
+    )
+
+    @property
+    def sources(self) -> list[SourceArguments]:
+        """The mixture, of one entry where `source` is a string."""
+        shared = {name: getattr(self, name) for name in ("text_column", "train_skip", "eval_skip")}
+        entries = [{"path": self.source}] if isinstance(self.source, str) else self.source
+        return [SourceArguments(**{**shared, **entry}) for entry in entries]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +128,7 @@ HINTS = {name: hint for group in (*OURS, TrainingArguments) for name, hint in ge
 HINTS |= {"lr_scheduler_kwargs": dict | None, "activation_checkpointing_kwargs": dict | None}
 HINTS |= {"fsdp": bool | str | None, "output_dir": str, "report_to": str | list[str]}
 HINTS |= {"trackio_static_space_id": bool | str | None}
+SOURCE_TYPES = {name: split_hint(hint) for name, hint in get_type_hints(SourceArguments).items()}
 TYPES = {name: split_hint(HINTS[name]) for name in FIELDS}
 FILES, FOLDERS = ("model_config", "trajectory"), ("tokenizer", "model_name_or_path")
 HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(?<!\.json)(?<!\.model)"
@@ -187,6 +213,8 @@ def parse_config(
 
 
 def _problem_of(name: str, value: Any) -> str | None:
+    if name == "source" and not isinstance(value, str):
+        return find_mixture_problem(value, SOURCE_TYPES)
     problem = find_problem(name, value, TYPES)
     if problem is None and name in FIXED and value != FIXED[name][0]:
         return f"must stay {show(FIXED[name][0])}: {FIXED[name][1]}"
@@ -257,8 +285,10 @@ def _resolve_paths(values: dict[str, Any], config_path: Path, unsound: Collectio
     return problems
 
 
-def _locate_source(source: str, config_path: Path) -> str:
+def _locate_source(source: str | list, config_path: Path) -> str | list:
     """Files named by a path or glob that is meant from the config's folder; everything else as it stands."""
+    if isinstance(source, list):
+        return [{**entry, "path": _locate_source(entry["path"], config_path)} for entry in source]
     beside = str(Path(config_path).resolve().parent / source)
     return beside if "://" not in source and not glob.glob(source) and glob.glob(beside) else source
 

@@ -1,28 +1,13 @@
-"""Line charts as inline SVG: round ticks, lines, points, a band, marked moments; light and dark."""
+"""Line charts: round ticks, lines, points, a band, marked moments, all in pixels; the template makes them SVG."""
 
 from dataclasses import dataclass, field
-from html import escape
 
 import numpy as np
 
 MAX_POINTS = 1500  # of one line; a chart is about 1,000 pixels wide, so more cannot be seen
-# Colours for both modes and the classes that charts use; a page may use the colours too.
-STYLE = """:root{color-scheme:light dark;--bg:#fff;--card:#f6f7f9;--fg:#1b2130;--muted:#5d6678;--grid:#e4e7ec;
---loss:#2563eb;--eval:#d9480f;--band:#0d9488;--unigram:#7c3aed;--error:#c1121f;--warning:#a65f00;--info:#0b7285;
---good:#18794e}@media(prefers-color-scheme:dark){:root{--bg:#11141b;--card:#1a1f29;--fg:#e6e9f0;--muted:#9aa4b5;
---grid:#2a3040;--loss:#6ea0ff;--eval:#ff9f5a;--band:#2dd4bf;--unigram:#b79cff;--error:#ff7b7b;--warning:#f0b04f;
---info:#56c8dc;--good:#56d39a}}
-svg{width:100%;height:auto;display:block}svg path{fill:none;stroke-linecap:round;stroke-linejoin:round}
-.grid{stroke:var(--grid)}.tick{fill:var(--muted);font-size:12px}.line{stroke:var(--loss);stroke-width:2.2}
-.raw{stroke:var(--loss);stroke-width:1;opacity:.35}.eval{fill:var(--eval);stroke:var(--bg);stroke-width:1}
-.unigram{stroke:var(--unigram);stroke-width:1.6;stroke-dasharray:7 5}.reference{stroke:var(--band);stroke-width:1.4}
-.band{fill:var(--band);opacity:.17}.flag{fill:var(--error);opacity:.12}
-path.marker{stroke:currentColor;stroke-width:1.3;stroke-dasharray:3 3}
-text.marker{fill:currentColor;paint-order:stroke;stroke:var(--bg);stroke-width:4px;
-font:600 11px ui-monospace,"DejaVu Sans Mono",monospace}
-"""
-# Pixels: the margins round the plot, the height of a row of marker labels, the width of a character in one.
-LEFT, RIGHT, TOP, BOTTOM, LABEL_ROW, CHARACTER = 52, 14, 12, 40, 15, 6.7
+# Pixels: the margins round the plot; of marker labels the top of the first row, its height, the width of a character.
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
+LABEL_TOP, LABEL_ROW, CHARACTER = 6, 15, 6.7
 
 
 def compact(value: float) -> str:
@@ -69,6 +54,10 @@ class Axis:
         if self.is_log:  # 0 tokens, before the first step, belongs at the left edge
             values, low, high = np.log(np.maximum(values, low)), np.log(low), np.log(high)
         return self.start + (values - low) / (high - low) * (self.end - self.start)
+
+    def pixel(self, value: float) -> float:
+        """Where one value is shown; beyond the axis, at its nearer end."""
+        return round(float(np.clip(self.place(value), *sorted((self.start, self.end)))), 1)
 
     def ticks(self) -> list[float]:
         count = max(4, int(abs(self.end - self.start) / 65))
@@ -124,7 +113,7 @@ def path(x: np.ndarray, y: np.ndarray) -> str:
 
 @dataclass
 class Chart:
-    """Collects layers in data coordinates, then draws them with `svg()`; each layer's `css` class sets its colour."""
+    """Layers in data coordinates, and what the template asks to draw them; a layer's `css` class sets its colour."""
 
     title: str
     width: int
@@ -132,37 +121,29 @@ class Chart:
     tokens: np.ndarray  # seen at each step; the x axis goes from their lowest to their highest, or from 0
     is_log_x: bool = False
     from_zero: bool = False
+    note: str = ""  # in words, what the curve may hide
+    legend: list = field(default_factory=list)  # (colour, text)
     lines: list = field(default_factory=list)  # (css, x, y)
     dots: list = field(default_factory=list)  # (css, x, y, text on hover)
     bands: list = field(default_factory=list)  # (css, x, low, high)
     boxes: list = field(default_factory=list)  # (css, x up to which, y below which); they do not widen the axes
     markers: list = field(default_factory=list)  # (css, x, label, text on hover), by x
 
-    def svg(self) -> str:
-        x, rows = self.x_axis(), self.label_rows()
-        y = self._y_axis(self.height - BOTTOM, TOP + LABEL_ROW * (max(rows, default=-1) + 1))
-        # Two charts of one page must not share the id of their clip path.
-        clip = f"clip-{''.join(c for c in self.title.lower() if c.isalnum())}"
-        box = f'x="{x.start}" y="{y.end}" width="{x.end - x.start}" height="{y.start - y.end}"'
-        return (
-            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(self.title)}">'
-            f'<clipPath id="{clip}"><rect {box}/></clipPath>{_grid(x, y)}'
-            f'<g clip-path="url(#{clip})">{self._shapes(x, y)}</g>{self._dots(x, y)}{self._marks(x, y, rows)}</svg>'
-        )
-
     def x_axis(self) -> Axis:
         low, high = (self.tokens.min(), self.tokens.max()) if self.is_log_x else (0.0, self.tokens.max() or 1.0)
         return Axis(low, high, LEFT, self.width - RIGHT, self.is_log_x)
 
-    def _y_axis(self, bottom: float, top: float) -> Axis:
+    def y_axis(self) -> Axis:
+        num_rows = len({marker["top"] for marker in self.placed_markers() if marker["label"]})
         # A reference may go on long after this run: what lies there must not widen the axis.
         values = [y[xs <= self.tokens.max()] for _, xs, *curves in self.lines + self.bands for y in curves]
         values.append([value for _, _, value, _ in self.dots])
-        return build_y_axis(np.concatenate(values), bottom, top, self.from_zero)
+        top = TOP + LABEL_ROW * num_rows
+        return build_y_axis(np.concatenate(values), self.height - BOTTOM, top, self.from_zero)
 
-    def _shapes(self, x: Axis, y: Axis) -> str:
-        """What lies within the plot, the lowest first."""
-        shapes = []
+    def shapes(self) -> list[tuple[str, str]]:
+        """(css, path data) of what lies within the plot, the lowest first."""
+        x, y, shapes = self.x_axis(), self.y_axis(), []
         for css, xs, low, high in self.bands:
             shapes.append((css, path(x.place(np.append(xs, xs[::-1])), y.place(np.append(low, high[::-1]))) + "Z"))
         for css, until, below in self.boxes:
@@ -170,51 +151,19 @@ class Chart:
         for css, xs, ys in self.lines:
             px, values = decimate(x.place(xs), ys)
             shapes.append((css, path(px, y.place(values))))
-        return "".join(f'<path class="{css}" d="{data}"/>' for css, data in shapes)
+        return shapes
 
-    def _dots(self, x: Axis, y: Axis) -> str:
-        parts = []
-        for css, at, value, text in self.dots:
-            px, py = x.place(at), np.clip(y.place(value), y.end, y.start)
-            title = f"<title>{escape(text)}</title>"
-            parts.append(f'<circle class="{css}" cx="{px:.1f}" cy="{py:.1f}" r="3.5">{title}</circle>')
-        return "".join(parts)
-
-    def label_rows(self) -> list[int]:
-        """For each marker the row in which its label stands, so that labels do not overlap; 0 where it has none."""
-        x, ends, rows = self.x_axis(), [], []
-        for _, value, label, _ in self.markers:
-            start, end = self.label_span(x.place(value), label)
-            row = next((row for row, used in enumerate(ends) if used < start), len(ends)) if label else 0
+    def placed_markers(self) -> list[dict]:
+        """The markers in pixels. A label stands right of its line, or left where the page would end, in the first row
+        where it overlaps no other; `top` is that of its row, None without a label."""
+        axis, row_ends, placed = self.x_axis(), [], []
+        for css, tokens, label, text in self.markers:
+            x, width = axis.pixel(tokens), len(label) * CHARACTER + 8
+            start, end = (x - width, x) if x + width > self.width else (x, x + width)
+            marker = {"css": css, "x": x, "label": label, "text": text, "start": start, "end": end, "top": None}
             if label:
-                ends[row : row + 1] = [end]
-            rows.append(row)
-        return rows
-
-    def label_span(self, px: float, label: str) -> tuple[float, float]:
-        """Pixels a label takes beside its marker: to the right of it, or to the left where the page would end."""
-        width = len(label) * CHARACTER + 8
-        return (px - width, px) if px + width > self.width else (px, px + width)
-
-    def _marks(self, x: Axis, y: Axis, rows: list[int]) -> str:
-        lines, labels = [], []
-        for (css, value, label, text), row in zip(self.markers, rows, strict=True):
-            px, top = np.clip(x.place(value), x.start, x.end), 6 + LABEL_ROW * row
-            title = f"<title>{escape(text)}</title>"
-            stroke = f"M{px:.1f} {top if label else y.end}V{y.start}"
-            lines.append(f'<path class="marker {css}" d="{stroke}">{title}</path>')
-            offset, anchor = (-4, "end") if self.label_span(px, label)[0] < px else (4, "start")
-            at = f'x="{px + offset:.1f}" y="{top + 8}" text-anchor="{anchor}"'
-            labels.append(f'<text class="marker {css}" {at}>{title}{escape(label)}</text>' if label else "")
-        return "".join(lines + labels)  # labels last: they are read over the lines of later markers
-
-
-def _grid(x: Axis, y: Axis) -> str:
-    xs, ys = x.ticks(), y.ticks()
-    lines = [f"M{x.start} {py:.1f}H{x.end}" for py in y.place(ys)]
-    lines += [f"M{px:.1f} {y.end}V{y.start + 4}" for px in x.place(xs)]
-    words = [(x.start - 7, py + 4, "end", compact(tick)) for tick, py in zip(ys, y.place(ys), strict=True)]
-    words += [(px, y.start + 18, "middle", compact(tick)) for tick, px in zip(xs, x.place(xs), strict=True)]
-    words.append((x.end, y.start + 34, "end", "tokens seen, log scale" if x.is_log else "tokens seen"))
-    texts = (f'<text class="tick" x="{px:.1f}" y="{py:.1f}" text-anchor="{at}">{w}</text>' for px, py, at, w in words)
-    return f'<path class="grid" d="{"".join(lines)}"/>{"".join(texts)}'
+                row = next((row for row, used in enumerate(row_ends) if used < start), len(row_ends))
+                row_ends[row : row + 1] = [end]
+                marker["top"] = LABEL_TOP + LABEL_ROW * row
+            placed.append(marker)
+        return placed

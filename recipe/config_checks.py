@@ -112,6 +112,24 @@ def find_problem(name: str, value: Any, types: Mapping[str, FieldType]) -> str |
     return None if isinstance(value, (bool, dict, NoneType)) else _number_problem(name, value)
 
 
+def find_mixture_problem(entries: Any, types: Mapping[str, FieldType]) -> str | None:
+    """What is wrong with a `source` that is not a string; `types` holds the keys that an entry may have."""
+    example = '{"path": "data/*.parquet", "weight": 0.7}'
+    if not isinstance(entries, list) or not entries:
+        found = "an empty list" if entries == [] else show(entries)
+        return f"expected a string, or a list of entries like {example}; got {found}"
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or "path" not in entry:
+            return f"entry {number} must be an object with a path, such as {example}"
+        for name, value in entry.items():
+            problem = find_problem(name, value, types)
+            if name == "weight" and problem is None and value <= 0:
+                problem = f"must be above 0, got {show(value)}"
+            if problem:
+                return f"entry {number}: {name}: {problem}"
+    return None
+
+
 def split_hint(hint: Any) -> FieldType:
     kinds, choices = [], []
     for member in typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else (hint,):

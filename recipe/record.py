@@ -15,7 +15,7 @@ POINTS = 40
 # the second number, in nats: a margin that was chosen, not measured, for other corpus versions and other machines.
 DEVIATIONS = 6
 MIN_HALF_WIDTH = 0.25
-# What must agree for a run to be of the same config.
+# What a reference's provenance says of each run's configuration; what must agree is in `load_run`, as facts.
 ARGUMENTS = (
     "source",
     "block_size",
@@ -63,15 +63,10 @@ def load_run(run_dir: Path) -> dict:
     if verdict != "healthy" or not steps or run["finished"] is None:
         raise UserError(f"{run_dir}: a reference comes from finished, healthy runs; this one's verdict is {verdict}")
     if run["is_dirty"]:
-        raise UserError(
-            f"{run_dir}: was made from a checkout with uncommitted changes, so nobody "
-            "could repeat it; commit and run again"
-        )
+        raise UserError(f"{run_dir}: made from a checkout with uncommitted changes; commit and run again")
     arguments = run["arguments"]
     facts = {
-        "parameters": run["model"]["parameters"],
-        "vocab_size": run["model"]["vocab_size"],
-        "block_size": run["model"]["block_size"],
+        **{name: run["model"][name] for name in ("parameters", "vocab_size", "block_size")},
         "tokens_per_step": steps[0]["tokens_seen"],
         "train_tokens": steps[-1]["tokens_seen"],
         "learning_rate": arguments["learning_rate"],
@@ -83,10 +78,8 @@ def load_run(run_dir: Path) -> dict:
         "versions": run["versions"],
         "device": run["device"],
         "corpus": run["source"]["content_hash"],
-        "seed": arguments["seed"],
-        "train_seed": arguments["train_seed"],
-        "eval_loss": run["result"]["eval_loss"],
-        "train_seconds": run["result"]["train_seconds"],
+        **{name: arguments[name] for name in ("seed", "train_seed")},
+        **{name: run["result"][name] for name in ("eval_loss", "train_seconds")},
         "arguments": {name: arguments[name] for name in ARGUMENTS},
     }
     return {"facts": facts, "steps": steps, "provenance": provenance, "config_path": run["config_path"]}
@@ -108,11 +101,6 @@ def point_at(step: int, curves: list[list[dict]]) -> dict:
     within = statistics.fmean(statistics.stdev(window) for window in windows) * 1.25 / WINDOW**0.5
     between = statistics.stdev(medians) if len(medians) > 1 else 0.0
     half = max(MIN_HALF_WIDTH, DEVIATIONS * (within**2 + between**2) ** 0.5)
-    tokens = curves[0][step - 1]["tokens_seen"]
-    return {
-        "step": step,
-        "tokens": tokens,
-        "loss": round(loss, 4),
-        "low": round(loss - half, 4),
-        "high": round(loss + half, 4),
-    }
+    curve = {"loss": loss, "low": loss - half, "high": loss + half}
+    rounded = {name: round(value, 4) for name, value in curve.items()}
+    return {"step": step, "tokens": curves[0][step - 1]["tokens_seen"], **rounded}

@@ -14,7 +14,6 @@ from recipe import rundir
 from recipe.arguments import Config, format_config
 from recipe.data.pipeline import Data, unigram_entropy
 from recipe.guards import RegressionCallback
-from recipe.guards.trajectory import Reference
 from recipe.model import count_flops_per_token, describe_kernels
 from recipe.model_card import write_model_card
 from recipe.report import write_report
@@ -36,18 +35,20 @@ class Outcome:
 
 def describe_run(config: Config, output_dir: Path, data: Data, model, checkpoint: Path | None) -> None:
     """Print what is about to run, and store it in `run.json`."""
-    training, source = config.training, data.source
+    training = config.training
     kernels = describe_kernels(model, training)
     if not training.should_save:
         return
-    first, last = config.data.eval_skip, config.data.eval_skip + config.data.eval_documents - 1
     total = training.max_steps * config.tokens_per_step
     logger.info("configuration %s\n%s", config.path, format_config(config))
-    logger.info(
-        f"source {source.name}: {source.num_documents:,} documents, {source.num_bytes / 1e6:.1f} MB, fingerprint "
-        f"{source.fingerprint[:16]} | eval: documents {first:,} to {last:,}, {len(data.eval_rows):,} rows of "
-        f"{config.data.block_size:,} tokens"
-    )
+    for part in data.loader.dataset.parts:
+        source, (first, stop) = part.source, part.split.hold_out
+        share = part.weight / sum(data.loader.dataset.weights)
+        logger.info(
+            f"source {source.name}: {source.num_documents:,} documents, {source.num_bytes / 1e6:.1f} MB, fingerprint "
+            f"{source.fingerprint} | {share:.0%} of the rows | held out: documents {first:,} to {stop - 1:,}"
+        )
+    logger.info(f"eval: {len(data.eval_rows):,} rows of {config.data.block_size:,} tokens")
     logger.info(
         f"model: {model.num_parameters() / 1e6:.1f}M parameters | {training.max_steps:,} steps of "
         f"{config.tokens_per_step:,} tokens, {total / 1e6:.1f}M in all | {kernels}"
@@ -68,15 +69,31 @@ def describe_run(config: Config, output_dir: Path, data: Data, model, checkpoint
                 "block_size": config.data.block_size,
                 "flops_per_token": count_flops_per_token(model, config.data.block_size),
             },
-            "source": {
-                "name": source.name,
-                "documents": source.num_documents,
-                "bytes": source.num_bytes,
-                "content_hash": source.fingerprint,
-            },
+            "source": describe_sources(data),
             "trajectory": None,
         },
     )
+
+
+def describe_sources(data: Data) -> dict:
+    """The mixture as one source, for reference and report, and each of its parts."""
+    parts = [
+        {
+            "name": part.source.name,
+            "weight": part.weight,
+            "documents": part.source.num_documents,
+            "bytes": part.source.num_bytes,
+            "content_hash": part.source.fingerprint,
+        }
+        for part in data.loader.dataset.parts
+    ]
+    return {
+        "name": " + ".join(part["name"] for part in parts),
+        "documents": sum(part["documents"] for part in parts),
+        "bytes": sum(part["bytes"] for part in parts),
+        "content_hash": "+".join(part["content_hash"] for part in parts),
+        "parts": parts,
+    }
 
 
 def describe_device(config: Config, kernels: str) -> dict:
@@ -113,7 +130,11 @@ def conclude(
         "steps": trainer.state.global_step,
         "tokens_seen": guards.tokens_seen,
         "train_seconds": round(seconds, 1),
-        "passes": data.loader.passes + 1,
+        "passes": 1 + max(data.loader.passes(number) for number in range(len(data.sources))),
+        "tokens_by_source": {
+            source.name: rows * config.data.block_size
+            for source, rows in zip(data.sources, data.loader.position["rows_by_source"], strict=True)
+        },
         "unigram_entropy": entropy,
         **metrics,
         "guards": {
@@ -129,11 +150,8 @@ def conclude(
 
 def final_evaluation(trainer: PretrainTrainer) -> dict:
     """The last step's evaluation, run now unless the training ended with it."""
-    logged = [
-        entry
-        for entry in trainer.state.log_history
-        if "eval_loss" in entry and entry["step"] == trainer.state.global_step
-    ]
+    last = trainer.state.global_step
+    logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == last]
     metrics = logged[-1] if logged else trainer.evaluate()
     names = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_next_token_accuracy")
     return {name: metrics[name] for name in names}
@@ -151,7 +169,7 @@ def verdict(guards: RegressionCallback, received: int | None) -> str:
 def write_results(
     config: Config, output_dir: Path, data: Data, guards: RegressionCallback, result: dict, is_whole: bool
 ) -> None:
-    reference = guards.reference and reference_of(guards.reference, config.tokens_per_step)
+    reference = guards.reference and asdict(guards.reference)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     rundir.update_json(output_dir / "run.json", {"finished": finished, "trajectory": reference, "result": result})
     report = write_report(output_dir)
@@ -166,8 +184,7 @@ def write_results(
         )
     if not is_whole:
         again = f"bash run_clm.sh {config.path}{_said_again(config.overrides)} --output_dir {output_dir}"
-        again += " --resume_from_checkpoint latest"
-        logger.info("a checkpoint is saved; to go on: %s", again)
+        logger.info(f"a checkpoint is saved; to go on: {again} --resume_from_checkpoint latest")
     unjudged = "" if "loss_off_reference" in result["guards"]["judged"] else " (the loss curve was not judged)"
     counts = Counter(finding.severity for finding in guards.findings)
     num_judged, num_unjudged = len(result["guards"]["judged"]), len(guards.cannot_judge)
@@ -188,9 +205,3 @@ def _said_again(overrides: tuple[str, ...]) -> str:
         if taken[0].split("=")[0] not in ("--output_dir", "--resume_from_checkpoint"):
             kept += taken
     return f" {shlex.join(kept)}" if kept else ""
-
-
-def reference_of(reference: Reference, tokens_per_step: int) -> dict:
-    """The reference as the report reads it: a step beside each point's tokens."""
-    values = asdict(reference)
-    return {**values, "points": [{**point, "step": point["tokens"] // tokens_per_step} for point in values["points"]]}

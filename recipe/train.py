@@ -57,7 +57,13 @@ def run_claimed(config: Config, output_dir: Path) -> Outcome:
         document_masking=config.data.document_masking,
     )
     if checkpoint is not None:
-        data.loader.position = load_position(checkpoint, data.identity, restored_settings(config, model))
+        data.loader.position = load_position(
+            checkpoint,
+            data.identity,
+            restored_settings(config, model),
+            start=data.loader.dataset.start(),
+            on_changed_stream=config.data.on_changed_stream,
+        )
     guards = build_guards(config)
     trainer, signals = build_trainer(config, data, model, guards)
     describe_run(config, output_dir, data, model, checkpoint)
@@ -162,7 +168,7 @@ def build_trainer(config: Config, data: Data, model, guards: RegressionCallback)
         callbacks=[
             guards,
             StreamCallback(data.loader, data.identity, restored_settings(config, model), guards),
-            SampleCallback(prompts, data.tokenizer, data.source, guards),
+            SampleCallback(prompts, data.tokenizer, data.sources, guards),
             signals,
             ProgressBarCallback(guards),
         ],

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,13 +42,18 @@ class PretrainTrainer(Trainer):
 
 
 class StreamCallback(TrainerCallback):
-    """Saves the stream's position into each checkpoint, last of all files, and announces the end of a pass once."""
+    """Saves the stream's position into each checkpoint, last of all files, and announces the end of each source's
+    first pass once."""
 
     def __init__(self, loader: BatchLoader, identity: dict, settings: dict, guards: RegressionCallback):
         self.loader = loader
         self.belongs_to = {"identity": identity, "settings": settings}
         self.guards = guards
-        self._is_announced = loader.passes > 0
+        self._announced = {number for number in self._sources if loader.passes(number) > 0}
+
+    @property
+    def _sources(self) -> range:
+        return range(len(self.loader.dataset.parts))
 
     def on_save(self, args, state, control, **kwargs):
         position = self.loader.position
@@ -60,44 +66,83 @@ class StreamCallback(TrainerCallback):
             write_json(checkpoint / STREAM_STATE, {**self.belongs_to, "position": position})
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._is_announced or self.loader.passes == 0:
-            return
-        self._is_announced = True
-        source = self.loader.dataset.source
-        self.guards.report(
-            Finding(
-                "source_exhausted",
-                "info",
-                state.global_step,
-                self.guards.tokens_seen,
-                found=f"a lane has read all of its share of {source.num_documents:,} documents and begins pass 2",
-                expected="known: the run asks for more tokens than the source holds",
-                action="from here on documents come a second time, in a new order; read the loss accordingly",
-                evidence={"documents": source.num_documents, "bytes": source.num_bytes},
-            )
+        for number in self._sources:
+            if number not in self._announced and self.loader.passes(number) > 0:
+                self._announced.add(number)
+                self.guards.report(self._exhausted(number, state.global_step))
+
+    def _exhausted(self, number: int, step: int) -> Finding:
+        source = self.loader.dataset.parts[number].source
+        tokens = self.loader.position["rows_by_source"][number] * self.loader.dataset.block_size
+        return Finding(
+            "source_exhausted",
+            "info",
+            step,
+            self.guards.tokens_seen,
+            found=f"after {tokens:,} tokens of {source.name}, the first lane has read all of its share of "
+            f"{source.num_documents:,} documents and begins pass 2",
+            expected="known: the run asks for more tokens than the source holds",
+            action="from here on documents come a second time, in a new order; read the loss accordingly",
+            evidence={"source": number, "documents": source.num_documents, "tokens": tokens},
         )
 
 
-def load_position(checkpoint: Path, identity: dict, settings: dict) -> dict:
-    """The position saved in a checkpoint.
+def load_position(checkpoint: Path, identity: dict, settings: dict, start: dict, on_changed_stream: str) -> dict:
+    """The position to go on from: the one saved in a checkpoint, or `start` where the user says so.
 
-    Raises `UserError` with the differences where it belongs to another stream, or where settings differ that the
-    checkpoint brings back.
+    Raises `UserError` with the differences where it belongs to another stream and `on_changed_stream` is "refuse", or
+    where settings differ that the checkpoint brings back.
     """
     saved = json.loads((checkpoint / STREAM_STATE).read_text(encoding="utf-8"))
-    if differences := _differences(saved["identity"], identity):
-        raise UserError(f"{checkpoint} was made on another stream, its position means nothing here:{differences}")
     if differences := _differences(saved["settings"], settings):
         raise UserError(
             f"{checkpoint} brings these back, so that another value would be ignored:{differences}\n  leave them as "
             f"they were, or begin a new run from its weights: --model_name_or_path {checkpoint}"
         )
-    return saved["position"]
+    position, differences = saved["position"], _differences(saved["identity"], identity)
+    touched = [line for line in differences.splitlines() if ".modified:" in line]
+    if touched and len(touched) == differences.count("\n"):  # copied, or touched
+        logger.warning("files have another date than in %s; size and content are the same", checkpoint)
+        return position
+    if not differences:
+        return position
+    if on_changed_stream == "refuse":
+        raise UserError(
+            f"{checkpoint} was made on another stream, its position means nothing here:{differences}\n  undo the "
+            "change; or add --on_changed_stream continue (keep the position) or restart (from the new stream's start)"
+        )
+    logger.warning("%s was made on another stream:%s\n  %s", checkpoint, differences, CHANGED[on_changed_stream])
+    if on_changed_stream == "restart":
+        return start
+    shapes = [[len(lanes) for lanes in where["lanes"]] for where in (position, start)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"{checkpoint} has {shapes[0]} lanes by source, the config {shapes[1]}: no position can be kept; use "
+            "--on_changed_stream restart"
+        )
+    return position
 
 
-def _differences(saved: dict, wanted: dict) -> str:
-    different = [name for name, value in wanted.items() if saved.get(name) != value]
-    return "".join(f"\n  {name}: checkpoint {saved.get(name)}, config {wanted[name]}" for name in different)
+CHANGED = {
+    "continue": "going on at its position all the same: documents may be missed or come twice",
+    "restart": "reading the new stream from its start",
+}
+
+
+def _differences(saved: dict, wanted: dict, inside: str = "") -> str:
+    """A line for each value that differs, named by the keys that lead to it."""
+    lines = ""
+    for name in dict.fromkeys([*saved, *wanted]):
+        before, after = saved.get(name), wanted.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += _differences(before, after, f"{inside}{name}.")
+        elif before != after:
+            lines += f"\n  {inside}{name}: checkpoint {_shown(before)}, config {_shown(after)}"
+    return lines
+
+
+def _shown(value) -> str:
+    return "none" if value is None else json.dumps(value) if isinstance(value, (dict, list)) else str(value)
 
 
 # --- samples
@@ -107,11 +152,11 @@ class SampleCallback(TrainerCallback):
     """A few continuations of held-out text at each evaluation, with the share of their words that the source knows."""
 
     def __init__(
-        self, prompts: list[list[int]], tokenizer, source: Source, guards: RegressionCallback, new_tokens: int = 64
+        self, prompts: list[list[int]], tokenizer, sources: Sequence[Source], guards: RegressionCallback, new_tokens=64
     ):
         self.prompts = prompts
         self.tokenizer = tokenizer
-        self.source = source
+        self.sources = sources
         self.guards = guards
         self.new_tokens = new_tokens
         self._known_words: set[str] | None = None
@@ -125,7 +170,7 @@ class SampleCallback(TrainerCallback):
         if not state.is_world_process_zero or state.global_step == self._last_step:
             return
         self._last_step = state.global_step
-        self._known_words = self._known_words or words_of_source(self.source)
+        self._known_words = self._known_words or words_of_sources(self.sources, self.tokenizer)
         for number, prompt in enumerate(self.prompts):
             text = generate(model, self.tokenizer, prompt, self.new_tokens, seed=args.seed + number)
             record = {
@@ -170,15 +215,17 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]{2,}", text.lower())
 
 
-def words_of_source(source: Source, max_bytes: int = 1 << 25) -> set[str]:
-    """Distinct words in the first 32 MB of the source."""
-    words, size = set(), 0
-    for chunk in source.chunks:
-        for text in source.read_chunk(chunk):
-            words.update(words_of(text))
-        size += chunk.num_bytes
-        if size >= max_bytes:
-            break
+def words_of_sources(sources: Sequence[Source], tokenizer, max_bytes: int = 1 << 25) -> set[str]:
+    """Distinct words in the first 32 MB of the sources, each read in equal measure."""
+    words = set()
+    for source in sources:
+        size = 0
+        for chunk in source.chunks:
+            for content in source.read_chunk(chunk):
+                words.update(words_of(content if isinstance(content, str) else tokenizer.decode(content.ids)))
+            size += chunk.num_bytes
+            if size >= max_bytes / len(sources):
+                break
     return words
 
 

@@ -78,8 +78,9 @@ BAD_VALUES = [
     ({"max_steps": 2.5}, "max_steps", "expected a whole number, got 2.5"),
     ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps", "expected a whole number, got true"),
     ({"block_size": "64"}, "block_size", "remove the quotes"),
-    ({"source": [{"path": "a", "weight": 1}]}, "source", "expected a string, got a list"),
-    ({"source": 3}, "source", "expected a string, got 3"),
+    ({"source": 3}, "source", "expected a string, or a list of entries like"),
+    ({"source": ["a.parquet"]}, "source", "entry 0 must be an object with a path"),
+    ({"source": [{"path": "a", "wieght": 1}]}, "source", "entry 0: wieght: unknown key; did you mean weight"),
     ({"output_dir": None}, "output_dir", "expected a string, got null"),
     ({"report_to": None}, "report_to", "expected a string or a list of strings, got null"),
     ({"disabled_guards": "loss_spike"}, "disabled_guards", "expected a list of strings"),
@@ -467,7 +468,7 @@ def test_names_of_ours_are_frozen():
         ModelArguments: ["model_config", "model_name_or_path", "tokenizer", "attn_implementation"],
         DataArguments: [
             "source", "text_column", "block_size", "train_tokens", "train_skip", "train_seed", "eval_skip",
-            "eval_seed", "eval_documents", "document_masking", "num_lanes",
+            "eval_seed", "eval_documents", "document_masking", "num_lanes", "on_changed_stream",
         ],
         GuardArguments: ["trajectory", "on_regression", "disabled_guards"],
     }  # fmt: skip

@@ -223,7 +223,7 @@ def test_a_built_corpus_is_used_again(
     path = build_corpus([package], tmp_path, num_processes=1)
     assert [record.getMessage()[:8] for record in caplog.records] == ["building", "built 31"]
     caplog.clear()
-    monkeypatch.setattr(docstrings, "collect_documents", None)  # a second build would raise TypeError
+    monkeypatch.setattr(docstrings, "read_modules", None)  # a second build would raise TypeError
     assert build_corpus([package], tmp_path, num_processes=1) == path
     assert caplog.records == []
 
@@ -274,8 +274,8 @@ def test_what_a_killed_builder_left_is_removed(package: Package, tmp_path: Path)
 def test_builders_at_the_same_time_build_once(
     package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built, collect = [], docstrings.collect_documents
-    monkeypatch.setattr(docstrings, "collect_documents", lambda *given: built.append(1) or collect(*given))
+    built, read = [], docstrings.read_modules
+    monkeypatch.setattr(docstrings, "read_modules", lambda *given: built.append(1) or read(*given))
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(lambda _: build_corpus([package], tmp_path / "cache", 1), range(4)))
     assert len(set(paths)) == 1 and built == [1]

@@ -22,7 +22,7 @@ from transformers import (
 
 import recipe.metrics as metrics_package
 from recipe.errors import UserError
-from recipe.metrics import NextTokenMetrics, _add_batch, load_metrics, token_byte_lengths
+from recipe.metrics import BitsPerByte, NextTokenMetrics, Perplexity, _add_batch, token_byte_lengths
 
 FOLDER = Path(metrics_package.__file__).parent
 SHIPPED_TOKENIZER = Path(__file__).parents[1] / "tokenizer" / "llama-4k"
@@ -80,7 +80,7 @@ def test_bits_per_byte(tmp_path):
 
 def test_sums_are_float64(tmp_path):
     nll = np.random.default_rng(0).gamma(2.0, 2.0, 100_000).astype(np.float32)
-    module = load_metrics("sums", str(tmp_path))["perplexity"]
+    module = Perplexity(cache_dir=str(tmp_path))
     _add_batch(module, predictions=nll)
     # A float32 sum is off by up to 6e-8, its rounding; a float64 one by 1e-16 times a few.
     assert module.compute()["loss"] == pytest.approx(math.fsum(nll.tolist()) / len(nll), rel=1e-13)
@@ -90,7 +90,7 @@ def test_fast_add_equals_evaluates_own_add_batch(tmp_path):
     rng = np.random.default_rng(0)
     nll, num_bytes = rng.gamma(2.0, 2.0, 3001).astype(np.float32), rng.integers(0, 9, 3001)
     stock = load_module("bits_per_byte", tmp_path / "stock")
-    ours = load_metrics("ours", str(tmp_path / "ours"))["bits_per_byte"]
+    ours = BitsPerByte(cache_dir=str(tmp_path / "ours"))
     for part in (slice(0, 17), slice(17, 17), slice(17, 2500), slice(2500, None)):
         stock.add_batch(predictions=nll[part], references=num_bytes[part])
         _add_batch(ours, predictions=nll[part], references=num_bytes[part])

@@ -1,4 +1,4 @@
-"""Two real ranks (gloo) under torchrun: the same run as one rank, one checkpoint for both, the right exit code."""
+"""Real ranks (gloo) under torchrun: the same run as one rank, one checkpoint for both, the right exit code."""
 
 import json
 import os
@@ -14,11 +14,12 @@ from recipe.guards.records import read_lines
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launch(tmp_path, *words) -> dict:
-    """Run the train command on two ranks; returns what rank 0 left in the exit file."""
+def launch(tmp_path, *words, num_ranks=2) -> dict:
+    """Run the train command on several ranks; returns what rank 0 left in the exit file."""
     exit_file = tmp_path / "exit-file.json"
     environment = {**os.environ, "RECIPE_EXIT_FILE": str(exit_file), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "recipe"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command += ["-m", "recipe"]
     done = subprocess.run([*command, "train", *words], env=environment, capture_output=True, text=True, timeout=300)
     assert exit_file.exists(), done.stderr[-3000:]
     return json.loads(exit_file.read_text())
@@ -64,3 +65,21 @@ def test_a_guard_that_stops_two_ranks_gives_3(write_config, tmp_path):
 def test_a_users_mistake_on_two_ranks_gives_2(write_config, tmp_path):
     found = launch(tmp_path, write_config(), "--eval_skip", "5000")
     assert found["code"] == 2 and "has 300 documents" in found["reason"]
+
+
+def test_four_ranks_then_two_then_one_are_one_run(write_config, tmp_path):
+    """Resumed twice, each time on another world size with other workers: the same losses, the same position."""
+    schedule = {"lr_scheduler_type": "constant", "eval_strategy": "no", "eval_steps": None, "save_steps": 2}
+    path = write_config(**schedule, num_lanes=8)
+    assert run(["train", path, "--output_dir", str(tmp_path / "one")]) == 0
+    parts = ["--output_dir", str(tmp_path / "parts")]
+    four = [*parts, "--per_device_train_batch_size", "1", "--max_steps", "2"]
+    assert launch(tmp_path, path, *four, num_ranks=4)["code"] == 0
+    two = [*parts, "--per_device_train_batch_size", "2", "--max_steps", "4", "--dataloader_num_workers", "2"]
+    assert launch(tmp_path, path, *two, "--resume_from_checkpoint", "latest")["code"] == 0
+    one = [*parts, "--dataloader_num_workers", "4", "--resume_from_checkpoint", "latest"]
+    assert run(["train", path, *one]) == 0
+    whole, resumed = (read_lines(tmp_path / name / "steps.jsonl") for name in ("one", "parts"))
+    assert [record["loss"] for record in resumed] == pytest.approx([record["loss"] for record in whole], abs=1e-4)
+    states = [(tmp_path / name / "checkpoint-6/stream_state.json").read_text() for name in ("one", "parts")]
+    assert states[0] == states[1]

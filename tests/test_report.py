@@ -8,7 +8,18 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from recipe.chart import Chart, build_y_axis, compact, decimate, linear_ticks, log_ticks, path, smooth
+from recipe.chart import (
+    LABEL_ROW,
+    LABEL_TOP,
+    Chart,
+    build_y_axis,
+    compact,
+    decimate,
+    linear_ticks,
+    log_ticks,
+    path,
+    smooth,
+)
 from recipe.errors import UserError
 from recipe.guards.finding import FINDINGS as MEANINGS
 from recipe.guards.records import read_lines
@@ -46,14 +57,16 @@ FINDINGS = [
 
 
 class Page(HTMLParser):
-    """Checks that tags are balanced; collects text, tags and the key figures."""
+    """Checks that tags are balanced; collects text, tags, the key figures and the table of data facts."""
 
     def __init__(self, html):
         super().__init__()
         self.open_tags, self.tags, self.text, self.figures = [], [], [], {}
+        self.cells = {"th": [], "td": []}
         self.feed(html)
         self.close()
         assert not self.open_tags, self.open_tags
+        self.facts = list(zip(self.cells["th"], self.cells["td"], strict=True))
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
@@ -72,6 +85,8 @@ class Page(HTMLParser):
         for tag, attributes in self.open_tags:
             if tag == "div" and "data-key" in attributes:
                 self.figures.setdefault(attributes["data-key"], []).append(data)
+        if ("table", {"class": "facts"}) in self.open_tags and self.open_tags[-1][0] in self.cells:
+            self.cells[self.open_tags[-1][0]].append(data)
 
     def has(self, text):
         return text in "".join(self.text)
@@ -239,6 +254,16 @@ def test_words_beside_the_charts_are_recomputed(make_run):
     assert page.has("last 3e-4, highest 3e-4 at step 10")
     assert page.has("unigram entropy 6.58")
     assert page.has("red flag: loss below 3.5 before step 20")
+
+
+def test_data_facts_are_those_of_run_json(make_run):
+    page = report_of(make_run())
+    assert page.facts == [
+        ("Source", "docstrings"),
+        ("Documents", "7,372"),
+        ("Size", "25,000,000 bytes"),
+        ("Content hash", "feedface"),
+    ]
 
 
 def test_kernels_are_said(make_run):
@@ -508,12 +533,9 @@ def test_a_rare_spike_leaves_the_chart_but_not_a_jump():
 def test_labels_of_near_markers_do_not_overlap():
     chart = Chart("t", 1000, 300, tokens=np.linspace(0, 100, 11))
     chart.markers = [("info", at, "a_long_finding_id", "") for at in (10.0, 11, 12, 60, 99)]
-    spans = [
-        (row, *chart.label_span(chart.x_axis().place(marker[1]), marker[2]))
-        for row, marker in zip(chart.label_rows(), chart.markers, strict=True)
-    ]
-    assert [row for row, *_ in spans] == [0, 1, 2, 0, 0]
-    assert all(start >= 0 and end <= 1000 for _, start, end in spans)
+    markers = chart.placed_markers()
+    assert [(marker["top"] - LABEL_TOP) / LABEL_ROW for marker in markers] == [0, 1, 2, 0, 0]
+    assert all(marker["start"] >= 0 and marker["end"] <= 1000 for marker in markers)
 
 
 # The model card.
@@ -540,6 +562,18 @@ def test_model_card_has_front_matter_and_the_figures_of_the_run(make_run):
     ):
         assert words in card
     assert json.loads(card.split("```json\n")[1].split("\n```")[0]) == run_info(60, ())["arguments"]
+
+
+def test_model_card_escapes_what_is_not_code(make_run):
+    folder = make_run(name="a<b>&c")
+    info = run_info(60, ())
+    info["device"]["name"] = "<i>|"
+    info["source"]["name"] = "a`<b>"
+    (folder / "run.json").write_text(json.dumps(info))
+    card = write_model_card(folder, folder / "final").read_text(encoding="utf-8")
+    assert "\n# a&lt;b&gt;&amp;c\n" in card
+    assert "| median, on &lt;i&gt;/ |" in card
+    assert "of `a'<b>`:" in card
 
 
 def test_model_card_names_the_model_it_went_on_from(make_run):

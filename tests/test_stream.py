@@ -11,18 +11,11 @@ from torch.utils.data import DataLoader
 
 from conftest import document
 from recipe.data.collator import DataCollatorForPackedRows
+from recipe.data.lanes import Split, deal_chunks, read_lane, shuffled, start_of_lane, train_and_eval_splits
 from recipe.data.loader import BatchLoader, merge_positions
-from recipe.data.packing import Document, pack, tokenize
+from recipe.data.packing import Document, Row, pack, tokenize
 from recipe.data.source import open_source
-from recipe.data.stream import (
-    HeldOutRows,
-    RowStream,
-    Split,
-    deal_chunks,
-    shuffled,
-    start_of_lane,
-    train_and_eval_splits,
-)
+from recipe.data.stream import HeldOutRows, Part, RowStream
 from recipe.errors import UserError
 
 EOS = 256
@@ -32,7 +25,7 @@ SPLITS = dict(train_skip=0, train_seed=42, eval_skip=80, eval_seed=1041, eval_do
 def make_stream(path, tokenizer, num_lanes=8, rank=0, world_size=1, block_size=16, **changes):
     source = open_source(path)
     train, _ = train_and_eval_splits(source, **{**SPLITS, **changes})
-    return RowStream(source, train, tokenizer, block_size, num_lanes, rank, world_size)
+    return RowStream([Part(source, train)], tokenizer, block_size, num_lanes, rank, world_size)
 
 
 def take(stream, count):
@@ -68,11 +61,15 @@ def test_rows_are_the_same_for_any_ranks_and_workers(write_parquet, tokenizer, w
     assert np.array_equal(ids_of(merged), ids_of(expected))
 
 
-def test_workers_that_do_not_divide_the_lanes_are_refused_with_numbers_that_would_do(write_parquet, tokenizer):
-    stream = make_stream(write_parquet(100), tokenizer)
-    loader = DataLoader(stream, batch_size=None, num_workers=3, collate_fn=lambda row: row)
-    with pytest.raises(UserError, match=r"dataloader_num_workers can be 1, 2, 4, 8"):
-        next(iter(loader))
+@pytest.mark.parametrize(
+    ("world_size", "num_workers", "fits"), [(1, 3, "1, 2, 4, 8"), (2, 8, "1, 2, 4"), (3, 0, "none")]
+)
+def test_workers_that_do_not_divide_the_lanes_are_refused_with_numbers_that_would_do(
+    write_parquet, tokenizer, world_size, num_workers, fits
+):
+    stream = make_stream(write_parquet(100), tokenizer, world_size=world_size)
+    with pytest.raises(UserError, match=rf"dataloader_num_workers can be {fits}, or set num_lanes"):
+        BatchLoader(stream, DataCollatorForPackedRows(EOS), 4, num_workers)
 
 
 @pytest.mark.parametrize("consumed", [1, 7, 40, 200])  # 200 rows are over a pass of this source
@@ -106,7 +103,7 @@ def test_resume_on_another_number_of_ranks(write_parquet, tokenizer):
 def test_iterating_again_goes_on_and_never_starts_over(write_parquet, tokenizer):
     loader = BatchLoader(make_stream(write_parquet(100), tokenizer), DataCollatorForPackedRows(EOS), 4)
     first, second = ([batch["input_ids"] for batch in itertools.islice(loader, 3)] for _ in range(2))
-    expected = ids_of(take(make_stream(loader.dataset.source.chunks[0].path, tokenizer), 24))
+    expected = ids_of(take(make_stream(loader.dataset.parts[0].source.chunks[0].path, tokenizer), 24))
     assert np.array_equal(np.concatenate([batch.numpy() for batch in first + second]), expected)
 
 
@@ -120,19 +117,17 @@ def test_train_never_reads_the_hold_out_and_reads_all_else_once_a_pass(write_par
 
 
 def _lane(stream, lane):
-    from recipe.data.stream import read_lane
-
-    documents = read_lane(stream.source, stream.lanes[lane], stream.split, lane, start_of_lane())
+    documents = read_lane(stream.parts[0].source, stream.lanes[0][lane], stream.parts[0].split, lane, start_of_lane())
     return itertools.takewhile(lambda read: read.state["pass"] == 0, documents)
 
 
 def test_the_second_pass_has_the_same_documents_in_another_order(write_parquet, tokenizer):
-    from recipe.data.stream import read_lane
-
     stream = make_stream(write_parquet(100), tokenizer, num_lanes=1)
     documents = [
         read
-        for read in itertools.islice(read_lane(stream.source, stream.lanes[0], stream.split, 0, start_of_lane()), 180)
+        for read in itertools.islice(
+            read_lane(stream.parts[0].source, stream.lanes[0][0], stream.parts[0].split, 0, start_of_lane()), 180
+        )
     ]
     first, second = ([read.index for read in documents if read.state["pass"] == number] for number in (0, 1))
     assert sorted(first) == sorted(second) and first != second
@@ -145,7 +140,7 @@ def test_train_skip_is_the_first_document_that_training_may_read(write_parquet, 
 
 def test_lanes_hold_nearly_equal_bytes(write_parquet, tokenizer):
     stream = make_stream(write_parquet(400, rows_per_group=5), tokenizer, eval_skip=390)
-    sizes = [sum(chunk.num_bytes for chunk in lane) for lane in stream.lanes]
+    sizes = [sum(chunk.num_bytes for chunk in lane) for lane in stream.lanes[0]]
     assert min(sizes) > 0.9 * max(sizes)
 
 
@@ -174,8 +169,8 @@ def test_a_hold_out_over_everything_is_refused(write_parquet):
 def test_eval_rows_are_the_hold_out_alone_and_the_same_each_time(write_parquet, tokenizer):
     source = open_source(write_parquet(100))
     _, split = train_and_eval_splits(source, **SPLITS)
-    rows = HeldOutRows(source, split, tokenizer, 16)
-    again = HeldOutRows(source, split, tokenizer, 16)
+    rows = HeldOutRows([Part(source, split)], tokenizer, 16)
+    again = HeldOutRows([Part(source, split)], tokenizer, 16)
     assert np.array_equal(ids_of(rows.rows), ids_of(again.rows))
     assert {index for row in rows.rows for index in row.documents} <= set(range(80, 90))
     tokens = sum(len(document(i)) + 1 for i in range(80, 90))
@@ -197,7 +192,7 @@ def test_pack_as_its_docstring_says():
     rows = list(pack(documents, block_size=4))
     assert [row.input_ids.tolist() for row in rows] == [[5, 6, 2, 7]]
     assert rows[0].state == {"pass": 0, "chunk": 0, "document": 1, "token": 1}
-    assert rows[0].documents == (0, 1)
+    assert rows[0].pieces == ((0, 0, 0, 3), (1, 0, 0, 1))
 
 
 @settings(max_examples=60, deadline=None)
@@ -231,7 +226,7 @@ def test_empty_documents_give_nothing_not_even_eos(tokenizer):
 
 def test_the_text_of_eos_in_a_document_is_not_what_ends_it(write_parquet, tokenizer):
     source = open_source(write_parquet(0, texts=["x" * 20] * 40))
-    rows = take(RowStream(source, Split(42), tokenizer, 21, 1), 5)
+    rows = take(RowStream([Part(source, Split(42))], tokenizer, 21, 1), 5)
     assert all((row.input_ids == EOS).sum() == 1 and row.input_ids[-1] == EOS for row in rows)
 
 
@@ -240,9 +235,7 @@ def test_the_text_of_eos_in_a_document_is_not_what_ends_it(write_parquet, tokeni
 
 def test_collator_as_its_docstring_says():
     state = start_of_lane()
-    from recipe.data.packing import Row
-
-    rows = [Row(np.array(ids, np.int32), (0,), state) for ids in ([5, 6, 2, 7], [8, 9, 2, 5])]
+    rows = [Row(np.array(ids, np.int32), (), state) for ids in ([5, 6, 2, 7], [8, 9, 2, 5])]
     batch = DataCollatorForPackedRows(eos_token_id=2, document_masking=True)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 2, 7], [8, 9, 2, 5]]
     assert batch["labels"].tolist() == batch["input_ids"].tolist()
@@ -260,7 +253,7 @@ def test_deal_chunks_gives_every_chunk_to_one_lane(write_parquet):
 def test_a_source_of_empty_documents_is_an_error_and_not_an_endless_loop(write_parquet, tokenizer):
     source = open_source(write_parquet(0, texts=[""] * 20))
     with pytest.raises(UserError, match="not one of its 20 documents holds text"):
-        next(iter(RowStream(source, Split(42), tokenizer, 8, 1)))
+        next(iter(RowStream([Part(source, Split(42))], tokenizer, 8, 1)))
 
 
 def test_no_document_comes_twice_in_100_batches(write_parquet, tokenizer):

@@ -1,6 +1,7 @@
 """Whole runs through the command, on a tiny model and made-up text."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -50,14 +51,15 @@ def test_the_final_model_loads_as_any_other(write_config, tmp_path):
 
 
 def test_eval_loss_is_the_plain_next_token_loss_of_the_hold_out(write_config, tmp_path, tokenizer):
+    from recipe.data.lanes import train_and_eval_splits
     from recipe.data.source import open_source
-    from recipe.data.stream import HeldOutRows, train_and_eval_splits
+    from recipe.data.stream import HeldOutRows, Part
 
     path = write_config()
     assert run(["train", path]) == 0
     source = open_source(json.loads(Path(path).read_text())["source"])
     offsets = dict(train_skip=0, train_seed=42, eval_skip=280, eval_seed=1041, eval_documents=10)
-    rows = HeldOutRows(source, train_and_eval_splits(source, **offsets)[1], tokenizer, 32)
+    rows = HeldOutRows([Part(source, train_and_eval_splits(source, **offsets)[1])], tokenizer, 32)
     ids = torch.stack([torch.from_numpy(row.input_ids).long() for row in rows.rows])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/final")
     with torch.no_grad():
@@ -305,7 +307,7 @@ def test_a_mistake_is_one_message_and_the_right_code(write_config, capsys, chang
 
 def test_an_unknown_command_names_those_that_exist(capsys):
     assert run(["trian"]) == 2
-    assert "there are train, report, trajectory" in capsys.readouterr().err
+    assert "there are train, verify-data, tokenize, report, trajectory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -369,3 +371,74 @@ def test_a_signal_during_the_last_evaluation_leaves_its_own_code(write_config, t
     with pytest.raises(KeyboardInterrupt):
         run(["train", write_config()])
     assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == code
+
+
+def test_interrupted_in_an_evaluation_it_goes_on_with_the_next_rows(write_config, tmp_path, monkeypatch):
+    path = write_config()
+    assert run(["train", path, "--output_dir", str(tmp_path / "whole")]) == 0
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 3 and self.received is None:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("recipe.trainer.SignalCallback.on_prediction_step", interrupt)
+    assert run(["train", path]) == 143
+    monkeypatch.undo()
+    assert len(losses(tmp_path / "run")) < 6
+    assert run(["train", path, "--resume_from_checkpoint", "latest", "--dataloader_num_workers", "2"]) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_mixture_trains_resumes_and_is_counted_by_source(write_config, tmp_path, capsys):
+    from conftest import document
+
+    sources = [{"path": str(tmp_path / "part-*.parquet"), "weight": 3}]
+    sources += [{"path": str(tmp_path / "b.jsonl"), "weight": 1, "eval_skip": 60, "text_column": "body"}]
+    lines = [json.dumps({"body": document(i) * 20}) for i in range(100)]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    path = write_config(source=sources, max_steps=8)
+    assert run(["train", path, "--output_dir", str(tmp_path / "whole"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    first, second = result["tokens_by_source"].values()
+    assert first + second == 32 * 32 and abs(first - 24 * 32) <= 2 * 32  # three to one, to a row or two
+
+    more = ["--resume_from_checkpoint", str(tmp_path / "whole/checkpoint-3"), "--output_dir", str(tmp_path / "whole")]
+    before = losses(tmp_path / "whole")
+    assert run(["train", path, *more]) == 0
+    assert losses(tmp_path / "whole") == before
+
+    sources[1]["weight"] = 2
+    assert run(["train", write_config(source=sources, max_steps=8), *more]) == 2
+    assert "source 1.weight: checkpoint 1, config 2" in capsys.readouterr().err
+
+
+def test_another_stream_is_taken_up_when_the_user_says_so(write_config, tmp_path, capsys, caplog):
+    assert run(["train", write_config()]) == 0
+    resume = ["--resume_from_checkpoint", str(tmp_path / "run/checkpoint-3"), "--output_dir", str(tmp_path / "run")]
+    assert run(["train", write_config(train_seed=7), *resume, "--on_changed_stream", "continue"]) == 0
+    assert "documents may be missed or come twice" in caplog.text
+    state = json.loads((tmp_path / "run/checkpoint-6/stream_state.json").read_text())
+    assert state["position"]["rows"] == 24
+
+    resume[1] = str(tmp_path / "run/checkpoint-3")
+    assert run(["train", write_config(num_lanes=8), *resume, "--on_changed_stream", "continue"]) == 2
+    assert "use --on_changed_stream restart" in capsys.readouterr().err
+    assert run(["train", write_config(num_lanes=8), *resume, "--on_changed_stream", "restart"]) == 0
+    state = json.loads((tmp_path / "run/checkpoint-6/stream_state.json").read_text())
+    assert state["position"]["rows"] == 12 and len(state["position"]["lanes"][0]) == 8
+
+
+def test_a_file_that_changed_since_the_checkpoint_is_named(write_config, write_parquet, tmp_path, capsys, caplog):
+    from conftest import document
+
+    path = write_config()
+    assert run(["train", path]) == 0
+    file = tmp_path / "part-00.parquet"
+    resume = ["--resume_from_checkpoint", str(tmp_path / "run/checkpoint-3")]
+    os.utime(file, (1, 1))  # touched, the same content
+    assert run(["train", path, *resume]) == 0
+    assert "another date" in caplog.text
+
+    write_parquet(0, texts=[document(i).replace("w1", "w2") for i in range(300)])  # as many bytes of text
+    assert run(["train", path, *resume]) == 2
+    assert "source 0.files.part-00.parquet.content: checkpoint" in capsys.readouterr().err

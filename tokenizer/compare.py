@@ -18,7 +18,8 @@ from tokenizers import ByteLevelBPETokenizer
 from train_tokenizer import read_documents  # puts the project root on the path
 from transformers import AutoTokenizer
 
-from recipe.data.source import FORMATS, open_source
+from recipe.data.files import FORMATS
+from recipe.data.source import open_source
 from recipe.errors import DataError, UserError
 
 # Article 1 of the Universal Declaration of Human Rights, United Nations, 1948.

@@ -26,18 +26,20 @@ import subprocess
 import sys
 import sysconfig
 import time
-import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
+from itertools import chain, compress, count, cycle, groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
 from recipe.errors import DataError
@@ -63,16 +65,15 @@ SKIPPED_FOLDERS = {
 MIN_LETTERS = 0.3  # of a paragraph's visible characters: below are tables of numbers and drawings
 MIN_CHARS = 200  # a shorter document is joined with its short neighbours ...
 JOINED_CHARS = 400  # ... until they are this long together
-# So few that 64 tokens of a 4k BPE hold more. Measured, such windows shared between documents: 263,000 of 7.8 million
-# before, 16 of 6.5 million with 20 words here, none of 6.3 million with 18. Two words fewer are margin.
+# So few that 64 tokens of a 4k BPE hold more: with 18 words here no window of 64 tokens was left in two documents.
+# Two words fewer are margin.
 WINDOW_WORDS = 16
 ROW_GROUP_DOCUMENTS = 24  # small row groups are what lanes are dealt
 
 PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
-NOT_LETTERS = re.compile(r"[\W\d_]+")
+LETTER = re.compile(r"[^\W\d_]")
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # control characters; surrogates are not UTF-8
 WORD = re.compile(r"[^\W\d_]+|\d|_|[^\w\s]+")  # digits one by one: BPE may spend a token on each
-BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
 class Package(NamedTuple):
@@ -91,6 +92,10 @@ class Module(NamedTuple):
     name: str
     paragraphs: list[str]
 
+    @property
+    def text(self) -> str:
+        return "\n\n".join(self.paragraphs)
+
 
 def build_docstring_corpus(cache_dir: Path | None = None) -> Path:
     """Return the path of corpus.parquet for the installed packages; build it first where the cache has none.
@@ -99,7 +104,8 @@ def build_docstring_corpus(cache_dir: Path | None = None) -> Path:
     `$RECIPE_CACHE`, `$XDG_CACHE_HOME/recipe` or `~/.cache/recipe` by default. Any number of processes may call it at
     once: one builds, the others wait. Raises DataError when the cache cannot be written.
     """
-    packages = [*find_packages(PACKAGES), standard_library()]
+    stdlib = Path(sysconfig.get_paths()["stdlib"]).resolve()
+    packages = [*find_packages(PACKAGES), Package("stdlib", platform.python_version(), stdlib, is_stdlib=True)]
     return build_corpus(packages, cache_dir or default_cache_dir(), num_processes=min(os.cpu_count() or 1, 8))
 
 
@@ -122,42 +128,68 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "recipe"
 
 
-# ---------------------------------------------------------------------------------------------------- finding modules
-
-
 def find_packages(names: Iterable[str]) -> list[Package]:
     """Locate packages without importing them; names that are not installed are passed over."""
     packages = []
     for name in names:
         spec = importlib.util.find_spec(name)
-        try:
-            installed = version(name)
-        except PackageNotFoundError:
-            continue
         if spec is not None and spec.submodule_search_locations:
-            packages.append(Package(name, installed, Path(spec.submodule_search_locations[0]).resolve()))
+            with suppress(PackageNotFoundError):
+                packages.append(Package(name, version(name), Path(spec.submodule_search_locations[0]).resolve()))
     return packages
-
-
-def standard_library() -> Package:
-    """The running interpreter's own modules."""
-    root = Path(sysconfig.get_paths()["stdlib"]).resolve()
-    return Package("stdlib", platform.python_version(), root, is_stdlib=True)
 
 
 def module_files(package: Package) -> list[tuple[str, Path]]:
     """Return (dotted module name, path) for every .py file of the package, sorted by name."""
+    prefix = () if package.is_stdlib else (package.name,)
     found = []
     for folder, subfolders, files in os.walk(package.root):
-        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
+        subfolders[:] = set(subfolders) - SKIPPED_FOLDERS
         for path in (Path(folder, name) for name in files if name.endswith(".py")):
-            parts = path.relative_to(package.root).with_suffix("").parts
-            parts = (() if package.is_stdlib else (package.name,)) + (parts[:-1] if parts[-1] == "__init__" else parts)
-            found.append((".".join(parts), path))
+            module = path.parent if path.name == "__init__.py" else path.with_suffix("")
+            found.append((".".join(prefix + module.relative_to(package.root).parts), path))
     return sorted(found)
 
 
-# ---------------------------------------------------------------------------------------------------- reading modules
+def read_modules(packages: list[Package], num_processes: int) -> tuple[list[Module], int]:
+    """Return the modules that have paragraphs, sorted by package and name, and how many files did not parse."""
+    files = [(package.name, *file) for package in sorted(packages) for file in module_files(package)]
+    paths = [str(path) for *_, path in files]
+    modules, num_unparsed = [], 0
+    with ExitStack() as stack:
+        # File i goes to worker i % num_processes, so that reading the workers in turn gives the order of `files`.
+        workers = [stack.enter_context(_start_worker(paths[i::num_processes])) for i in range(num_processes)]
+        progress = tqdm(files, desc="reading docstrings", disable=None, unit="file", mininterval=0.5)
+        for (package, name, path), worker in zip(progress, cycle(workers), strict=False):
+            line = worker.stdout.readline()
+            if not line.endswith("\n"):
+                raise DataError(f"a worker of the docstrings ended early, near {path} (exit code {worker.wait()})")
+            paragraphs = json.loads(line)
+            num_unparsed += paragraphs is None
+            if paragraphs:
+                modules.append(Module(package, name, paragraphs))
+    return modules, num_unparsed
+
+
+def _start_worker(paths: list[str]) -> subprocess.Popen:
+    # A plain interpreter: fork would copy a process that may hold CUDA and threads, and multiprocessing's spawn would
+    # import the caller's __main__, torch included. It works in the folder that holds `recipe`, so that nothing of the
+    # caller's shadows it, and in a session of its own: Ctrl-C reaches the parent alone, whose closed pipe ends it.
+    command = [sys.executable, "-W", "ignore", "-m", "recipe.data.docstrings"]
+    root = Path(__file__).resolve().parents[2]
+    with TemporaryFile("w+") as stdin:
+        json.dump(paths, stdin)
+        stdin.seek(0)
+        pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=root, start_new_session=True, **pipes)
+
+
+def run_worker() -> None:
+    """Read a JSON list of paths from stdin; print each file's paragraphs as one line of JSON."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent is gone: end without a traceback
+    gc.disable()  # syntax trees hold no cycles, and scanning them again and again takes longer than parsing
+    for path in json.load(sys.stdin):
+        print(json.dumps(extract_paragraphs(Path(path))))
 
 
 def extract_paragraphs(path: Path) -> list[str] | None:
@@ -168,101 +200,34 @@ def extract_paragraphs(path: Path) -> list[str] | None:
         return None
     cleaned = (NOT_TEXT.sub(" ", inspect.cleandoc(text)) for text in texts)
     paragraphs = (paragraph.strip("\n").rstrip() for text in cleaned for paragraph in PARAGRAPH_BREAK.split(text))
-    return [paragraph for paragraph in paragraphs if _is_prose(paragraph)]
+    return [
+        paragraph
+        for paragraph in paragraphs
+        if len(LETTER.findall(paragraph)) >= max(1, MIN_LETTERS * len("".join(paragraph.split())))
+    ]
 
 
 def iter_doc_strings(node: ast.AST) -> Iterator[str]:
     """Yield the strings that document: docstrings, strings below attributes, and those given to `add_docstr(...)`."""
-    for statement in (child for block in BLOCKS for child in getattr(node, block, ())):
-        if not isinstance(statement, ast.Expr):
-            yield from iter_doc_strings(statement)
-        elif isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str):
-            yield statement.value.value
-        elif isinstance(statement.value, ast.Call):
-            yield from _added_doc_strings(statement.value)
-
-
-def _added_doc_strings(call: ast.Call) -> Iterator[str]:
-    # torch and numpy document what is written in C by add_docstr(function, """...""") and add_newdoc(...).
-    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-    if name.startswith(("add_docstr", "add_newdoc")):
-        for node in ast.walk(call):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" in node.value:
-                yield node.value
-
-
-def _is_prose(paragraph: str) -> bool:
-    visible = len("".join(paragraph.split()))
-    return visible > 0 and len(NOT_LETTERS.sub("", paragraph)) >= MIN_LETTERS * visible
-
-
-def read_modules(packages: list[Package], num_processes: int) -> tuple[list[Module], int]:
-    """Return the modules that have paragraphs, sorted by package and name, and how many files did not parse."""
-    files = [(package.name, *file) for package in sorted(packages) for file in module_files(package)]
-    paragraphs = _extract_in_workers([path for _, _, path in files], num_processes)
-    modules = [
-        Module(package, name, found) for (package, name, _), found in zip(files, paragraphs, strict=True) if found
-    ]
-    return modules, sum(found is None for found in paragraphs)
-
-
-def _extract_in_workers(paths: list[Path], num_processes: int) -> list[list[str] | None]:
-    # Plain child interpreters: fork would copy a process that may hold CUDA and threads, and multiprocessing's spawn
-    # would import the caller's __main__, torch included, in each worker. File i goes to worker i % num_processes,
-    # so that reading the workers in turn gives the order of `paths`.
-    workers = [_start_worker() for _ in range(num_processes)]
-    try:
-        for i, worker in enumerate(workers):
-            _send_paths(worker, paths[i::num_processes])
-        numbered = enumerate(tqdm(paths, desc="reading docstrings", disable=None, unit="file", mininterval=0.5))
-        return [_read_result(workers[i % num_processes], path) for i, path in numbered]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.stdout.close()
-            worker.wait()
-
-
-def _start_worker() -> subprocess.Popen:
-    # The folder that holds `recipe` is the working directory: `-m` finds it there, and nothing of the caller's shadows
-    # it. A session of its own: Ctrl-C reaches the parent alone, which then ends its workers.
-    command = [sys.executable, "-m", "recipe.data.docstrings"]
-    root = Path(__file__).resolve().parents[2]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=root, start_new_session=True, **pipes)
-
-
-def _send_paths(worker: subprocess.Popen, paths: list[Path]) -> None:
-    with suppress(BrokenPipeError), worker.stdin:  # a dead worker is reported by _read_result
-        worker.stdin.write(json.dumps([str(path) for path in paths]))
-
-
-def _read_result(worker: subprocess.Popen, path: Path) -> list[str] | None:
-    line = worker.stdout.readline()
-    if not line.endswith("\n"):
-        raise DataError(f"a worker of the docstring corpus ended early, near {path} (exit code {worker.wait()})")
-    return json.loads(line)
-
-
-def run_worker() -> None:
-    """Read a JSON list of paths from stdin; print each file's paragraphs as one line of JSON."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent is gone: end without a traceback
-    gc.disable()  # syntax trees hold no cycles, and scanning them again and again takes longer than parsing
-    warnings.simplefilter("ignore")  # other people's invalid escape sequences
-    for path in json.load(sys.stdin):
-        print(json.dumps(extract_paragraphs(Path(path))))
-
-
-# ------------------------------------------------------------------------------------------------ removing repetition
+    blocks = (getattr(node, name, ()) for name in ("body", "handlers", "orelse", "finalbody", "cases"))
+    for statement in chain.from_iterable(blocks):
+        match statement:
+            case ast.Expr(ast.Constant(str(text))):
+                yield text
+            case ast.Expr(ast.Call(ast.Name(name) | ast.Attribute(attr=name)) as call):
+                # torch and numpy document what is written in C by add_docstr(function, """...""") and add_newdoc(...).
+                if name.startswith(("add_docstr", "add_newdoc")):
+                    strings = (child.value for child in ast.walk(call) if isinstance(child, ast.Constant))
+                    yield from (text for text in strings if isinstance(text, str) and "\n" in text)
+            case _:
+                yield from iter_doc_strings(statement)
 
 
 def drop_repeated_paragraphs(modules: list[Module]) -> list[Module]:
     """Keep the first of all paragraphs that are equal but for case and white space; modules left empty are dropped."""
-    first_of: dict[str, tuple[int, int]] = {}
-    for i, module in enumerate(modules):
-        for j, paragraph in enumerate(module.paragraphs):
-            first_of.setdefault(" ".join(paragraph.lower().split()), (i, j))
-    return _select(modules, set(first_of.values()))
+    first: dict[str, int] = {}
+    words = (paragraph.lower().split() for module in modules for paragraph in module.paragraphs)
+    return _select(modules, [first.setdefault(" ".join(each), i) == i for i, each in enumerate(words)])
 
 
 def drop_shared_windows(modules: list[Module], window_words: int = WINDOW_WORDS) -> list[Module]:
@@ -271,62 +236,42 @@ def drop_shared_windows(modules: list[Module], window_words: int = WINDOW_WORDS)
     Words are runs of letters, single digits and runs of punctuation, without case. Windows run across paragraphs, so a
     removal can bring new ones about: repeated until there are none.
     """
-    places = [(i, j) for i, module in enumerate(modules) for j in range(len(module.paragraphs))]
-    words, lengths = _number_words(modules[i].paragraphs[j] for i, j in places)
-    paragraph_of = np.repeat(np.arange(len(places)), lengths)
-    module_of = np.repeat(np.array([i for i, _ in places], dtype=np.int64), lengths)
-    kept = np.ones(len(places), dtype=bool)
+    ids: dict[str, int] = defaultdict(count().__next__)
+    paragraphs = ((i, paragraph) for i, module in enumerate(modules) for paragraph in module.paragraphs)
+    numbered = [(i, [ids[word] for word in WORD.findall(paragraph.lower())]) for i, paragraph in paragraphs]
+    lengths = np.array([len(found) for _, found in numbered], dtype=np.int64)
+    words = np.fromiter(chain.from_iterable(found for _, found in numbered), dtype=np.uint64)
+    paragraph_of = np.repeat(np.arange(len(numbered)), lengths)
+    module_of = np.repeat([i for i, _ in numbered], lengths)
+    is_kept = np.ones(len(numbered), dtype=bool)
     while True:
-        in_text = kept[paragraph_of]
-        shared = _shared_windows(words[in_text], module_of[in_text], window_words)
+        left = np.flatnonzero(is_kept[paragraph_of])
+        shared = left[_shared_windows(words[left], module_of[left], window_words)]
         if len(shared) == 0:
-            return _select(modules, {place for place, is_kept in zip(places, kept, strict=True) if is_kept})
-        kept[paragraph_of[in_text][shared + window_words - 1]] = False
-
-
-def _number_words(paragraphs: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the word ids of all paragraphs, one after another, and the number of words of each."""
-    ids: dict[str, int] = {}
-    numbered, lengths = [], []
-    for paragraph in paragraphs:
-        found = [ids.setdefault(word, len(ids)) for word in WORD.findall(paragraph.lower())]
-        numbered.append(np.array(found, dtype=np.int32))
-        lengths.append(len(found))
-    return np.concatenate([np.zeros(0, np.int32), *numbered]), np.array(lengths, dtype=np.int64)
+            return _select(modules, is_kept)
+        is_kept[paragraph_of[shared]] = False
 
 
 def _shared_windows(words: np.ndarray, module_of: np.ndarray, window_words: int) -> np.ndarray:
-    """Return the starts of windows, each inside one module, whose words occur in an earlier module as well."""
-    num_windows = max(0, len(words) - window_words + 1)
-    inside = np.flatnonzero(module_of[:num_windows] == module_of[window_words - 1 :])
-    hashes = _window_hashes(words, window_words)[inside]
+    """Return the places of the last words of windows that lie in one module and occur in an earlier one as well."""
+    if len(words) < window_words:
+        return np.zeros(0, dtype=np.int64)
+    multipliers = np.random.default_rng(0).integers(2**64, size=window_words, dtype=np.uint64)
+    hashes = np.convolve(words, multipliers, mode="valid")  # modulo 2**64
+    is_inside = module_of[: len(hashes)] == module_of[window_words - 1 :]
+    # Few windows occur twice: to pick them first is faster than `np.unique` of all.
     ordered = np.sort(hashes)
-    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-    # A table of low bits picks the few candidates; sorting every window with its place takes longer.
-    table = np.zeros(1 << 24, dtype=bool)
-    table[repeated & np.uint64(len(table) - 1)] = True
-    candidates = np.flatnonzero(table[hashes & np.uint64(len(table) - 1)])
-    _, first, which = np.unique(hashes[candidates], return_index=True, return_inverse=True)
-    modules = module_of[inside[candidates]]
-    return inside[candidates[modules != modules[first[which]]]]
+    repeated = pa.array(ordered[1:][ordered[1:] == ordered[:-1]])
+    starts = np.flatnonzero(is_inside & np.asarray(pc.is_in(pa.array(hashes), value_set=repeated)))
+    _, first, which = np.unique(hashes[starts], return_index=True, return_inverse=True)
+    modules = module_of[starts]
+    return starts[modules != modules[first[which]]] + window_words - 1
 
 
-def _window_hashes(words: np.ndarray, window_words: int) -> np.ndarray:
-    # Polynomial hash modulo 2**64 over a random code for each word id.
-    codes = np.random.default_rng(0).integers(1, 2**63, int(words.max(initial=0)) + 1, dtype=np.uint64)[words]
-    num_windows = max(0, len(words) - window_words + 1)
-    hashes = np.zeros(num_windows, dtype=np.uint64)
-    for offset in range(window_words):
-        hashes *= np.uint64(0x9E3779B97F4A7C15)
-        hashes += codes[offset : offset + num_windows]
-    return hashes
-
-
-def _select(modules: list[Module], places: set[tuple[int, int]]) -> list[Module]:
-    selected = (
-        module._replace(paragraphs=[paragraph for j, paragraph in enumerate(module.paragraphs) if (i, j) in places])
-        for i, module in enumerate(modules)
-    )
+def _select(modules: list[Module], is_kept: Iterable[bool]) -> list[Module]:
+    """Keep paragraphs by one flag for each, in order; modules left empty are dropped."""
+    flags = iter(is_kept)
+    selected = (module._replace(paragraphs=list(compress(module.paragraphs, flags))) for module in modules)
     return [module for module in selected if module.paragraphs]
 
 
@@ -336,31 +281,20 @@ def join_short(modules: list[Module]) -> list[Module]:
     What is still under `MIN_CHARS` at the package's end is dropped. The names of joined modules are joined by commas.
     """
     documents = []
-    for _, group in groupby(modules, key=lambda module: module.package):
+    for package, group in groupby(modules, key=lambda module: module.package):
         waiting = None
         for module in group:
-            if len(document_text(module)) >= MIN_CHARS:
-                documents.append(module)
-                continue
-            waiting = module if waiting is None else _join(waiting, module)
-            if len(document_text(waiting)) >= JOINED_CHARS:
-                documents.append(waiting)
+            is_short = len(module.text) < MIN_CHARS
+            if is_short and waiting is not None:
+                module = Module(package, f"{waiting.name},{module.name}", waiting.paragraphs + module.paragraphs)
                 waiting = None
-        if waiting is not None and len(document_text(waiting)) >= MIN_CHARS:
+            if is_short and len(module.text) < JOINED_CHARS:
+                waiting = module
+            else:
+                documents.append(module)
+        if waiting is not None and len(waiting.text) >= MIN_CHARS:
             documents.append(waiting)
     return documents
-
-
-def _join(first: Module, second: Module) -> Module:
-    return Module(first.package, f"{first.name},{second.name}", first.paragraphs + second.paragraphs)
-
-
-def document_text(module: Module) -> str:
-    """The text of a document: paragraphs with a blank line between them."""
-    return "\n\n".join(module.paragraphs)
-
-
-# --------------------------------------------------------------------------------------------------- building, writing
 
 
 def build_corpus(packages: list[Package], cache_dir: Path, num_processes: int) -> Path:
@@ -369,20 +303,18 @@ def build_corpus(packages: list[Package], cache_dir: Path, num_processes: int) -
     path = folder / "corpus.parquet"
     if path.exists():
         return path
-    with _locked(cache_dir):
-        if not path.exists():
-            started = time.monotonic()
-            logger.info("building the docstring corpus in %s, once: about half a minute on 2 cores", folder)
-            documents, num_unparsed = collect_documents(packages, num_processes)
-            info = {
-                "versions": {package.name: package.version for package in packages},
-                "python": platform.python_version(),
-                "format_version": FORMAT_VERSION,
-                "unparsed_files": num_unparsed,
-                "build_seconds": round(time.monotonic() - started, 1),
-            }
-            _write_whole(documents, info, folder)
-            logger.info("built %d documents in %.1f s", len(documents), time.monotonic() - started)
+    # Said before the lock is had, so that a process that waits for the builder says it too.
+    logger.info("building the docstring corpus in %s, once: about half a minute on 2 cores", folder)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir / "docstrings.lock"):
+            if not path.exists():
+                _build(packages, folder, num_processes)
+    except OSError as error:
+        raise DataError(
+            f"cannot build the docstring corpus in {cache_dir}: {error.strerror or error}. "
+            "Free 50 MB there, or set RECIPE_CACHE to a folder that can be written."
+        ) from error
     return path
 
 
@@ -393,69 +325,38 @@ def corpus_key(packages: list[Package]) -> str:
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
-def collect_documents(packages: list[Package], num_processes: int) -> tuple[list[Module], int]:
-    """Return the corpus's documents in package order and the number of files that did not parse."""
+def _build(packages: list[Package], folder: Path, num_processes: int) -> None:
+    started = time.monotonic()
     modules, num_unparsed = read_modules(packages, num_processes)
     documents = join_short(drop_shared_windows(drop_repeated_paragraphs(modules)))
     if not documents:
         names = ", ".join(package.name for package in packages)
         raise DataError(f"no docstrings found in {names}: is Python installed without its sources?")
-    return documents, num_unparsed
-
-
-def _write_whole(documents: list[Module], info: dict, folder: Path) -> None:
-    temporary = folder.with_name(folder.name + ".tmp")
-    with _disk_errors_explained(folder.parent):
-        # All builders hold the lock: another temporary folder is a killed builder's, and `folder` lacks its corpus.
-        for abandoned in [*folder.parent.glob("docstrings-*.tmp"), folder]:
-            shutil.rmtree(abandoned, ignore_errors=True)
-        try:
-            temporary.mkdir()
-            _write_corpus(documents, info, temporary)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_corpus(documents: list[Module], info: dict, folder: Path) -> None:
-    texts = ((document_text(document), document.name) for document in documents)
-    ordered = sorted((hashlib.sha256(text.encode()).digest(), text, name) for text, name in texts)
-    table = pa.table({"text": [text for _, text, _ in ordered], "source": [name for _, _, name in ordered]})
-    options = {"row_group_size": ROW_GROUP_DOCUMENTS, "compression": "zstd", "write_statistics": False}
-    pq.write_table(table, folder / "corpus.parquet", **options)
-    counted = {
-        "documents": len(ordered),
-        "bytes": sum(len(text.encode()) for _, text, _ in ordered),
-        "content_hash": hashlib.sha256(b"".join(digest for digest, _, _ in ordered)).hexdigest(),
+    encoded = ((document.text.encode(), document.name) for document in documents)
+    ordered = sorted((hashlib.sha256(text).digest(), text, name) for text, name in encoded)
+    digests, texts, names = zip(*ordered, strict=True)
+    info = {
+        "documents": len(texts),
+        "bytes": sum(len(text) for text in texts),
+        "content_hash": hashlib.sha256(b"".join(digests)).hexdigest(),
+        "versions": {package.name: package.version for package in packages},
+        "python": platform.python_version(),
+        "format_version": FORMAT_VERSION,
+        "unparsed_files": num_unparsed,
+        "build_seconds": round(time.monotonic() - started, 1),
     }
-    (folder / "corpus.json").write_text(json.dumps(counted | info, indent=2) + "\n")
-
-
-@contextmanager
-def _locked(cache_dir: Path) -> Iterator[None]:
-    with _disk_errors_explained(cache_dir):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache_dir / "docstrings.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("waiting for another process that builds the docstring corpus in %s", cache_dir)
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _disk_errors_explained(cache_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"cannot write the docstring corpus to {cache_dir}: {error.strerror or error}. "
-            "Free 50 MB there, or set RECIPE_CACHE to a folder that can be written."
-        ) from error
+    table = pa.table({"text": pa.array(texts, pa.string()), "source": names})
+    # All builders hold the lock: another temporary folder is a killed builder's, and `folder` lacks its corpus.
+    for abandoned in [*folder.parent.glob("docstrings-*.tmp"), folder]:
+        shutil.rmtree(abandoned, ignore_errors=True)
+    with TemporaryDirectory(prefix="docstrings-", suffix=".tmp", dir=folder.parent) as temporary:
+        whole = Path(temporary, "whole")
+        whole.mkdir()
+        options = {"row_group_size": ROW_GROUP_DOCUMENTS, "compression": "zstd", "write_statistics": False}
+        pq.write_table(table, whole / "corpus.parquet", **options)
+        (whole / "corpus.json").write_text(json.dumps(info, indent=2) + "\n")
+        whole.rename(folder)
+    logger.info("built %d documents in %.1f s", len(texts), time.monotonic() - started)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 """Documents -> token ids with EOS between them -> fixed blocks. Nothing is dropped, padded or doubled."""
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from recipe.data.formats import Content
+from recipe.errors import DataError, UserError
 
 # Text handed to the tokenizer at once: little at first, so that the first row comes soon, then enough to keep its
 # threads busy. Which documents share a call changes no token.
@@ -12,7 +17,7 @@ FIRST_TOKENIZE_BYTES, TOKENIZE_BYTES = 1 << 12, 1 << 18
 
 
 class LaneState(TypedDict("LaneState", {"pass": int})):
-    """Where a lane stands: the first token that it has not given out yet. JSON-able, read by people.
+    """Where a lane stands in one source: the first token that it has not given out yet. JSON-able, read by people.
 
     `pass`: times it went through its documents; `chunk`, `document`: places in this pass's order; `token`: place in
     the document.
@@ -25,47 +30,105 @@ class LaneState(TypedDict("LaneState", {"pass": int})):
 
 @dataclass(frozen=True)
 class Document:
-    """One text, its index in the source, and the lane's state when it is next to be read."""
+    """One text (or its token ids), its index in its source, and the lane's state when it is next to be read."""
 
     index: int
-    text: str
+    content: Content
     state: LaneState
+
+
+class Piece(NamedTuple):
+    """The tokens in a row that come from one document."""
+
+    document: int  # index in the source
+    pass_number: int  # from 0
+    first_token: int  # place in the document
+    num_tokens: int
 
 
 @dataclass(frozen=True)
 class Row:
     """One block of a lane.
 
-    `input_ids`: int32 `[block_size]`. `documents`: indices of the documents it has tokens of. `state`: the lane's
-    state after it. `lane` and `number` (its place in the canonical order) are set by the stream.
+    `input_ids`: int32 `[block_size]`. `pieces`: what it is made of, in order, from the source number `source`.
+    `state`: the lane's state in that source after it. `source`, `lane` and `number` (its place in the canonical
+    order) are set by the stream.
     """
 
     input_ids: np.ndarray
-    documents: tuple[int, ...]
+    pieces: tuple[Piece, ...]
     state: LaneState
+    source: int = 0
     lane: int = 0
     number: int = 0
 
+    @property
+    def documents(self) -> list[int]:
+        return [piece.document for piece in self.pieces]
 
-def tokenize(documents: Iterable[Document], tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"tokenizer {name!r}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {name!r} has no eos_token, which separates documents; set one and save it again")
+    return tokenizer
+
+
+def tokenize(documents: Iterable[Document], tokenizer, source_name: str = "") -> Iterator[tuple[Document, np.ndarray]]:
     """Each document with its token ids, int32, EOS at the end. Documents without any token give nothing, not even
-    EOS."""
+    EOS; one that came with its EOS gets no second.
+
+    Raises `DataError` for a token id that the tokenizer does not have.
+    """
+    eos, vocab_size = np.int32(tokenizer.eos_token_id), len(tokenizer)
     for batch in _batches(documents):
-        for document, ids in zip(batch, _encode([document.text for document in batch], tokenizer), strict=True):
-            if ids:
-                yield document, np.array([*ids, tokenizer.eos_token_id], dtype=np.int32)
+        for document, ids in zip(batch, encode([document.content for document in batch], tokenizer), strict=True):
+            if not len(ids):
+                continue
+            ids = np.asarray(ids, dtype=np.int32)
+            if not 0 <= ids.min() <= ids.max() < vocab_size:
+                raise DataError(
+                    f"source {source_name!r}: document {document.index} has token ids from {ids.min()} to "
+                    f"{ids.max()}, but the tokenizer has {vocab_size}; name the tokenizer that made them"
+                )
+            yield document, ids if ids[-1] == eos else np.append(ids, eos)
 
 
-def _encode(texts: list[str], tokenizer) -> list[list[int]]:
-    # verbose=False: a document longer than model_max_length is what packing is for, not worth a warning.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+def encode(contents: Sequence[Content], tokenizer) -> list[Sequence[int]]:
+    """Token ids of each text, without special tokens; token ids are given back as they are.
+
+    The tokenizers library is called without transformers around it, which would also make offsets and masks that
+    nobody reads, in twice the time. `split_special_tokens` is a setting that transformers passes on in each call.
+    """
+    texts = [content for content in contents if isinstance(content, str)]
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        backend.no_truncation()
+        backend.no_padding()
+        encoded = (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+    else:
+        encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+    return [next(encoded) if isinstance(content, str) else content.ids for content in contents]
+
+
+def hash_of_tokenizer(tokenizer) -> str:
+    """A hash of the vocabulary, and of how a text full of odd places is cut into it."""
+    probe = (
+        "It's 1,234.5 x²  \tﬁne\r\n\n    if (a != b): Ünïcode ÉCOLE 你好 🤗 e\u0301 </s><s>[UNK] don't re-run://x_y "
+    )
+    facts = [sorted(tokenizer.get_vocab().items()), list(encode([probe], tokenizer)[0])]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch, size, limit = [], 0, FIRST_TOKENIZE_BYTES
     for document in documents:
         batch.append(document)
-        size += len(document.text)
+        size += len(document.content)
         if size >= limit:
             yield batch
             batch, size, limit = [], 0, min(2 * limit, TOKENIZE_BYTES)
@@ -89,8 +152,8 @@ def pack(documents: Iterable[tuple[Document, np.ndarray]], block_size: int, skip
         while start < len(ids):
             taken = ids[start : start + block_size - filled]
             block[filled : filled + len(taken)] = taken
+            held.append(Piece(document.index, document.state["pass"], start, len(taken)))
             start, filled = start + len(taken), filled + len(taken)
-            held.append(document.index)
             if filled == block_size:
                 yield Row(block, tuple(held), _state_after(document, start, len(ids)))
                 block, filled, held = np.empty(block_size, dtype=np.int32), 0, []

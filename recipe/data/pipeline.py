@@ -1,16 +1,22 @@
 """The whole pipeline of a run, built from its configuration."""
 
-import hashlib
+import math
+import os
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from recipe.arguments import Config
 from recipe.data.collator import DataCollatorForPackedRows
+from recipe.data.files import FileFacts, is_remote
+from recipe.data.hold_out import KeptOut
+from recipe.data.lanes import train_and_eval_splits
 from recipe.data.loader import BatchLoader
+from recipe.data.packing import hash_of_tokenizer, load_tokenizer
 from recipe.data.source import Source, open_source
-from recipe.data.stream import HeldOutRows, RowStream, train_and_eval_splits
+from recipe.data.stream import HeldOutRows, Part, RowStream
 from recipe.errors import UserError
 
 
@@ -18,7 +24,7 @@ from recipe.errors import UserError
 class Data:
     """Everything on the data's way to the model."""
 
-    source: Source
+    sources: tuple[Source, ...]
     tokenizer: PreTrainedTokenizerBase
     loader: BatchLoader
     collator: DataCollatorForPackedRows
@@ -28,48 +34,95 @@ class Data:
 
 def build_data(config: Config) -> Data:
     arguments, training = config.data, config.training
-    source = open_source(arguments.source, arguments.text_column)
     tokenizer = load_tokenizer(config.model.tokenizer)
-    train_split, eval_split = train_and_eval_splits(
-        source,
-        train_skip=arguments.train_skip,
-        train_seed=arguments.train_seed,
-        eval_skip=arguments.eval_skip,
-        eval_seed=arguments.eval_seed,
-        eval_documents=arguments.eval_documents,
-    )
+    train_parts, eval_parts = build_parts(config, tokenizer)
+    eval_rows = HeldOutRows(eval_parts, tokenizer, arguments.block_size)
     stream = RowStream(
-        source,
-        train_split,
+        train_parts,
         tokenizer,
         arguments.block_size,
         arguments.num_lanes,
         rank=training.process_index,
         world_size=training.world_size,
+        kept_out=KeptOut(eval_rows.contents),
     )
     collator = DataCollatorForPackedRows(tokenizer.eos_token_id, arguments.document_masking)
     loader = BatchLoader(stream, collator, training.per_device_train_batch_size, training.dataloader_num_workers)
-    eval_rows = HeldOutRows(source, eval_split, tokenizer, arguments.block_size)
-    return Data(source, tokenizer, loader, collator, eval_rows, identity_of(config, source, tokenizer))
+    sources = tuple(part.source for part in train_parts)
+    return Data(sources, tokenizer, loader, collator, eval_rows, identity_of(config, train_parts, tokenizer))
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"tokenizer {name!r}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+def build_parts(config: Config, tokenizer) -> tuple[list[Part], list[Part]]:
+    """Train and eval parts, one of each for every source.
+
+    Source k is shuffled with `train_seed + k`. Each source gives the mixture's share of `eval_documents` to the
+    hold-out, rounded up, from its own `eval_skip`.
+    """
+    arguments, train_parts, eval_parts = config.data, [], []
+    entries = arguments.sources
+    total_weight = sum(entry.weight for entry in entries)
+    for number, entry in enumerate(entries):
+        source = open_source(entry.path, entry.text_column)
+        if source.tokenizer not in (None, hash_of_tokenizer(tokenizer)):
+            raise UserError(
+                f"source {entry.path!r} holds token ids of another tokenizer than {config.model.tokenizer}; name the "
+                "one that made them, or write the cache again"
+            )
+        train, held_out = train_and_eval_splits(
+            source,
+            train_skip=entry.train_skip,
+            train_seed=arguments.train_seed + number,
+            eval_skip=entry.eval_skip,
+            eval_seed=arguments.eval_seed + number,
+            eval_documents=math.ceil(arguments.eval_documents * entry.weight / total_weight),
+        )
+        train_parts.append(Part(source, train, entry.weight))
+        eval_parts.append(Part(source, held_out))
+    _check_apart([part.source for part in train_parts])
+    return train_parts, eval_parts
 
 
-def identity_of(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """What the canonical order depends on: a position in the stream means nothing where any of it differs."""
-    keys = ("block_size", "train_seed", "train_skip", "eval_skip", "eval_documents", "num_lanes")
-    vocabulary = repr(sorted(tokenizer.get_vocab().items())).encode()
-    return {
-        "source": source.name,
-        "source_fingerprint": source.fingerprint,
-        "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:16],
-        **{key: getattr(config.data, key) for key in keys},
-    }
+def _check_apart(sources: list[Source]) -> None:
+    """A file in two sources would be read twice without a word, and one's hold-out be the other's training."""
+    owner: dict[str, Source] = {}
+    for source in sources:
+        for file in source.files:
+            path = file.path if is_remote(file.path) else os.path.realpath(file.path.removeprefix("file://"))
+            if path in owner:
+                raise UserError(f"{path} is in two sources, {owner[path].name!r} and {source.name!r}; name it in one")
+            owner[path] = source
+
+
+def identity_of(config: Config, parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What the canonical order depends on: a position in the stream means nothing where any of it differs.
+
+    A file is known by its name, size and content, wherever it lies; `modified` is for people.
+    """
+    identity: dict = {name: getattr(config.data, name) for name in ("train_seed", "block_size", "num_lanes")}
+    identity["tokenizer"] = hash_of_tokenizer(tokenizer)
+    for number, part in enumerate(parts):
+        first, stop = part.split.hold_out
+        identity[f"source {number}"] = {
+            "train_skip": part.split.start,
+            "eval_skip": first,
+            "eval_documents": stop - first,
+            "weight": part.weight,
+            "text_column": part.source.text_column,
+            "fingerprint": part.source.fingerprint,
+            "files": dict(zip(_short_names(part.source), map(_version_of, part.source.files), strict=True)),
+        }
+    return identity
+
+
+def _short_names(source: Source) -> list[str]:
+    """The files' paths without the folders that all of them are in."""
+    folders = [file.path.split("/")[:-1] for file in source.files]
+    common = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False)))
+    return ["/".join(file.path.split("/")[common:]) for file in source.files]
+
+
+def _version_of(file: FileFacts) -> dict:
+    return {"bytes": file.num_bytes, "content": file.content, "modified": file.modified}
 
 
 def unigram_entropy(rows: HeldOutRows) -> float:

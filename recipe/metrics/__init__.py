@@ -1,15 +1,7 @@
-"""How well a model predicts text it has not seen: loss, perplexity, bits per byte, next-token accuracy.
-
-Trainer's own `eval_loss` averages batch means, so it moves with the batch size whenever rows differ in scored tokens
-(transformers#39241). `NextTokenMetrics` scores every token once and replaces it.
-
-    metrics = NextTokenMetrics(token_byte_lengths(tokenizer))
-    Trainer(..., args=TrainingArguments(..., batch_eval_metrics=True), compute_metrics=metrics,
-            preprocess_logits_for_metrics=metrics.preprocess_logits)
-"""
+"""How well a model predicts text it has not seen: loss, perplexity, bits per byte, next-token accuracy."""
 
 import json
-import os
+import re
 import tempfile
 
 import evaluate
@@ -25,16 +17,6 @@ from recipe.metrics.next_token_accuracy import IGNORE_INDEX, NextTokenAccuracy
 from recipe.metrics.perplexity import Perplexity
 
 
-def load_metrics(experiment_id: str, cache_dir: str) -> dict[str, evaluate.EvaluationModule]:
-    """The three modules by name, each writing its tokens to `cache_dir` under `experiment_id`.
-
-    The classes are those that `evaluate.load(path)` gives. They are built directly, because `load` first copies the
-    file into the Hugging Face cache in the home directory, which ranks share and which may be read-only.
-    """
-    classes = {"next_token_accuracy": NextTokenAccuracy, "perplexity": Perplexity, "bits_per_byte": BitsPerByte}
-    return {name: cls(experiment_id=experiment_id, cache_dir=cache_dir) for name, cls in classes.items()}
-
-
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """UTF-8 bytes that each id adds to the decoded text: int32 of shape [len(tokenizer)].
 
@@ -45,19 +27,22 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     is_byte_level = _is_byte_level(tokenizer)
     lengths = np.zeros(len(tokenizer), dtype=np.int32)
     added = tokenizer.added_tokens_decoder
-    special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+    special = {*tokenizer.all_special_ids, *(token_id for token_id, token in added.items() if token.special)}
     for token_id, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
-        if token_id in special or piece is None:
+        if piece is None or token_id in special:
             continue
         if token_id in added:
             lengths[token_id] = len(added[token_id].content.encode())
-        else:
-            lengths[token_id] = len(piece) if is_byte_level else _sentencepiece_bytes(piece)
+        elif is_byte_level:  # a character for each byte
+            lengths[token_id] = len(piece)
+        elif re.fullmatch("<0x..>", piece):  # <0xE2> is the one byte E2
+            lengths[token_id] = 1
+        else:  # text, with U+2581 for a space: "▁the" is 4 bytes
+            lengths[token_id] = len(piece.replace("\u2581", " ").encode())
     return lengths
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Byte-level vocabularies spell each byte as one character; SentencePiece ones spell text, a space as U+2581."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decoder = (json.loads(backend.to_str())["decoder"] or {}) if backend is not None else {}
     kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if "type" in part}
@@ -72,30 +57,30 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     )
 
 
-def _sentencepiece_bytes(piece: str) -> int:
-    """`<0xE2>` is the one byte E2; in every other piece U+2581 stands for a space: '▁the' is 4 bytes."""
-    is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-    return 1 if is_byte else len(piece.replace("\u2581", " ").encode())
-
-
 class NextTokenMetrics:
     """Trainer's `compute_metrics` under `batch_eval_metrics=True`: scores every token once, in constant memory.
 
-    Results are `loss` (which replaces Trainer's own `eval_loss`), `perplexity`, `bits_per_byte` and
-    `next_token_accuracy`; NaN where nothing was scored. Tokens wait in a temporary folder of this process, so ranks
-    cannot collide; each rank sees all gathered tokens and computes the same result.
+        metrics = NextTokenMetrics(token_byte_lengths(tokenizer))
+        Trainer(..., args=TrainingArguments(..., batch_eval_metrics=True), compute_metrics=metrics,
+                preprocess_logits_for_metrics=metrics.preprocess_logits)
+
+    Results are `perplexity`, `bits_per_byte`, `next_token_accuracy` and `loss`, NaN where nothing was scored. The last
+    replaces Trainer's own `eval_loss`, which averages batch means and so moves with the batch size whenever rows
+    differ in scored tokens (transformers#39241). Tokens wait in a temporary folder of this process, so ranks cannot
+    collide; each rank sees all gathered tokens and computes the same result.
 
     Trainer says `compute_result=True` at the last batch only if accelerate prepared the evaluation loader. With any
     other loader call `compute()` after the evaluation loop.
-
-    Args:
-        byte_lengths: int32 [vocab_size], from `token_byte_lengths`.
     """
 
     def __init__(self, byte_lengths: np.ndarray):
+        """`byte_lengths`: int32 [vocab_size], from `token_byte_lengths`."""
         self.byte_lengths = byte_lengths
         self._folder = tempfile.TemporaryDirectory(prefix="recipe-metrics-")
-        self._modules = load_metrics(f"pid{os.getpid()}", self._folder.name)
+        # Not `evaluate.load(path)`, which first copies the file into a cache that ranks share and may be read-only.
+        self._accuracy, self._perplexity, self._bits_per_byte = (
+            module(cache_dir=self._folder.name) for module in (NextTokenAccuracy, Perplexity, BitsPerByte)
+        )
 
     @staticmethod
     def preprocess_logits(
@@ -106,8 +91,7 @@ class NextTokenMetrics:
         Entry t scores labels[:, t + 1] (labels are unshifted). It is 0 where that label is -100. Trainer passes a
         tuple when the model returns more than logits; the first entry is used.
         """
-        if isinstance(logits, tuple):
-            logits = logits[0]
+        logits = logits[0] if isinstance(logits, tuple) else logits
         targets = labels[:, 1:]
         nll = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
         predicted = torch.zeros(targets.shape, dtype=torch.int32, device=logits.device)
@@ -128,25 +112,18 @@ class NextTokenMetrics:
 
     def compute(self) -> dict[str, float]:
         """Results over all tokens added since the last call, which are then forgotten."""
-        self._add(np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, np.int64))
-        results = {}
-        for module in self._modules.values():
-            results.update(module.compute())
-        return results
+        self._add(*np.zeros((3, 0), dtype=int))  # evaluate cannot compute before anything is added
+        return self._accuracy.compute() | self._perplexity.compute() | self._bits_per_byte.compute()
 
     def _add(self, nll: np.ndarray, predicted: np.ndarray, targets: np.ndarray) -> None:
-        num_bytes = self.byte_lengths[targets]
-        _add_batch(self._modules["next_token_accuracy"], predictions=predicted, references=targets)
-        _add_batch(self._modules["perplexity"], predictions=nll)
-        _add_batch(self._modules["bits_per_byte"], predictions=nll, references=num_bytes)
+        _add_batch(self._accuracy, predictions=predicted, references=targets)
+        _add_batch(self._perplexity, predictions=nll)
+        _add_batch(self._bits_per_byte, predictions=nll, references=self.byte_lengths[targets])
 
 
 def _add_batch(module: evaluate.EvaluationModule, **columns: np.ndarray) -> None:
-    """`module.add_batch(**columns)` for flat arrays, without its Python loop over every value.
-
-    Same file, same features. 205k tokens take 0.004 s in place of 0.7 s, which is more than a fast model needs to
-    score them.
-    """
+    # `module.add_batch(**columns)` for flat arrays without its Python loop over every value: 205k tokens take 0.004 s
+    # in place of 0.7 s, which is more than a fast model needs to score them.
     if module.writer is None:
         module.selected_feature_format = module.features
         module._init_writer()

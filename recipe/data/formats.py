@@ -1,0 +1,297 @@
+"""The file formats: an index of a file's chunks from its metadata or one reading, and the reading of one chunk.
+
+A document's content is text, or token ids (int32 `[tokens]`) where the column holds lists of integers.
+"""
+
+import difflib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recipe.data.files import first_line, is_remote, open_file, size_of
+from recipe.errors import DataError, UserError
+
+# jsonl and text have no row groups of their own; they are cut into 128 pieces, within these lengths.
+MIN_TEXT_CHUNK_BYTES, MAX_TEXT_CHUNK_BYTES = 1 << 12, 1 << 18
+TEXT_DOCUMENT_BYTES = 1 << 15
+FOOTER_BYTES = 1 << 16
+READ_BYTES = 1 << 20
+INT32 = np.iinfo(np.int32)
+END_OF_TEXT = b"<|endoftext|>"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# What a token cache holds beside the ids: metadata of each file, and a column with the hash of each text.
+TOKEN_CACHE, TEXT_DIGEST = "recipe_token_cache", "recipe_text_digest"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A document that comes as token ids, int32 `[tokens]`; with the hash of its text where that is known."""
+
+    ids: np.ndarray
+    text_digest: bytes = b""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+Content = str | TokenIds
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive documents that are read together: `[first_document, first_document + num_documents)`.
+
+    `position` is the row group of a parquet file, the byte offset of other files; `first_row` counts rows inside the
+    row group (0 unless a row group was cut, see `cut_chunks`). `num_bytes` is the size of the text before compression.
+    """
+
+    path: str
+    position: int
+    num_documents: int
+    num_bytes: int
+    first_document: int = 0
+    first_row: int = 0
+
+    @property
+    def stop_document(self) -> int:
+        return self.first_document + self.num_documents
+
+
+class FileIndex(NamedTuple):
+    """What is known of a file before it is read: its chunks, the hash of what it holds, and, where it is part of a
+    token cache, what that cache says of itself."""
+
+    chunks: list[Chunk]
+    content: str
+    token_cache: str | None = None
+
+
+# --- parquet
+
+
+def index_parquet(path: str, column: str) -> FileIndex:
+    """A chunk for each row group, and the hash of the footer. Reads the footer alone."""
+    footer = _read_footer(path)
+    metadata = pq.read_metadata(io.BytesIO(footer))
+    schema = metadata.schema.to_arrow_schema()
+    if column not in schema.names:
+        near = difflib.get_close_matches(column, schema.names, n=1)
+        near = near or [name for name in schema.names if name in ("text", "content")]
+        hint = f"; did you mean --text_column {near[0]}?" if near else ""
+        raise UserError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}{hint}")
+    if schema.names.count(column) > 1:
+        raise UserError(f"{path}: two columns named {column!r}; rename one")
+    if not (_is_text(schema.field(column).type) or _is_token_ids(schema.field(column).type)):
+        raise UserError(
+            f"{path}: column {column!r} holds {schema.field(column).type}, neither text nor lists of token ids"
+        )
+    leaves = range(metadata.num_columns)
+    leaf = next(i for i in leaves if f"{metadata.schema.column(i).path}.".startswith(f"{column}."))
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    sizes = [group.column(leaf).total_uncompressed_size for group in groups]
+    chunks = [Chunk(path, i, group.num_rows, size) for i, (group, size) in enumerate(zip(groups, sizes, strict=True))]
+    about = (metadata.metadata or {}).get(TOKEN_CACHE.encode())
+    return FileIndex(chunks, hashlib.blake2b(footer, digest_size=8).hexdigest(), about.decode() if about else None)
+
+
+def _read_footer(path: str) -> bytes:
+    """The end of a parquet file, with the whole footer in it: one read, or two where the footer is long."""
+    with open_file(path) as file:
+        size = size_of(file)
+        length = min(size, FOOTER_BYTES)
+        while True:
+            file.seek(size - length)
+            tail = file.read(length)
+            needed = int.from_bytes(tail[-8:-4], "little") + 8
+            if needed <= length or needed > size:  # the latter is no parquet; pyarrow will say so
+                return tail[-needed:] if needed <= length else tail
+            length = needed
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_token_ids(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and pa.types.is_integer(kind.value_type)
+
+
+def open_parquet(path: str) -> pq.ParquetFile:
+    return _open_parquet(path, os.getpid())
+
+
+def close_parquet() -> None:
+    """Forget the open files: after a broken connection they are of no use."""
+    _open_parquet.cache_clear()
+
+
+@lru_cache(maxsize=64)
+def _open_parquet(path: str, process_id: int) -> pq.ParquetFile:
+    # One handle for each process: a worker must not share a position or a connection with the process it was forked
+    # from. No pre-buffering and no threads of pyarrow's own: they outlive the read and abort the interpreter at exit.
+    return pq.ParquetFile(open_file(path) if is_remote(path) else path.removeprefix("file://"), pre_buffer=False)
+
+
+def read_parquet_chunk(chunk: Chunk, column: str) -> list[Content]:
+    """The chunk's documents in file order; null rows are empty."""
+    file = open_parquet(chunk.path)
+    columns = [name for name in (column, TEXT_DIGEST) if name in file.schema_arrow.names]
+    table = file.read_row_group(chunk.position, columns=columns, use_threads=False)
+    table = table.slice(chunk.first_row, chunk.num_documents).combine_chunks()
+    values = table.column(column).combine_chunks()
+    if _is_token_ids(values.type):
+        digests = table.column(TEXT_DIGEST).to_pylist() if len(columns) > 1 else [b""] * len(values)
+        return [TokenIds(*pair) for pair in zip(_lists_of(values, chunk), digests, strict=True)]
+    try:
+        return [text or "" for text in values.to_pylist()]
+    except UnicodeDecodeError:
+        return [_decode(text, chunk, i) for i, text in enumerate(values.cast(pa.binary()).to_pylist())]
+
+
+def _lists_of(values: pa.Array, chunk: Chunk) -> list[np.ndarray]:
+    flat = values.flatten()  # without null lists
+    if flat.null_count:
+        raise DataError(f"{chunk.path}: a null among the token ids of documents {_range_of(chunk)}; remove it")
+    ids = _as_int32(flat.to_numpy(zero_copy_only=False), f"{chunk.path}: documents {_range_of(chunk)}")
+    lengths = values.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    return np.split(ids, np.cumsum(lengths)[:-1])
+
+
+def _as_int32(ids: np.ndarray, where: str) -> np.ndarray:
+    if len(ids) and not INT32.min <= ids.min() <= ids.max() <= INT32.max:
+        raise DataError(f"{where}: token ids from {ids.min()} to {ids.max()} are no token ids; mend or remove them")
+    return ids.astype(np.int32)
+
+
+def _range_of(chunk: Chunk) -> str:
+    return f"{chunk.first_document} to {chunk.stop_document - 1}"
+
+
+def _decode(text: bytes | None, chunk: Chunk, row: int) -> str:
+    try:
+        return (text or b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{chunk.path}: document {chunk.first_document + row} is not UTF-8 ({error.reason} at its byte "
+            f"{error.start}); mend or remove it"
+        ) from error
+
+
+# --- jsonl and text
+
+
+def index_jsonl(path: str, column: str) -> FileIndex:
+    """Chunks of whole lines, and the hash of the file. Reads it once, without parsing it."""
+    with open_file(path) as file:
+        lines = io.BufferedReader(file, READ_BYTES)  # a line at a time would be a request at a time
+        return _cut(path, size_of(file), ((line, 1 if line.strip() else 0) for line in lines))
+
+
+def index_text(path: str, column: str) -> FileIndex:
+    """Chunks of whole documents, and the hash of the file. Reads it once."""
+    with open_file(path) as file:
+        pieces = _text_documents(io.BufferedReader(file, READ_BYTES))
+        return _cut(path, size_of(file), ((piece, 1) for piece in pieces))
+
+
+def _cut(path: str, file_size: int, pieces: Iterator[tuple[bytes, int]]) -> FileIndex:
+    """`pieces` are the file's bytes in order, each with the number of documents in it."""
+    limit = min(max(file_size // 128, MIN_TEXT_CHUNK_BYTES), MAX_TEXT_CHUNK_BYTES)
+    chunks, start, size, count, digest = [], 0, 0, 0, hashlib.blake2b(digest_size=8)
+    for piece, documents in pieces:
+        digest.update(piece)
+        size += len(piece)
+        count += documents
+        if size >= limit:
+            chunks.append(Chunk(path, start, count, size))
+            start, size, count = start + size, 0, 0
+    return FileIndex([*chunks, Chunk(path, start, count, size)], digest.hexdigest())
+
+
+def _read_bytes(chunk: Chunk) -> bytes:
+    with open_file(chunk.path) as file:
+        file.seek(chunk.position)
+        return file.read(chunk.num_bytes).removeprefix(b"" if chunk.position else BYTE_ORDER_MARK)
+
+
+def read_jsonl_chunk(chunk: Chunk, column: str) -> list[Content]:
+    lines = [line for line in _read_bytes(chunk).split(b"\n") if line.strip()]
+    return [_content_of(line, chunk, i, column) for i, line in enumerate(lines)]
+
+
+def _content_of(line: bytes, chunk: Chunk, row: int, column: str) -> Content:
+    here = f"{chunk.path}: document {chunk.first_document + row}"
+    try:
+        values = json.loads(_decode(line, chunk, row))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{here}, line {_line_number(chunk, row)}, is not JSON ({first_line(error)}); mend or remove that line"
+        ) from error
+    if not isinstance(values, dict) or column not in values:
+        names = list(values) if isinstance(values, dict) else []
+        near = difflib.get_close_matches(column, names, n=1) or names[:1]
+        hint = f"; did you mean --text_column {near[0]}?" if near else ""
+        raise UserError(f"{here}, line {_line_number(chunk, row)}, has no key {column!r}{hint}")
+    content = "" if values[column] is None else values[column]
+    if isinstance(content, list) and all(type(token) is int for token in content):
+        return TokenIds(_as_int32(np.array(content, dtype=object), here))
+    if not isinstance(content, str):
+        raise UserError(f"{here}: {column!r} holds {type(content).__name__}, neither text nor a list of token ids")
+    if rb"\u" in line:
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:  # half of an escaped surrogate pair, as a cut text may end in
+            raise DataError(
+                f"{here}, line {_line_number(chunk, row)}, is no text: {error.reason} at its character {error.start}; "
+                "mend or remove that line"
+            ) from error
+    return content
+
+
+def _line_number(chunk: Chunk, row: int) -> int:
+    """From 1, as editors count; reads the file from its start, so for error messages alone."""
+    with open_file(chunk.path) as file:
+        before = file.read(chunk.position).count(b"\n")
+        filled = [number for number, line in enumerate(file, start=before + 1) if line.strip()]
+    return filled[row]
+
+
+def _text_documents(file) -> Iterator[bytes]:
+    """Documents of a text file as raw bytes, separators included, so that their lengths add up to the file's.
+
+    A line `<|endoftext|>` ends a document. Without one, a document ends at the first blank line after 32 KiB: a book
+    becomes a few dozen documents, a short file one.
+    """
+    lines, size = [], 0
+    for line in file:
+        lines.append(line)
+        size += len(line)
+        blank = not line.strip()
+        if line.strip() == END_OF_TEXT or (blank and size >= TEXT_DOCUMENT_BYTES):
+            yield b"".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield b"".join(lines)
+
+
+def read_text_chunk(chunk: Chunk, column: str) -> list[Content]:
+    pieces = _text_documents(io.BytesIO(_read_bytes(chunk)))
+    texts = [_decode(piece, chunk, i) for i, piece in enumerate(pieces)]
+    return [_without_mark(text).strip("\r\n") for text in texts]
+
+
+def _without_mark(text: str) -> str:
+    body, mark = text.rstrip(), END_OF_TEXT.decode()
+    return body.removesuffix(mark).rstrip() if body.endswith(mark) else text
