@@ -95,6 +95,12 @@ def test_parquet_moves_its_footer_and_the_text_of_the_row_groups_opened(server, 
     assert moved.count(footer) == 2  # for the index, and by the handle that reads
 
 
+def test_a_glob_moves_footers_alone(server):
+    open_source(f"{server.url}/*.parquet")
+    sent = [request.bytes_sent for request in server.requests() if request.path.endswith(".parquet")]
+    assert max(sent) == FOOTER_BYTES
+
+
 def test_a_skip_to_the_far_end_moves_no_more_than_one_to_the_start(server, tokenizer):
     source, moved = open_source(f"{server.url}/a.parquet"), []
     for train_skip in (0, NUM_DOCUMENTS - 3 * DOCUMENTS_PER_GROUP):

@@ -172,7 +172,8 @@ def _nearby(source: str) -> str:
 def _files_at(filesystem, path: str) -> list[str]:
     is_url = path.startswith("http")  # whose "?" begins a query
     if any(mark in path for mark in ("*[" if is_url else "*?[")) and not os.path.exists(path):
-        return [file for file in filesystem.glob(path) if filesystem.isfile(file)]
+        found = filesystem.glob(path, detail=True)  # `isfile` would begin to fetch each file over HTTP
+        return [file for file, info in found.items() if info["type"] != "directory"]
     if _suffix_of(path) not in FORMATS and filesystem.isdir(path):
         return [file for file in filesystem.find(path) if _suffix_of(file) in (*FORMATS, *COMPRESSED)]
     filesystem.info(path)  # `exists` would begin to fetch a file over HTTP
