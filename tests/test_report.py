@@ -174,6 +174,8 @@ def run_info(num_steps, findings):
             "tokens_seen": num_steps * TOKENS_PER_STEP,
             "train_seconds": 93.0,
             "unigram_entropy": 6.5825,
+            "passes": 2,
+            "tokens_by_source": {"docstrings": num_steps * TOKENS_PER_STEP, HOSTILE: 0},
             "guards": {
                 "judged": ["loss_spike"],
                 "cannot_judge": {"rank_divergence": "one process"},
@@ -263,6 +265,9 @@ def test_data_facts_are_those_of_run_json(make_run):
         ("Documents", "7,372"),
         ("Size", "25,000,000 bytes"),
         ("Content hash", "feedface"),
+        ("Passes", "2"),
+        ("Tokens read", f"{60 * TOKENS_PER_STEP:,} of docstrings"),
+        ("Tokens read", f"0 of {HOSTILE}"),
     ]
 
 

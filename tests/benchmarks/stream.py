@@ -33,7 +33,7 @@ class Options:
     files: list[str]
     corpus: str
     minutes: float
-    rows: int = 10_010_000
+    rows: int = 10_200_000
     repeats: int = 5
     rounds: int = 3
     index_megabytes: int = 200
@@ -62,7 +62,7 @@ def skip(options: Options) -> Result:
     """Seconds to the first row behind a skip."""
     folder, description = write_short_rows(options)
     files = sorted(map(str, folder.iterdir()))
-    near, far = 10_000, options.rows - 10_000
+    near, far = 10_000, options.rows // 51 * 50
     stream = {"source": f"{folder}/*.parquet", **SHORT_KEYS}
     calls = {("recipe", n): (measure.first_row, {**stream, "train_skip": n}) for n in (near, far)}
     for n in (near, 100_000, far):
@@ -96,7 +96,7 @@ def http(options: Options) -> Result:
     with RangeServer(folder) as server:
         urls = [f"{server.url}/{path.name}" for path in sorted(folder.iterdir())]
         stream = {"source": f"{server.url}/*.parquet", **SHORT_KEYS}
-        skips = sorted({10_000, min(1_000_000, options.rows // 2), options.rows - 10_000})
+        skips = sorted({10_000, min(1_000_000, options.rows // 2), options.rows // 51 * 50})
         calls = [("recipe", n, measure.first_row, {**stream, "train_skip": n}) for n in skips]
         calls += [("datasets", n, measure.datasets_first_row, {"files": urls, "skip": n}) for n in (10_000, 100_000)]
         for who, n, function, arguments in calls:
