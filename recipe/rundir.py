@@ -93,12 +93,17 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Pat
                 "missing; give another, or latest"
             )
         return path
-    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=step_of, reverse=True)
-    for path in checkpoints:
-        if not _missing_files(path):
-            return path
-    found = f"{len(checkpoints)} checkpoints, none complete" if checkpoints else "no checkpoint"
+    if newest := newest_checkpoint(output_dir):
+        return newest
+    count = len(list(output_dir.glob("checkpoint-*")))
+    found = f"{count} checkpoints, none complete" if count else "no checkpoint"
     raise UserError(f"resume_from_checkpoint latest: {output_dir} holds {found}; leave the key out to start a new run")
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The complete checkpoint with the highest step."""
+    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=step_of, reverse=True)
+    return next((path for path in checkpoints if not _missing_files(path)), None)
 
 
 def step_of(path: Path) -> int:

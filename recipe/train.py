@@ -16,11 +16,11 @@ from recipe import rundir
 from recipe.arguments import Config
 from recipe.data.pipeline import Data, build_data
 from recipe.data.stream import HeldOutRows
-from recipe.errors import UserError, exit_code_of, message_of
+from recipe.errors import DataError, UserError, exit_code_of, message_of
 from recipe.guards import RegressionCallback
 from recipe.guards.trajectory import load_reference
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
-from recipe.model import build_model, why_not_compile
+from recipe.model import build_model, choose_attention, why_not_compile
 from recipe.results import Outcome, conclude, describe_run
 from recipe.trainer import (
     PretrainTrainer,
@@ -47,7 +47,8 @@ def run_claimed(config: Config, output_dir: Path) -> Outcome:
     checkpoint = rundir.find_checkpoint(config.training.resume_from_checkpoint, output_dir)
     disable_progress_bar()
     set_seed(config.training.seed)
-    data = build_data(config)
+    attention = choose_attention(config.model.attn_implementation, config.data.document_masking)
+    data = build_data(config, flash_attention=attention.startswith("flash"))
     model = build_model(
         model_config=config.model.model_config,
         model_name_or_path=config.model.model_name_or_path,
@@ -71,6 +72,8 @@ def run_claimed(config: Config, output_dir: Path) -> Outcome:
         seconds = train(trainer, guards, checkpoint)
         return conclude(config, output_dir, data, trainer, guards, signals, seconds)
     except BaseException as error:
+        if isinstance(error, DataError) and (last := rundir.newest_checkpoint(output_dir)):
+            error.args = (f"{message_of(error)}; --resume_from_checkpoint latest then goes on from {last.name}",)
         rundir.write_failure(exit_code_of(error), message_of(error), output_dir)
         raise
 

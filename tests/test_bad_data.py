@@ -244,7 +244,7 @@ def test_fewer_chunks_than_lanes_name_a_number_that_would_do(tmp_path, tokenizer
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ([], "source: the list is empty"),
+        ([], "got an empty list"),
         ([{"weight": 1}], "source: entry 0 must be an object with a path"),
         (["a.parquet"], "source: entry 0 must be an object with a path"),
         ([{"path": "a"}, {"path": "b", "wieght": 1}], "source: entry 1: wieght: unknown key; did you mean weight?"),

@@ -1,14 +1,22 @@
 """Models from JSON, the flagship's numbers, and what the hardware decides."""
 
+import itertools
 import json
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import modeling_flash_attention_utils as flash
+from transformers.masking_utils import create_causal_mask
 
 from recipe import model as model_module
+from recipe.data.collator import DataCollatorForPackedRows
+from recipe.data.packing import LaneState, Row
 from recipe.errors import UserError
 from recipe.model import build_model, check_fit, count_flops_per_token, load_model_config
 
@@ -84,6 +92,57 @@ def test_document_masking_isolates_documents(tiny_config, tokenizer, tmp_path, a
         unmasked = [model(input_ids=x, use_cache=False).logits[0, 8:] for x in (ids, other)]
     assert torch.equal(masked[0], masked[1])
     assert not torch.allclose(unmasked[0], unmasked[1]), "without masking the next document does see this one"
+
+
+def packed_batch(flash_attention: bool) -> dict:
+    """Two rows of three and two documents."""
+    ids = np.random.default_rng(0).integers(0, 256, (2, 16)).astype(np.int32)
+    ids[0, [4, 9]], ids[1, 11] = 256, 256
+    rows = [Row(row, (), LaneState({"pass": 0})) for row in ids]
+    batch = DataCollatorForPackedRows(256, document_masking=True, flash_attention=flash_attention)(rows)
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def test_documents_are_apart_for_flash_attention_too(tiny_model, monkeypatch):
+    """Its varlen kernel needs a GPU, so a plain one stands in for it behind transformers' own call: what the kernel is
+    told must isolate documents, with several rows in a batch, where transformers would not derive it by itself."""
+    calls = []
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale=None, **kwargs):
+        calls.append(cu_seqlens_q.tolist())
+        assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and kwargs["max_seqlen_q"] >= 10
+        pieces = []
+        for first, stop in itertools.pairwise(cu_seqlens_q.tolist()):
+            query, key, value = (x[first:stop].transpose(0, 1)[None] for x in (q, k, v))
+            scores = {"is_causal": True, "enable_gqa": True, "scale": softmax_scale}
+            pieces.append(F.scaled_dot_product_attention(query, key, value, **scores)[0].transpose(0, 1))
+        return torch.cat(pieces)
+
+    supported = defaultdict(bool, dropout_p=True, max_seqlen_q=True, max_seqlen_k=True)
+    process = partial(flash._process_flash_attention_kwargs, supports_mapping=supported)
+    kernels = (None, varlen, None, None, None), (process, process)
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *arguments, **kwargs: kernels)
+    model = tiny_model.eval()
+    with torch.no_grad():
+        expected = model(**packed_batch(flash_attention=False), use_cache=False).logits
+        model.config._attn_implementation = "flash_attention_2"
+        found = model(**packed_batch(flash_attention=True), use_cache=False).logits
+    assert calls == [[0, 5, 10, 16, 28, 32]] * model.config.num_hidden_layers
+    # fp32 sums in another order
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_documents_are_apart_for_flex_attention_too(tiny_model):
+    """Flex has no backward on a CPU; the mask that it would be given is looked at."""
+    batch = packed_batch(flash_attention=False)
+    model, positions = tiny_model, batch["position_ids"]
+    model.config._attn_implementation = "flex_attention"
+    embedded = model.get_input_embeddings()(batch["input_ids"])
+    mask = create_causal_mask(model.config, embedded, None, None, positions).mask_mod
+    documents = (positions == 0).cumsum(1)
+    for row, query, key in itertools.product(range(2), range(16), range(16)):
+        index = (torch.tensor(number) for number in (row, 0, query, key))
+        assert bool(mask(*index)) == (key <= query and bool(documents[row, query] == documents[row, key]))
 
 
 def test_flops_per_token(tiny_model):

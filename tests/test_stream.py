@@ -241,6 +241,9 @@ def test_collator_as_its_docstring_says():
     assert batch["labels"].tolist() == batch["input_ids"].tolist()
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 0]]
     assert set(DataCollatorForPackedRows(eos_token_id=2)(rows)) == {"input_ids", "labels"}
+    flash = DataCollatorForPackedRows(eos_token_id=2, document_masking=True, flash_attention=True)(rows)
+    assert flash["cu_seq_lens_q"].tolist() == flash["cu_seq_lens_k"].tolist() == [0, 3, 4, 7, 8]
+    assert flash["max_length_q"] == flash["max_length_k"] == 4
 
 
 def test_deal_chunks_gives_every_chunk_to_one_lane(write_parquet):

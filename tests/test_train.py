@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 from recipe.__main__ import run
+from recipe.data.source import Source
+from recipe.errors import DataError
 from recipe.guards.records import read_lines
 
 
@@ -442,3 +444,18 @@ def test_a_file_that_changed_since_the_checkpoint_is_named(write_config, write_p
     write_parquet(0, texts=[document(i).replace("w1", "w2") for i in range(300)])  # as many bytes of text
     assert run(["train", path, *resume]) == 2
     assert "source 0.files.part-00.parquet.content: checkpoint" in capsys.readouterr().err
+
+
+def test_when_the_data_fails_the_last_checkpoint_is_named(write_config, tmp_path, monkeypatch, capsys):
+    read = Source.read_chunk
+
+    def failing(source, chunk):
+        if (tmp_path / "run/checkpoint-3").exists():
+            raise DataError("part-00.parquet: gone; replace the file")
+        return read(source, chunk)
+
+    monkeypatch.setattr(Source, "read_chunk", failing)
+    assert run(["train", write_config(max_steps=200, eval_strategy="no", eval_steps=None)]) == 4
+    expected = "error: part-00.parquet: gone; replace the file; --resume_from_checkpoint latest then goes on from"
+    assert expected in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 4

@@ -20,18 +20,35 @@ class DataCollatorForPackedRows:
     Rows [5 6 2 7] and [8 9 2 5] with EOS = 2 give
         input_ids    [[5, 6, 2, 7], [8, 9, 2, 5]]     labels the same
         position_ids [[0, 1, 2, 0], [0, 1, 2, 0]]     with document_masking only
-    Shapes `[rows, block_size]`, int64.
+        cu_seq_lens_q = cu_seq_lens_k = [0, 3, 4, 7, 8], max_length_q = max_length_k = 4     with flash_attention too
+    Shapes `[rows, block_size]`, int64; `cu_seq_lens_*` int32 `[documents + 1]`, over the rows one after another.
     """
 
     eos_token_id: int
     document_masking: bool = False
+    flash_attention: bool = False
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor | int]:
         input_ids = torch.from_numpy(np.stack([row.input_ids for row in rows]).astype(np.int64))
         batch = {"input_ids": input_ids, "labels": input_ids.clone()}
         if self.document_masking:
             batch["position_ids"] = restarting_positions(input_ids, self.eos_token_id)
+        if self.document_masking and self.flash_attention:
+            batch |= flash_arguments(batch["position_ids"])
         return batch
+
+
+def flash_arguments(position_ids: torch.Tensor) -> dict[str, torch.Tensor | int]:
+    """What flash attention's varlen kernel needs to keep documents apart.
+
+    transformers 5.23 derives it from `position_ids` in batches of one row alone; with more rows it attends over
+    whole rows and says nothing. The longest document is given as the row's length, which bounds it: another number
+    in each batch would have `torch.compile` begin anew.
+    """
+    total = torch.tensor([position_ids.numel()])
+    lengths = torch.cat([(position_ids.flatten() == 0).nonzero().flatten(), total]).to(torch.int32)
+    longest = position_ids.shape[1]
+    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
 
 
 def restarting_positions(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:

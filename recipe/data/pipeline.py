@@ -32,7 +32,8 @@ class Data:
     identity: dict
 
 
-def build_data(config: Config) -> Data:
+def build_data(config: Config, flash_attention: bool = False) -> Data:
+    """`flash_attention`: whether batches are for a model with that kernel, see `DataCollatorForPackedRows`."""
     arguments, training = config.data, config.training
     tokenizer = load_tokenizer(config.model.tokenizer)
     train_parts, eval_parts = build_parts(config, tokenizer)
@@ -46,7 +47,7 @@ def build_data(config: Config) -> Data:
         world_size=training.world_size,
         kept_out=KeptOut(eval_rows.contents),
     )
-    collator = DataCollatorForPackedRows(tokenizer.eos_token_id, arguments.document_masking)
+    collator = DataCollatorForPackedRows(tokenizer.eos_token_id, arguments.document_masking, flash_attention)
     loader = BatchLoader(stream, collator, training.per_device_train_batch_size, training.dataloader_num_workers)
     sources = tuple(part.source for part in train_parts)
     return Data(sources, tokenizer, loader, collator, eval_rows, identity_of(config, train_parts, tokenizer))

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, default_data_collator
 
 from recipe.arguments import parse_config
+from recipe.data.hold_out import KeptOut, digest_of
 from recipe.data.packing import Row
 from recipe.data.pipeline import Data, build_data
 
@@ -110,6 +111,24 @@ def stream_speed(folder: str, **keys) -> dict:
     while passes(data) < 2:
         total += next(batches)["input_ids"].numel()
     return {"rate": total / (time.perf_counter() - started)}
+
+
+def copies_cost(folder: str, files: list[str], held_out: int) -> dict:
+    """Seconds to ask of every document whether it is a copy of a held-out one, to tokenize it, and to compare all
+    their texts whole."""
+    texts = read_texts(files)
+    tokenizer = Tokenizer.from_file(str(ROOT / "tokenizer/llama-32k/tokenizer.json"))
+    kept_out, found = KeptOut(texts[:held_out]), {"documents": len(texts), "bytes": sum(map(len, texts))}
+    started = time.perf_counter()
+    found["copies"] = sum(map(kept_out.holds, texts[held_out:]))
+    found["ask"] = time.perf_counter() - started
+    started = time.perf_counter()
+    for text in texts[held_out:]:
+        digest_of(text)
+    found["hash all"] = time.perf_counter() - started
+    started = time.perf_counter()
+    tokenizer.encode_batch_fast(texts[held_out:], add_special_tokens=False)
+    return found | {"tokenize": time.perf_counter() - started}
 
 
 def read_batches(folder: str, minutes: float, **keys) -> dict:

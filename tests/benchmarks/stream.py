@@ -220,6 +220,23 @@ def speed(options: Options) -> Result:
     return Result("tokens a second from parquet to packed tensors", measured, rows)
 
 
+def copies(options: Options) -> Result:
+    """What it costs to keep copies of held-out documents out of training."""
+    runs = [run_fresh(measure.copies_cost, files=options.files, held_out=1000) for _ in range(options.rounds)]
+    count, rows = runs[0]["documents"] - 1000, []
+    for name, key in [("first words, then hash", "ask"), ("hash every text", "hash all"), ("tokenize", "tokenize")]:
+        seconds = [run[key] for run in runs]
+        share = statistics.median(run[key] / run["tokenize"] for run in runs)
+        rows.append({"per document": name, "microseconds": spread([1e6 * s / count for s in seconds])})
+        rows[-1]["of the time to tokenize"] = f"{share:.2%}"
+    measured = (
+        f"{options.corpus}; 1,000 documents held out, {runs[0]['copies']} copies of them among the others; median "
+        f"(smallest to largest) of {options.rounds}. The stream does the first; tokenizers alone is beside it "
+        "(`encode_batch_fast`, tokenizer/llama-32k, all threads)."
+    )
+    return Result("keeping copies of held-out documents out", measured, rows)
+
+
 def memory(options: Options) -> Result:
     """Memory of a loader with two workers that reads on for minutes."""
     arguments = {"folder": str(options.folder), "minutes": options.minutes, "source": options.source}
@@ -257,4 +274,4 @@ def fit_slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return float(slope), float(np.sqrt((residuals**2).sum() / (len(x) - 2) / (centred**2).sum()))
 
 
-BENCHMARKS = {function.__name__: function for function in (skip, http, index, shuffle, speed, memory)}
+BENCHMARKS = {function.__name__: function for function in (skip, http, index, shuffle, speed, copies, memory)}
