@@ -20,7 +20,7 @@ from recipe.errors import UserError
 
 EOS, NUM_ROWS = 256, 64
 words = st.text(alphabet="ab \n", min_size=0, max_size=30)
-property_test = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+property_test = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @st.composite

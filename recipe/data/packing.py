@@ -125,8 +125,12 @@ def hash_of_tokenizer(tokenizer) -> str:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents that are tokenized together: of one pass, so that a small source is not read ahead many times."""
     batch, size, limit = [], 0, FIRST_TOKENIZE_BYTES
     for document in documents:
+        if batch and document.state["pass"] != batch[0].state["pass"]:
+            yield batch
+            batch, size = [], 0
         batch.append(document)
         size += len(document.content)
         if size >= limit:
