@@ -11,25 +11,14 @@ import logging
 import math
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Sequence, Set
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
 
 from transformers import TrainingArguments
 
-from recipe.config_checks import (
-    ALTERNATIVES,
-    REFUSED,
-    Problem,
-    convert_word,
-    find_conflicts,
-    find_mixture_problem,
-    find_problem,
-    show,
-    split_hint,
-)
+from recipe import config_checks as checks
 from recipe.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,12 +28,12 @@ logger = logging.getLogger(__name__)
 class ModelArguments:
     """What is trained: a new model from `model_config`, or the one at `model_name_or_path`; exactly one of the two."""
 
-    model_config: str | None = field(default=None, metadata={"help": "LlamaConfig JSON of a new model."})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint folder or hub name to go on."})
-    tokenizer: str = field(metadata={"help": "Tokenizer folder or hub name."})
+    model_config: str | None = None  # LlamaConfig JSON of a new model
+    model_name_or_path: str | None = None  # checkpoint folder or hub name to go on from
+    tokenizer: str  # folder or hub name
     attn_implementation: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
-    ] = field(default="auto", metadata={"help": "Attention kernel; auto takes the fastest that this machine runs."})
+    ] = "auto"  # takes the fastest that this machine runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,28 +46,28 @@ class SourceArguments:
     eval_skip: int
     weight: float = 1.0  # share of the rows, beside the weights of the other entries
 
+    def __post_init__(self):
+        for name in ("train_skip", "eval_skip"):  # 1e6 is how a person writes it
+            object.__setattr__(self, name, int(getattr(self, name)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataArguments:
     """What it is trained on, and which documents belong to eval alone."""
 
-    source: str | list = field(
-        metadata={"help": '"docstrings", path, glob, URL, "hf://owner/name/config", or a list of {"path", "weight"}.'}
-    )
-    text_column: str = field(default="text", metadata={"help": "Column or JSON key that holds the text."})
-    block_size: int = field(default=1024, metadata={"help": "Tokens in a row."})
-    train_tokens: int | None = field(default=None, metadata={"help": "Tokens of the whole run; or give max_steps."})
-    train_skip: int = field(default=0, metadata={"help": "Index of the first document that training may read."})
-    train_seed: int = field(default=42, metadata={"help": "Seed of the train stream's order."})
-    eval_skip: int = field(default=100_000, metadata={"help": "Index of the first hold-out document."})
-    eval_seed: int = field(default=1041, metadata={"help": "Seed of the eval stream's order."})
-    eval_documents: int = field(default=1000, metadata={"help": "Hold-out documents; training steps over them."})
-    document_masking: bool = field(default=False, metadata={"help": "Keep attention inside each document of a row."})
-    num_lanes: int = field(default=32, metadata={"help": "Sub-streams of the canonical order; a power of two."})
-    on_changed_stream: Literal["refuse", "continue", "restart"] = field(
-        default="refuse",
-        metadata={"help": "When a checkpoint was made on another stream: refuse, keep its position, or start anew."},
-    )
+    source: str | list  # "docstrings", path, glob, URL, "hf://owner/name/config", or a list of {"path", "weight"}
+    text_column: str = "text"  # column or JSON key that holds the text
+    block_size: int = 1024  # tokens in a row
+    train_tokens: int | None = None  # tokens of the whole run; or give max_steps
+    train_skip: int = 0  # index of the first document that training may read
+    train_seed: int = 42  # of the train stream's order
+    eval_skip: int = 100_000  # index of the first hold-out document
+    eval_seed: int = 1041  # of the eval stream's order
+    eval_documents: int = 1000  # hold-out documents; training steps over them
+    document_masking: bool = False  # keep attention inside each document of a row
+    num_lanes: int = 32  # sub-streams of the canonical order; a power of two
+    # When a checkpoint was made on another stream: refuse, keep its position, or start anew.
+    on_changed_stream: Literal["refuse", "continue", "restart"] = "refuse"
 
     @property
     def sources(self) -> list[SourceArguments]:
@@ -92,27 +81,16 @@ class DataArguments:
 class GuardArguments:
     """Which guards watch the run, against what, and what an error does."""
 
-    trajectory: str = field(default="auto", metadata={"help": 'Reference curve: "auto", "none" or a JSON\'s path.'})
-    on_regression: Literal["warn", "stop"] = field(
-        default="warn", metadata={"help": "At a warning or error: go on, or exit."}
-    )
-    disabled_guards: list[str] = field(default_factory=list, metadata={"help": "Finding ids that are not judged."})
+    trajectory: str = "auto"  # reference curve: "auto", "none" or a JSON's path
+    on_regression: Literal["warn", "stop"] = "warn"  # at a warning or error: go on, or exit
+    disabled_guards: list[str] = field(default_factory=list)  # finding ids that are not judged
 
 
 OURS = (ModelArguments, DataArguments, GuardArguments)
-
-# Any other value breaks the recipe, so it is refused with the reason.
-FIXED = {
-    "remove_unused_columns": (False, "true strips the rows before the recipe's collator sees them"),
-    "ignore_data_skip": (True, "the stream resumes at its own position; Trainer would replay the consumed data"),
-    "logging_nan_inf_filter": (False, "true logs a NaN loss as 0.0"),
-    "auto_find_batch_size": (False, "true changes the global batch, and with it the run, when memory runs out"),
-    "average_tokens_across_devices": (True, "false weighs tokens by the rank that they are on"),
-    "batch_eval_metrics": (True, "false gathers the logits of the whole hold-out in memory"),
-    "label_smoothing_factor": (0.0, "perplexity, envelope and references are about the plain next-token loss"),
-    "enable_jit_checkpoint": (False, "the recipe saves a checkpoint itself when it is interrupted"),
-}
-DEFAULTS = {name: value for name, (value, _) in FIXED.items()} | {
+TRAINING_FIELDS = {f.name: f for f in fields(TrainingArguments) if f.name not in checks.REFUSED}
+FIELDS = {f.name: f for group in OURS for f in fields(group)} | TRAINING_FIELDS
+# The recipe's own for keys of TrainingArguments.
+DEFAULTS = {name: value for name, (value, _) in checks.FIXED.items()} | {
     "logging_steps": 10,
     "report_to": [],
     "disable_tqdm": False,
@@ -121,23 +99,21 @@ DEFAULTS = {name: value for name, (value, _) in FIXED.items()} | {
     "trackio_static_space_id": False,  # unset, a push to the hub also creates a Space
     "seed": 42,
 }
-TRAINING_FIELDS = {f.name: f for f in fields(TrainingArguments) if f.name not in REFUSED}
-FIELDS = {f.name: f for group in OURS for f in fields(group)} | TRAINING_FIELDS
 HINTS = {name: hint for group in (*OURS, TrainingArguments) for name, hint in get_type_hints(group).items()}
 # transformers' own hints are too wide (a string of kwargs only fails later) or wrong (`fsdp` is a bool in v5).
 HINTS |= {"lr_scheduler_kwargs": dict | None, "activation_checkpointing_kwargs": dict | None}
 HINTS |= {"fsdp": bool | str | None, "output_dir": str, "report_to": str | list[str]}
 HINTS |= {"trackio_static_space_id": bool | str | None}
-SOURCE_TYPES = {name: split_hint(hint) for name, hint in get_type_hints(SourceArguments).items()}
-TYPES = {name: split_hint(HINTS[name]) for name in FIELDS}
+TYPES = {name: checks.split_hint(HINTS[name]) for name in FIELDS}
+SOURCE_TYPES = {name: checks.split_hint(hint) for name, hint in get_type_hints(SourceArguments).items()}
 FILES, FOLDERS = ("model_config", "trajectory"), ("tokenizer", "model_name_or_path")
-HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(?<!\.json)(?<!\.model)"
+HUB_NAME = r"(?!tokenizer/)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(?<!\.json)(?<!\.model)"
 
 
 class ConfigError(UserError):
     """The configuration cannot be used; `problems` holds every (key, message) found."""
 
-    def __init__(self, path: str | os.PathLike, problems: Sequence[Problem]):
+    def __init__(self, path: str | os.PathLike, problems: Sequence[checks.Problem]):
         self.problems = list(problems)
         lines = [f"  {key}: {message}" if key else f"  {message}" for key, message in self.problems]
         count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
@@ -171,10 +147,8 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Flat and JSON-able, for `parse_config` to read again: ours first, then TrainingArguments', each in its
         declared order. The hub token is masked; of `train_tokens` and `max_steps` only the one chosen is set."""
-        groups = (self.model, self.data, self.guards)
-        stored = {f.name: getattr(group, f.name) for group in groups for f in fields(group)}
-        training = self.training.to_dict()
-        stored |= {name: training[name] for name in TRAINING_FIELDS}
+        stored = {**vars(self.model), **vars(self.data), **vars(self.guards)}
+        stored |= {name: value for name, value in self.training.to_dict().items() if name in TRAINING_FIELDS}
         if self.training.hub_token is None:  # masked all the same
             stored["hub_token"] = None
         if self.data.train_tokens is not None:  # a run sets max_steps too, once it knows the number of processes
@@ -183,7 +157,7 @@ class Config:
 
 
 def parse_config(
-    path: str | os.PathLike, overrides: Sequence[str] = (), machine_defaults: Mapping[str, Any] = MappingProxyType({})
+    path: str | os.PathLike, overrides: Sequence[str] = (), machine_defaults: dict | None = None
 ) -> Config:
     """The JSON at `path`, then `overrides` (`--field value`, `--field=value`, bare `--flag`), checked and resolved.
 
@@ -194,54 +168,45 @@ def parse_config(
     path = Path(path)
     given, problems = _read_json(path)
     options, misread = _read_overrides(overrides)
-    replaced = {name for pair in ALTERNATIVES if options.keys() & pair for name in pair}
+    replaced = {name for pair in checks.ALTERNATIVES if options.keys() & pair for name in pair}
     given = {k: v for k, v in given.items() if not k.startswith("_") and k not in replaced} | options
 
-    found = {name: message for name, value in given.items() if (message := _problem_of(name, value))}
-    values = _defaults() | {"output_dir": f"runs/{path.stem}"} | machine_defaults
+    found = {name: checks.find_problem(name, value, TYPES) for name, value in given.items()}
+    if not isinstance(given.get("source", ""), str):
+        found["source"] = checks.find_mixture_problem(given["source"], SOURCE_TYPES)
+    found = {name: message for name, message in found.items() if message}
+    values = _defaults() | {"output_dir": f"runs/{path.stem}"} | (machine_defaults or {})
     if given.get("fp16") is True and "bf16" not in given:
         values["bf16"] = False  # the user's fp16 stands against the machine's bf16
-    values |= {name: _settled(name, value) for name, value in given.items() if name not in found}
+    for name in given.keys() - found.keys():
+        is_whole = isinstance(given[name], float) and float not in TYPES[name].kinds  # such as 1e9
+        values[name] = int(given[name]) if is_whole else given[name]
     found |= {name: "is required" for name, value in values.items() if value is MISSING and name not in found}
-    conflicts = find_conflicts(values, given.keys(), found.keys())
-    found |= conflicts | _resolve_paths(values, path, found.keys())
+    found |= checks.find_conflicts(values, given.keys(), {*found}) | _resolve_paths(values, path, {*found})
     labels = {name: f"--{name}" for name in options}
     problems += misread + [(labels.get(name, name), message) for name, message in found.items()]
     if problems:
         raise ConfigError(path, problems)
-    return replace(_build(path, values, labels), overrides=tuple(overrides))
+    training = _build_training(path, values, labels)
+    model, data, guards = (group(**{f.name: values[f.name] for f in fields(group)}) for group in OURS)
+    return Config(path, model, data, guards, training, tuple(overrides))
 
 
-def _problem_of(name: str, value: Any) -> str | None:
-    if name == "source" and not isinstance(value, str):
-        return find_mixture_problem(value, SOURCE_TYPES)
-    problem = find_problem(name, value, TYPES)
-    if problem is None and name in FIXED and value != FIXED[name][0]:
-        return f"must stay {show(FIXED[name][0])}: {FIXED[name][1]}"
-    return problem
+def _build_training(path: Path, values: dict[str, Any], labels: dict[str, str]) -> TrainingArguments:
+    for name in ("deepspeed", "fsdp"):
+        if values[name]:
+            logger.warning("%s is passed on to transformers, but this recipe has not been tested with it", name)
+    try:
+        return TrainingArguments(**{name: values[name] for name in TRAINING_FIELDS})
+    except (ValueError, TypeError, KeyError, NotImplementedError, ImportError, OSError) as error:
+        message = " ".join(str(error).split())
+        key = next((word for word in re.findall(r"\w+", message) if word in TRAINING_FIELDS), "TrainingArguments")
+        raise ConfigError(path, [(labels.get(key, key), message)]) from error
 
 
 def _defaults() -> dict[str, Any]:
     fresh = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in FIELDS.values()}
     return fresh | DEFAULTS
-
-
-def _settled(name: str, value: Any) -> Any:
-    """1e9 as int where the field is one."""
-    return int(value) if isinstance(value, float) and float not in TYPES[name].kinds else value
-
-
-def _build(path: Path, values: dict[str, Any], labels: Mapping[str, str]) -> Config:
-    try:
-        training = TrainingArguments(**{name: values[name] for name in TRAINING_FIELDS})
-    except (ValueError, TypeError, KeyError, NotImplementedError, ImportError, OSError) as error:
-        message = " ".join(str(error).split())
-        key = next((word for word in re.findall(r"\w+", message) if word in TRAINING_FIELDS), "TrainingArguments")
-        raise ConfigError(path, [(labels.get(key, key), message)]) from error
-    for name in ("deepspeed", "fsdp"):
-        if values[name]:
-            logger.warning("%s is passed on to transformers, but this recipe has not been tested with it", name)
-    return Config(path, *(group(**{f.name: values[f.name] for f in fields(group)}) for group in OURS), training)
 
 
 def format_config(config: Config) -> str:
@@ -262,24 +227,28 @@ def find_path(value: str, config_path: str | os.PathLike) -> Path | None:
 
 
 def _places(value: str, config_path: str | os.PathLike) -> list[Path]:
-    path = Path(os.path.expanduser(value))
-    if path.is_absolute():
-        return [path]
-    package = Path(__file__).resolve().parent
+    path, package = Path(os.path.expanduser(value)), Path(__file__).resolve().parent
     places = [path, Path(config_path).resolve().parent / path, package.parent / path]
     if path.parts[:1] == ("tokenizer",):  # a wheel carries the top-level folder inside the package
         places.append(package / "_tokenizer" / Path(*path.parts[1:]))
-    return places
+    return list(dict.fromkeys(places))  # an absolute path has one
 
 
-def _resolve_paths(values: dict[str, Any], config_path: Path, unsound: Collection[str]) -> dict[str, str]:
+def _resolve_paths(values: dict[str, Any], config_path: Path, unsound: Set[str]) -> dict[str, str]:
     """Put the place where each file and folder lies into `values`; returns key -> message for those that cannot be."""
     problems = {}
     for name in (*FILES, *FOLDERS):
-        if name not in unsound and values[name] not in (None, "auto", "none"):
-            if message := _path_problem(name, values[name], config_path):
-                problems[name] = message
-            values[name] = str(find_path(values[name], config_path) or values[name])
+        value, is_folder = values[name], name in FOLDERS
+        if name in unsound or value in (None, "auto", "none"):
+            continue
+        place = find_path(value, config_path)
+        values[name] = str(place or value)
+        if place is None and not (is_folder and re.fullmatch(HUB_NAME, value)):
+            places = ", ".join(map(str, _places(value, config_path)))
+            problems[name] = f"{value} not found; looked for {places}{'; nor is it a hub name' if is_folder else ''}"
+        elif place is not None and place.is_dir() != is_folder:
+            kind, mend = ("file", "folder that holds it") if is_folder else ("folder", "JSON file in it")
+            problems[name] = f"{value} is a {kind}; name the {mend}"
     if "source" not in unsound:
         values["source"] = _locate_source(values["source"], config_path)
     return problems
@@ -289,27 +258,15 @@ def _locate_source(source: str | list, config_path: Path) -> str | list:
     """Files named by a path or glob that is meant from the config's folder; everything else as it stands."""
     if isinstance(source, list):
         return [{**entry, "path": _locate_source(entry["path"], config_path)} for entry in source]
-    beside = str(Path(config_path).resolve().parent / source)
+    beside = str(config_path.resolve().parent / source)
     return beside if "://" not in source and not glob.glob(source) and glob.glob(beside) else source
-
-
-def _path_problem(name: str, value: str, config_path: Path) -> str | None:
-    found = find_path(value, config_path)
-    if found is not None and name in FILES:
-        return None if found.is_file() else f"{value} is a folder; name the JSON file in it"
-    if found is not None:
-        return None if found.is_dir() else f"{value} is a file; name the folder that holds it"
-    if name in FOLDERS and not value.startswith("tokenizer/") and re.fullmatch(HUB_NAME, value):
-        return None
-    places = ", ".join(str(place) for place in _places(value, config_path))
-    return f"{value} not found; looked for {places}" + ("; nor is it a hub name" if name in FOLDERS else "")
 
 
 # Reading
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], list[Problem]]:
-    repeated: list[Problem] = []
+def _read_json(path: Path) -> tuple[dict[str, Any], list[checks.Problem]]:
+    repeated = []
 
     def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs if not name.startswith("_")]
@@ -318,28 +275,26 @@ def _read_json(path: Path) -> tuple[dict[str, Any], list[Problem]]:
 
     try:
         given = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=to_dict)
-    except UnicodeDecodeError as error:
-        message = f"is not UTF-8 (byte {error.start}); save it as UTF-8"
-    except json.JSONDecodeError as error:
-        message = _syntax_message(error)
-    except FileNotFoundError:
-        message = "no such file"
-    except IsADirectoryError:
-        message = "is a folder; name the JSON file in it"
     except (OSError, ValueError, RecursionError) as error:
-        message = f"cannot be read: {error}"
-    else:
-        if isinstance(given, dict):
-            return given, repeated
-        message = f"must be a JSON object of keys and values, not {show(given)}"
-    raise ConfigError(path, [("", message)])
+        raise ConfigError(path, [("", _why_unreadable(error))]) from error
+    if not isinstance(given, dict):
+        raise ConfigError(path, [("", f"must be a JSON object of keys and values, not {checks.show(given)}")])
+    return given, repeated
 
 
-def _syntax_message(error: json.JSONDecodeError) -> str:
-    before, rest = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
-    where = f"line {error.lineno} column {error.colno}"
+def _why_unreadable(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, IsADirectoryError):
+        return "is a folder; name the JSON file in it"
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 (byte {error.start}); save it as UTF-8"
+    if not isinstance(error, json.JSONDecodeError):
+        return f"cannot be read: {error}"
     if not error.doc.strip():
         return "is empty"
+    before, rest = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+    where = f"line {error.lineno} column {error.colno}"
     if rest.startswith(("//", "/*", "#")):
         return f'{where}: JSON has no comments; use a key that begins with "_", such as "_comment"'
     if re.match(r"(,\s*)?[}\]]", rest) and (before.endswith(",") or rest.startswith(",")):
@@ -347,11 +302,9 @@ def _syntax_message(error: json.JSONDecodeError) -> str:
     return f"{where}: invalid JSON: {error.msg}"
 
 
-def _read_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
+def _read_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[checks.Problem]]:
     """`--field value`, `--field=value` and bare `--flag` -> values of their field's type, and what was wrong."""
-    options: dict[str, Any] = {}
-    problems: list[Problem] = []
-    words = list(words)
+    options, problems, words = {}, [], list(words)
     while words:
         word = words.pop(0)
         if not re.match(r"--\w", word):
@@ -367,5 +320,5 @@ def _read_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[Problem]
         elif not equals and bool not in kinds:
             problems.append((f"--{name}", "needs a value"))
         else:
-            options[name] = convert_word(text, kinds) if equals else True
+            options[name] = checks.convert_word(text, kinds) if equals else True
     return options, problems

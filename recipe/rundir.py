@@ -1,6 +1,7 @@
 """The run directory: which one, what is written into it, which checkpoint to go on from."""
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -10,23 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from transformers.trainer_utils import get_last_checkpoint
 
 from recipe.errors import UserError
 
 STREAM_STATE = "stream_state.json"
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", STREAM_STATE)
 PACKAGES = (
-    "torch",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "tokenizers",
-    "sentencepiece",
-    "evaluate",
-    "pyarrow",
-    "numpy",
-)
+    "torch", "transformers", "datasets", "accelerate", "tokenizers", "sentencepiece", "evaluate", "pyarrow", "numpy",
+)  # fmt: skip
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -50,29 +42,21 @@ def choose_output_dir(output_dir: str, is_default: bool, resume_from_checkpoint:
     if not holds_run(path) or resume_from_checkpoint == "latest":
         return path
     if resume_from_checkpoint is not None:
-        if Path(resume_from_checkpoint).resolve().parent == path.resolve():
+        home = Path(resume_from_checkpoint).resolve().parent
+        if home == path.resolve():
             return path
         raise UserError(
-            f"output_dir {path} holds another run than {resume_from_checkpoint}; choose an empty one, or "
-            f"{Path(resume_from_checkpoint).parent}"
+            f"output_dir {path} holds another run than {resume_from_checkpoint}; choose an empty one, or {home}"
         )
-    if not is_default:
-        raise UserError(
-            f"output_dir {path} holds a run already; choose another one, or go on "
-            "with it: --resume_from_checkpoint latest"
-        )
-    return next(candidate for candidate in _numbered(path) if not holds_run(candidate))
-
-
-def _numbered(path: Path) -> Iterator[Path]:
-    number = 2
-    while True:
-        yield path.with_name(f"{path.name}-{number}")
-        number += 1
+    if is_default:
+        numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+        return next(candidate for candidate in numbered if not holds_run(candidate))
+    mend = "choose another one, or go on with it: --resume_from_checkpoint latest"
+    raise UserError(f"output_dir {path} holds a run already; {mend}")
 
 
 def holds_run(path: Path) -> bool:
-    return (path / "run.json").exists() or (path.is_dir() and get_last_checkpoint(str(path)) is not None)
+    return (path / "run.json").exists() or any(step_of(found) >= 0 for found in path.glob("checkpoint-*"))
 
 
 def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Path | None:
@@ -84,20 +68,19 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Pat
     """
     if resume_from_checkpoint is None:
         return None
-    if resume_from_checkpoint != "latest":
+    if resume_from_checkpoint == "latest":
+        if newest := newest_checkpoint(output_dir):
+            return newest
+        count = len(list(output_dir.glob("checkpoint-*")))
+        problem = f"{output_dir} holds {f'{count} checkpoints, none complete' if count else 'no checkpoint'}"
+        mend = "leave the key out to start a new run"
+    else:
         path = Path(resume_from_checkpoint)
         missing = _missing_files(path)
-        if missing:
-            raise UserError(
-                f"resume_from_checkpoint {path}: not a complete checkpoint, {', '.join(missing)} "
-                "missing; give another, or latest"
-            )
-        return path
-    if newest := newest_checkpoint(output_dir):
-        return newest
-    count = len(list(output_dir.glob("checkpoint-*")))
-    found = f"{count} checkpoints, none complete" if count else "no checkpoint"
-    raise UserError(f"resume_from_checkpoint latest: {output_dir} holds {found}; leave the key out to start a new run")
+        if not missing:
+            return path
+        problem, mend = f"not a complete checkpoint, {', '.join(missing)} missing", "give another, or latest"
+    raise UserError(f"resume_from_checkpoint {resume_from_checkpoint}: {problem}; {mend}")
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -159,19 +142,17 @@ def describe_environment() -> dict:
     """Versions, and the commit of the recipe where it runs from a checkout."""
     versions = {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}}
     commit = _git("rev-parse", "HEAD")
-    return {
-        "versions": versions,
-        "commit": commit,
-        "is_dirty": bool(_git("status", "--porcelain")) if commit else None,
-    }
+    is_dirty = None if commit is None else bool(_git("status", "--porcelain"))
+    return {"versions": versions, "commit": commit, "is_dirty": is_dirty}
 
 
 def _git(*arguments: str) -> str | None:
     root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
+    # The folder is named, so that git does not take a repository around it, such as a project's with the recipe in its
+    # environment, for the recipe's own.
+    command = ["git", "-C", str(root), "--git-dir=.git", *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.strip()
