@@ -118,6 +118,9 @@ def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return GOOD if arguments else USER_INPUT
+    if arguments[0] in COMMANDS and {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        return GOOD
     if arguments[0] not in COMMANDS:
         return _fail(USER_INPUT, f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
     try:

@@ -174,6 +174,8 @@ def parse_config(
     found = {name: checks.find_problem(name, value, TYPES) for name, value in given.items()}
     if not isinstance(given.get("source", ""), str):
         found["source"] = checks.find_mixture_problem(given["source"], SOURCE_TYPES)
+    elif given.get("source", "").lstrip().startswith("[{"):
+        found["source"] = f"looks like a list of sources, but is no JSON: {checks.show(given['source'])}"
     found = {name: message for name, message in found.items() if message}
     values = _defaults() | {"output_dir": f"runs/{path.stem}"} | (machine_defaults or {})
     if given.get("fp16") is True and "bf16" not in given:

@@ -89,6 +89,16 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
     return next((path for path in checkpoints if not _missing_files(path)), None)
 
 
+def read_stream_state(checkpoint: Path) -> dict | None:
+    """The stream's state in a checkpoint; None where the file is not whole."""
+    try:
+        state = json.loads((checkpoint / STREAM_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    parts = ("identity", "settings", "position")
+    return state if isinstance(state, dict) and all(isinstance(state.get(part), dict) for part in parts) else None
+
+
 def step_of(path: Path) -> int:
     number = path.name.rsplit("-", 1)[-1]
     return int(number) if number.isdigit() else -1
@@ -96,6 +106,8 @@ def step_of(path: Path) -> int:
 
 def _missing_files(path: Path) -> list[str]:
     missing = [name for name in CHECKPOINT_FILES if not (path / name).is_file()]
+    if STREAM_STATE not in missing and read_stream_state(path) is None:
+        missing.append(f"{STREAM_STATE} (it is damaged)")
     return missing if any(path.glob("*.safetensors")) else [*missing, "model.safetensors"]
 
 

@@ -15,13 +15,14 @@ import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from recipe.data.loader import BatchLoader, merge_positions
 from recipe.data.source import Source
 from recipe.errors import UserError
 from recipe.guards import Finding, RegressionCallback
 from recipe.guards.records import append_line, keep_until
-from recipe.rundir import STREAM_STATE, write_json
+from recipe.rundir import STREAM_STATE, read_stream_state, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +38,29 @@ class PretrainTrainer(Trainer):
     def get_train_dataloader(self) -> BatchLoader:
         return self.train_loader
 
+    def _save_checkpoint(self, model, trial):
+        # Trainer would delete older checkpoints now; `StreamCallback` does it when this one is complete.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+
 
 # --- the stream's position
 
 
 class StreamCallback(TrainerCallback):
-    """Saves the stream's position into each checkpoint, last of all files, and announces the end of each source's
-    first pass once."""
+    """Saves the stream's position into each checkpoint, last of all files; then deletes those over `save_total_limit`.
+
+    Announces the end of each source's first pass once: when a lane of this rank wraps, or at the next checkpoint where
+    it was another rank's.
+    """
 
     def __init__(self, loader: BatchLoader, identity: dict, settings: dict, guards: RegressionCallback):
         self.loader = loader
         self.belongs_to = {"identity": identity, "settings": settings}
         self.guards = guards
-        self._announced = {number for number in self._sources if loader.passes(number) > 0}
-
-    @property
-    def _sources(self) -> range:
-        return range(len(self.loader.dataset.parts))
 
     def on_save(self, args, state, control, **kwargs):
         position = self.loader.position
@@ -61,15 +68,20 @@ class StreamCallback(TrainerCallback):
             positions = [None] * args.world_size
             torch.distributed.all_gather_object(positions, position)
             position = merge_positions(positions, args.world_size)
+        self._announce(position, state.global_step)
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(checkpoint / STREAM_STATE, {**self.belongs_to, "position": position})
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        for number in self._sources:
-            if number not in self._announced and self.loader.passes(number) > 0:
-                self._announced.add(number)
-                self.guards.report(self._exhausted(number, state.global_step))
+        self._announce(self.loader.position, state.global_step)
+
+    def _announce(self, position: dict, step: int) -> None:
+        for number, lanes in enumerate(position["lanes"]):
+            if not self.loader.position["is_exhausted"][number] and any(lane["pass"] > 0 for lane in lanes):
+                self.loader.position["is_exhausted"][number] = position["is_exhausted"][number] = True
+                self.guards.report(self._exhausted(number, step))
 
     def _exhausted(self, number: int, step: int) -> Finding:
         source = self.loader.dataset.parts[number].source
@@ -93,7 +105,9 @@ def load_position(checkpoint: Path, identity: dict, settings: dict, start: dict,
     Raises `UserError` with the differences where it belongs to another stream and `on_changed_stream` is "refuse", or
     where settings differ that the checkpoint brings back.
     """
-    saved = json.loads((checkpoint / STREAM_STATE).read_text(encoding="utf-8"))
+    saved = read_stream_state(checkpoint)
+    if saved is None:
+        raise UserError(f"{checkpoint / STREAM_STATE} is damaged; resume from another checkpoint, or latest")
     if differences := _differences(saved["settings"], settings):
         raise UserError(
             f"{checkpoint} brings these back, so that another value would be ignored:{differences}\n  leave them as "
@@ -102,7 +116,7 @@ def load_position(checkpoint: Path, identity: dict, settings: dict, start: dict,
     position, differences = saved["position"], _differences(saved["identity"], identity)
     touched = [line for line in differences.splitlines() if ".modified:" in line]
     if touched and len(touched) == differences.count("\n"):  # copied, or touched
-        logger.warning("files have another date than in %s; size and content are the same", checkpoint)
+        logger.warning("files have another date than in %s; size and what was hashed are the same", checkpoint)
         return position
     if not differences:
         return position

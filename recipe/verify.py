@@ -12,6 +12,7 @@ from recipe.arguments import Config
 from recipe.data.hold_out import KeptOut, digest_of
 from recipe.data.packing import Row
 from recipe.data.pipeline import Data, build_data
+from recipe.errors import UserError
 from recipe.guards.finding import Finding
 
 SHOWN, FILES_SHOWN, SAMPLE_CHARS = 5, 20, 300
@@ -30,7 +31,9 @@ class Reading:
     readings: Counter = field(default_factory=Counter)
     tokens: Counter = field(default_factory=Counter)
     duplicates: list[tuple] = field(default_factory=list)
-    _blocks: dict = field(default_factory=dict)  # (pass, hash of the ids) -> pieces of the first such row
+    _blocks: dict = field(
+        default_factory=dict
+    )  # (first and last pass, hash of the ids) -> pieces of the first such row
     _next: dict = field(default_factory=dict)  # (source, lane) -> where the piece in hand goes on
 
     def add(self, row: Row) -> None:
@@ -41,7 +44,8 @@ class Reading:
                 self.readings[row.source, piece.pass_number, piece.document] += 1
             self.tokens[row.source, piece.document] += piece.num_tokens
             self._next[row.source, row.lane] = (*place[:2], piece.first_token + piece.num_tokens)
-        block = row.state["pass"], hashlib.blake2b(row.input_ids.tobytes(), digest_size=16).digest()
+        passes = row.pieces[0].pass_number, row.pieces[-1].pass_number
+        block = passes, hashlib.blake2b(row.input_ids.tobytes(), digest_size=16).digest()
         pieces = tuple((row.source, piece.document, piece.first_token, piece.num_tokens) for piece in row.pieces)
         first = self._blocks.setdefault(block, pieces)
         if first is not pieces:
@@ -58,6 +62,10 @@ class Reading:
 
 def verify_data(config: Config, num_batches: int) -> dict:
     """Read `num_batches` micro-batches with the config's workers; returns the JSON-able result, with its findings."""
+    if config.training.world_size > 1:
+        raise UserError(
+            "verify-data reads in one process, as all ranks would together; use --workers for more readers"
+        )
     start = time.perf_counter()
     data = build_data(config)
     reading, first_rows, first_time = Reading(), None, start
@@ -92,7 +100,8 @@ def compare_texts(data: Data, reading: Reading) -> dict:
     Reads the chunks of the documents once more. `copies_kept_out`: documents in those chunks that equal a held-out
     one, so that the stream left them out.
     """
-    kept_out = KeptOut(data.eval_rows.contents)
+    eos = data.tokenizer.eos_token_id
+    kept_out = KeptOut(data.eval_rows.contents, eos)
     tokens_by_file: Counter = Counter()
     digests, places, hits, copies = {}, defaultdict(list), [], 0
     for number, part in enumerate(data.loader.dataset.parts):
@@ -109,7 +118,7 @@ def compare_texts(data: Data, reading: Reading) -> dict:
             copies += sum(kept_out.holds(contents[document - chunk.first_document]) for document in allowed)
             for document in inside:
                 content = contents[document - chunk.first_document]
-                digests[number, document] = digest_of(content)
+                digests[number, document] = digest_of(content, eos)
                 places[digests[number, document]].append(f"{part.source.name}[{document}]")
                 if document not in allowed or kept_out.holds(content):
                     hits.append(f"{part.source.name}[{document}]")

@@ -250,7 +250,7 @@ def test_fewer_chunks_than_lanes_name_a_number_that_would_do(tmp_path, tokenizer
         ([{"path": "a"}, {"path": "b", "wieght": 1}], "source: entry 1: wieght: unknown key; did you mean weight?"),
         ([{"path": "a", "weight": 0}], "source: entry 0: weight: must be"),
         ([{"path": "a", "weight": "0.5"}], "source: entry 0: weight: expected a number"),
-        ([{"path": "part-*.parquet"}, {"path": "part-00.parquet"}], "part-00.parquet is in two sources, "),
+        ([{"path": "part-*.parquet"}, {"path": "part-00.parquet"}], "part-00.parquet is named twice, in "),
         ([{"path": "part-00.parquet"}, {"path": "part-01.parquet"}], "part-01.parquet', which has 20 documents; "),
     ],
 )
@@ -261,3 +261,27 @@ def test_a_list_of_sources_that_cannot_be_meant(write_config, tmp_path, capfd, s
     assert run(["train", write_config(source=source)]) == 2
     error = capfd.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_a_page_with_a_checksum_that_does_not_hold_is_not_trained_on(tmp_path):
+    """Flipped bytes that still decode are seen where the file's writer left checksums."""
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": [f"document {number} of plain words" for number in range(200)]})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"document 100")
+    data[place : place + 8] = b"DOCUMENT"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="cannot read documents 0 to 199"):
+        read_all(open_source(str(path)))
+
+
+def test_a_folder_named_like_a_file_is_read_as_a_folder(tmp_path):
+    (tmp_path / "spark.parquet").mkdir()
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "spark.parquet/part-0.parquet")
+    assert read_all(open_source(str(tmp_path / "spark.parquet"))) == ["a", "b"]
+
+
+def test_a_list_that_is_no_json_says_so(write_config, capsys):
+    assert run(["verify-data", write_config(), "--source", '[{"path": "a"']) == 2
+    assert "looks like a list of sources, but is no JSON" in capsys.readouterr().err

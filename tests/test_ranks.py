@@ -83,3 +83,16 @@ def test_four_ranks_then_two_then_one_are_one_run(write_config, tmp_path):
     assert [record["loss"] for record in resumed] == pytest.approx([record["loss"] for record in whole], abs=1e-4)
     states = [(tmp_path / name / "checkpoint-6/stream_state.json").read_text() for name in ("one", "parts")]
     assert states[0] == states[1]
+
+
+def test_two_ranks_go_on_after_an_odd_number_of_rows(write_config, tmp_path):
+    """Which rank reads which lane then differs from a run that began on two ranks; the position must not."""
+    path = write_config(lr_scheduler_type="constant", eval_strategy="no", eval_steps=None, save_steps=1)
+    odd = ["--output_dir", str(tmp_path / "odd"), "--per_device_train_batch_size"]
+    assert run(["train", path, *odd, "3", "--max_steps", "1"]) == 0
+    assert launch(tmp_path, path, *odd, "1", "--max_steps", "3", "--resume_from_checkpoint", "latest")["code"] == 0
+    words = ["--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "7", "--max_steps", "1"]
+    assert run(["train", path, *words]) == 0
+    checkpoints = (tmp_path / "odd/checkpoint-3", tmp_path / "one/checkpoint-1")
+    odd_rows, at_once = (json.loads((each / "stream_state.json").read_text())["position"] for each in checkpoints)
+    assert odd_rows["rows"] == 7 and odd_rows == at_once

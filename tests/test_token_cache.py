@@ -16,7 +16,7 @@ from recipe.data import token_cache
 from recipe.data.pipeline import build_data
 from recipe.data.source import open_source
 from recipe.data.token_cache import write_token_cache
-from recipe.errors import UserError
+from recipe.errors import DataError, UserError
 from recipe.guards.records import read_lines
 
 TEXTS = [3 * f"{document(i)} " for i in range(240)]
@@ -191,7 +191,7 @@ def test_a_folder_with_other_files_is_left_alone(cache, tmp_path):
 
 def test_a_file_in_the_place_of_the_folder_is_refused(cache, tmp_path):
     (tmp_path / "tokens").write_text("mine")
-    with pytest.raises(UserError, match="tokens.*file"):
+    with pytest.raises(UserError, match="tokens: cannot be made"):
         cache()
 
 
@@ -213,3 +213,14 @@ def test_a_cache_of_another_text_is_not_gone_on_with(cache, tmp_path):
     (folder / "tokens-00001.parquet").unlink()
     with pytest.raises(UserError, match="made of another source|holds other files"):
         cache()
+
+
+def test_a_folder_that_cannot_be_made_and_a_file_that_is_no_parquet_are_one_message(tmp_path, tokenizer):
+    source = open_source(write_source(tmp_path / "text", "parquet", ["ab"] * 40))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be made"):
+        write_token_cache(source, tokenizer, tmp_path / "file/sub")
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk/tokens-00000.parquet").write_text("garbage")
+    with pytest.raises(DataError, match=r"tokens-00000\.parquet: cannot be read .*; remove it"):
+        write_token_cache(source, tokenizer, tmp_path / "junk")

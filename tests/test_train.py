@@ -1,5 +1,6 @@
 """Whole runs through the command, on a tiny model and made-up text."""
 
+import copy
 import json
 import os
 import signal
@@ -11,9 +12,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 from recipe.__main__ import run
+from recipe.arguments import parse_config
+from recipe.data.pipeline import build_data
 from recipe.data.source import Source
 from recipe.errors import DataError
+from recipe.guards import RegressionCallback
 from recipe.guards.records import read_lines
+from recipe.rundir import find_checkpoint
+from recipe.trainer import StreamCallback
 
 
 @pytest.fixture(autouse=True)
@@ -459,3 +465,61 @@ def test_when_the_data_fails_the_last_checkpoint_is_named(write_config, tmp_path
     expected = "error: part-00.parquet: gone; replace the file; --resume_from_checkpoint latest then goes on from"
     assert expected in capsys.readouterr().err
     assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 4
+
+
+def test_an_older_checkpoint_goes_when_the_new_one_is_complete(write_config, tmp_path, monkeypatch):
+    """With one checkpoint kept, a run killed between Trainer's saving and the stream's must still have the last."""
+    whole = StreamCallback.on_save
+
+    def killed(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+        whole(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StreamCallback, "on_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(["train", write_config(save_total_limit=1)])
+    monkeypatch.undo()
+    assert find_checkpoint("latest", tmp_path / "run").name == "checkpoint-3"
+    resume = ["--resume_from_checkpoint", "latest"]
+    assert run(["train", write_config(save_total_limit=1), *resume]) == 0
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize("damaged", ["", "{}", "[]", '{"identity": {}, "sett'])
+def test_a_damaged_stream_state_is_no_checkpoint(write_config, tmp_path, capsys, damaged):
+    path = write_config()
+    assert run(["train", path]) == 0
+    (tmp_path / "run/checkpoint-6/stream_state.json").write_text(damaged)
+    assert find_checkpoint("latest", tmp_path / "run").name == "checkpoint-3"
+    assert run(["train", path, "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-6")]) == 2
+    assert "stream_state.json (it is damaged) missing" in capsys.readouterr().err
+
+
+def test_a_killed_worker_is_a_data_error(write_config, tmp_path, capsys, monkeypatch):
+    read, parent = Source.read_chunk, os.getpid()
+
+    def dying(source, chunk):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(source, chunk)
+
+    monkeypatch.setattr(Source, "read_chunk", dying)
+    assert run(["train", write_config(), "--dataloader_num_workers", "2"]) == 4
+    error = capsys.readouterr().err
+    assert "a data worker was ended from outside" in error and "Traceback" not in error
+
+
+def test_the_end_of_a_pass_on_another_rank_is_announced_at_the_next_checkpoint(write_config, tmp_path):
+    config = parse_config(write_config(), ["--use_cpu", "true", "--bf16", "false"])
+    loader, guards = build_data(config).loader, RegressionCallback()
+    guards.output_dir, guards.is_main, guards.tokens_seen = tmp_path, True, 0
+    callback = StreamCallback(loader, {}, {}, guards)
+    callback._announce(loader.position, 1)
+    assert guards.findings == []
+    merged = copy.deepcopy(loader.position)
+    merged["lanes"][0][1]["pass"] = 1  # a lane that another rank reads
+    for _ in range(2):
+        callback._announce(merged, 2)
+    assert [finding.id for finding in guards.findings] == ["source_exhausted"]
+    assert loader.position["is_exhausted"] == merged["is_exhausted"] == [True]

@@ -5,12 +5,16 @@ import random
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recipe.__main__ import run
+from recipe.arguments import parse_config
 from recipe.data import lanes, pipeline, stream
 from recipe.data.packing import LaneState, Piece, Row
-from recipe.verify import Reading, find_problems
+from recipe.errors import UserError
+from recipe.verify import Reading, find_problems, verify_data
 
 
 def verify(capsys, *words) -> tuple[int, dict]:
@@ -123,12 +127,37 @@ def test_a_document_read_twice(second):
     assert finding.id == "repeated_data" and "1 documents read twice" in finding.found
 
 
+def test_a_document_that_comes_again_in_the_next_pass_is_no_duplicate():
+    reading = Reading()
+    reading.add(
+        replace(row((7, 0, 4, 2), (1, 1, 0, 2), ids=b"tail"), state={"pass": 1})
+    )  # ends a pass, begins the next
+    reading.add(replace(row((7, 1, 4, 2), (3, 1, 0, 2), ids=b"tail"), state={"pass": 1}))
+    assert reading.duplicates == []
+
+
 def test_a_duplicate_block():
     reading = Reading()
     reading.add(row((1, 0, 0, 4), ids=b"same"))
     reading.add(row((2, 0, 0, 4), ids=b"same"))
     assert reading.duplicates == [(((0, 1, 0, 4),), ((0, 2, 0, 4),))]
     assert find_problems(reading, 1, [])[0].id == "repeated_data"
+
+
+def test_copies_in_a_column_of_ids_are_kept_out_with_and_without_eos(write_config, tmp_path, capsys):
+    path, letters = write_config(), random.Random(0)
+    ids = [letters.choices(range(200), k=40) for _ in range(300)]
+    ids[5], ids[77] = ids[285], [*ids[286], 256]  # the hold-out is 280 to 289; 256 is EOS
+    pq.write_table(pa.table({"text": ids}), tmp_path / "part-00.parquet", row_group_size=10)
+    code, result = verify(capsys, path, "--num_batches", 600)
+    assert (code, result["copies_kept_out"], result["hold_out_hits"], result["documents"]) == (0, 2, 0, 288)
+
+
+def test_several_ranks_are_refused(write_config, capsys, monkeypatch):
+    config = parse_config(write_config(), ["--use_cpu", "true", "--bf16", "false"])
+    monkeypatch.setattr(type(config.training), "world_size", 2)
+    with pytest.raises(UserError, match="verify-data reads in one process"):
+        verify_data(config, 3)
 
 
 @pytest.mark.parametrize("words", [["--num_batches", "0"], ["--num_batches", "many"], ["--workers", "3"]])

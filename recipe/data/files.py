@@ -164,7 +164,7 @@ def _list_files(source: str) -> list[str]:
 
 def _nearby(source: str) -> str:
     folder = Path(source).parent
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    names = [entry.name for entry in folder.iterdir() if entry.exists()] if folder.is_dir() else []
     near = difflib.get_close_matches(Path(source).name, [*names, "docstrings"], n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -174,7 +174,8 @@ def _files_at(filesystem, path: str) -> list[str]:
     if any(mark in path for mark in ("*[" if is_url else "*?[")) and not os.path.exists(path):
         found = filesystem.glob(path, detail=True)  # `isfile` would begin to fetch each file over HTTP
         return [file for file, info in found.items() if info["type"] != "directory"]
-    if _suffix_of(path) not in FORMATS and filesystem.isdir(path):
+    is_folder = filesystem.isdir(path) if _suffix_of(path) not in FORMATS else os.path.isdir(path)
+    if is_folder:
         return [file for file in filesystem.find(path) if _suffix_of(file) in (*FORMATS, *COMPRESSED)]
     filesystem.info(path)  # `exists` would begin to fetch a file over HTTP
     return [path]

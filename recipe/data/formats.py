@@ -141,7 +141,8 @@ def close_parquet() -> None:
 def _open_parquet(path: str, process_id: int) -> pq.ParquetFile:
     # One handle for each process: a worker must not share a position or a connection with the process it was forked
     # from. No pre-buffering and no threads of pyarrow's own: they outlive the read and abort the interpreter at exit.
-    return pq.ParquetFile(open_file(path) if is_remote(path) else path.removeprefix("file://"), pre_buffer=False)
+    file = open_file(path) if is_remote(path) else path.removeprefix("file://")
+    return pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
 
 
 def read_parquet_chunk(chunk: Chunk, column: str) -> list[Content]:

@@ -2,15 +2,21 @@
 kept."""
 
 import copy
-from collections.abc import Iterator
+import ctypes
+import signal
+import sys
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.utils.data import DataLoader
 
 from recipe.data.collator import DataCollatorForPackedRows
+from recipe.data.files import first_line
 from recipe.data.packing import Row
 from recipe.data.stream import RowStream, check_division, source_of_row
+from recipe.errors import DataError
 
+PR_SET_PDEATHSIG = 1  # prctl(2)
 PREFETCHED_ROWS = 64  # by each worker: it tokenizes some dozens of rows at once, and must not wait for the others then
 
 
@@ -45,9 +51,10 @@ class BatchLoader:
             prefetch_factor=PREFETCHED_ROWS if self.num_workers else None,
             generator=torch.Generator(),
             collate_fn=_as_is,
+            worker_init_fn=_begin_worker,
         )
         batch = []
-        for row in rows:
+        for row in _watched(rows):
             batch.append(row)
             if len(batch) == self.batch_size:
                 self._advance(batch)
@@ -71,13 +78,39 @@ def _as_is(row):
     return row
 
 
+def _begin_worker(worker_id: int) -> None:
+    """Leave signals to the main process, and end with it: a killed parent would leave workers behind that wait for
+    ever to hand over their rows."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _watched(rows: Iterable[Row]) -> Iterator[Row]:
+    try:
+        yield from rows
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("exited unexpectedly", "is killed by signal")):
+            raise
+        raise DataError(
+            f"a data worker was ended from outside, as where memory runs out ({first_line(error)}); use fewer "
+            "dataloader_num_workers"
+        ) from error
+
+
 def merge_positions(positions: list[dict], world_size: int) -> dict:
-    """One position from those of all ranks: each lane's state from the rank that reads it."""
+    """One position from those of all ranks: each lane's state from the rank that reads it.
+
+    Rank r reads the rows r, r + world_size, ... after those given out before it began; their number is that of now,
+    but for multiples of `world_size`.
+    """
     rows = {position["rows"] for position in positions}
     assert len(rows) == 1, f"ranks stand at different rows: {sorted(rows)}"
+    start = rows.pop() % world_size
     num_lanes, num_sources = len(positions[0]["lanes"][0]), len(positions[0]["lanes"])
     lanes = [
-        [positions[lane % world_size]["lanes"][source][lane] for lane in range(num_lanes)]
+        [positions[(lane - start) % world_size]["lanes"][source][lane] for lane in range(num_lanes)]
         for source in range(num_sources)
     ]
     return {**positions[0], "lanes": lanes}

@@ -45,7 +45,7 @@ def build_data(config: Config, flash_attention: bool = False) -> Data:
         arguments.num_lanes,
         rank=training.process_index,
         world_size=training.world_size,
-        kept_out=KeptOut(eval_rows.contents),
+        kept_out=KeptOut(eval_rows.contents, tokenizer.eos_token_id),
     )
     collator = DataCollatorForPackedRows(tokenizer.eos_token_id, arguments.document_masking, flash_attention)
     loader = BatchLoader(stream, collator, training.per_device_train_batch_size, training.dataloader_num_workers)
@@ -90,7 +90,8 @@ def _check_apart(sources: list[Source]) -> None:
         for file in source.files:
             path = file.path if is_remote(file.path) else os.path.realpath(file.path.removeprefix("file://"))
             if path in owner:
-                raise UserError(f"{path} is in two sources, {owner[path].name!r} and {source.name!r}; name it in one")
+                both = f"in {owner[path].name!r} and in {source.name!r}" if owner[path] is not source else "there"
+                raise UserError(f"source {source.name!r}: {path} is named twice, {both}; name it once")
             owner[path] = source
 
 

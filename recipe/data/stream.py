@@ -43,9 +43,9 @@ class RowStream(torch.utils.data.IterableDataset):
     them.
 
     Yields `Row`s. `position` is `{"rows": rows of the whole run given out so far, "rows_by_source": [how many from
-    each source], "lanes": [[LaneState of each lane] of each source]}`; `rows` must be a multiple of `world_size`. Use
-    a DataLoader with `batch_size=None`: it takes one row from each worker in turn, which restores the order. Raises
-    `UserError` where ranks times workers do not divide the lanes.
+    each source], "is_exhausted": [whether the end of its first pass has been announced], "lanes": [[LaneState of each
+    lane] of each source]}`. Use a DataLoader with `batch_size=None`: it takes one row from each worker in turn, which
+    restores the order. Raises `UserError` where ranks times workers do not divide the lanes.
     """
 
     def __init__(
@@ -72,7 +72,8 @@ class RowStream(torch.utils.data.IterableDataset):
     def start(self) -> dict:
         """The position before the first row."""
         lanes = [[start_of_lane() for _ in range(self.num_lanes)] for _ in self.parts]
-        return {"rows": 0, "rows_by_source": [0] * len(self.parts), "lanes": lanes}
+        count = len(self.parts)
+        return {"rows": 0, "rows_by_source": [0] * count, "is_exhausted": [False] * count, "lanes": lanes}
 
     def __iter__(self) -> Iterator[Row]:
         info = torch.utils.data.get_worker_info()

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipe.arguments import Config
+from recipe.data.files import first_line
 from recipe.data.formats import TEXT_DIGEST, TOKEN_CACHE, Chunk
 from recipe.data.hold_out import digest_of
 from recipe.data.packing import encode, hash_of_tokenizer, load_tokenizer
@@ -40,12 +41,7 @@ def write_token_cache(source: Source, tokenizer, folder: Path) -> int:
     """
     parts = _parts(source)
     wanted = [folder / f"tokens-{number:05}.parquet" for number in range(len(parts))]
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; name an empty folder for the token cache")
-    strangers = [path.name for path in folder.glob("*") if path not in wanted and path.suffix != ".partial"]
-    if strangers:
-        raise UserError(f"{folder} holds other files ({strangers[0]}); name an empty folder for the token cache")
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder, wanted)
     start, total, done = time.perf_counter(), 0, 0
     for number, (path, chunks) in enumerate(zip(wanted, parts, strict=True)):
         about = {
@@ -67,12 +63,13 @@ def write_token_cache(source: Source, tokenizer, folder: Path) -> int:
 
 
 def _make_folder(folder: Path, wanted: list[Path]) -> None:
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; name an empty folder for the token cache")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); name another folder") from error
     strangers = [path.name for path in folder.glob("*") if path not in wanted and path.suffix != ".partial"]
     if strangers:
         raise UserError(f"{folder} holds other files ({strangers[0]}); name an empty folder for the token cache")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _parts(source: Source) -> list[list[Chunk]]:
@@ -107,7 +104,10 @@ def _write(source: Source, chunks: list[Chunk], tokenizer, path: Path, about: di
 
 def _count_tokens(path: Path, about: dict) -> int:
     """The tokens of a file written before. Raises `UserError` where it was not made of the same."""
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); remove it, and it is written again") from error
     found = json.loads((table.schema.metadata or {}).get(TOKEN_CACHE.encode(), "{}"))
     if {**found, "files": []} != {**about, "files": []}:  # their dates may differ; the fingerprint knows the content
         raise UserError(f"{path} was made of another source or with another tokenizer; name an empty folder")
