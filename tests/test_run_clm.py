@@ -122,7 +122,7 @@ class Checkout:
     def run(self, *args: str, **options) -> subprocess.CompletedProcess:
         process = self.start(*args, **options)
         try:
-            out, err = process.communicate(timeout=20)
+            out, err = process.communicate(timeout=60)
         finally:
             process.kill()
         return subprocess.CompletedProcess(args, process.returncode, out, err)
@@ -256,7 +256,7 @@ def test_called_through_a_symbolic_link_from_elsewhere(checkout, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "go").symlink_to(Path("..") / "check out" / "run_clm.sh")
     process = subprocess.run(
-        ["bash", "elsewhere/go"], cwd=tmp_path, env=checkout.env, capture_output=True, text=True, timeout=20
+        ["bash", "elsewhere/go"], cwd=tmp_path, env=checkout.env, capture_output=True, text=True, timeout=60
     )
     assert process.returncode == 0, process.stderr
     assert checkout.calls == [f"-m recipe train {checkout.config('cpu_demo')}"]
@@ -288,16 +288,24 @@ def test_a_signal_reaches_the_run_once_and_its_code_comes_back(checkout, sent, c
     process = checkout.start(NPROC=nproc, FAKE_HANG="train")
     checkout.wait_until_hanging()
     os.killpg(process.pid, sent)  # to the whole group, as a terminal does
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert (checkout.state / "signals").read_text() == sent.name
     assert process.returncode == code
 
 
-def test_a_closed_terminal_stops_the_run_as_sigterm_does(checkout):
+@pytest.fixture
+def sighup():
+    """As it is in a terminal: tests started by nohup inherit that it is ignored, and bash cannot trap it then."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_stops_the_run_as_sigterm_does(checkout, sighup):
     process = checkout.start(FAKE_HANG="train")
     checkout.wait_until_hanging()
     process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert (checkout.state / "signals").read_text() == "SIGTERM"
     assert process.returncode == 143
 
@@ -305,7 +313,7 @@ def test_a_closed_terminal_stops_the_run_as_sigterm_does(checkout):
 def test_a_run_killed_from_outside_returns_the_shells_code(checkout):
     process = checkout.start(FAKE_HANG="train")
     os.kill(checkout.wait_until_hanging(), signal.SIGKILL)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 137
 
 
@@ -465,7 +473,7 @@ def test_interrupted_while_the_environment_is_made(fresh, how):
     process = fresh.start(FAKE_HANG="venv")
     orphan = fresh.wait_until_hanging()
     process.send_signal(how)
-    _, err = process.communicate(timeout=20) if how != signal.SIGKILL else kill_orphan(process, orphan)
+    _, err = process.communicate(timeout=60) if how != signal.SIGKILL else kill_orphan(process, orphan)
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
     assert how == signal.SIGKILL or "interrupted; the next start continues" in err
     assert fresh.run().returncode == 0
@@ -477,7 +485,7 @@ def test_interrupted_while_pip_installs(fresh, how):
     process = fresh.start(FAKE_HANG="pip")
     orphan = fresh.wait_until_hanging()
     process.send_signal(how)
-    _, err = process.communicate(timeout=20) if how != signal.SIGKILL else kill_orphan(process, orphan)
+    _, err = process.communicate(timeout=60) if how != signal.SIGKILL else kill_orphan(process, orphan)
     assert how == signal.SIGKILL or "interrupted; the next start continues" in err
     site = fresh.root / ".venv" / "lib" / "python3.11" / "site-packages"
     (site / "half-1.0.dist-info" / "METADATA").write_text("cut off")
@@ -491,9 +499,9 @@ def test_interrupted_while_pip_installs(fresh, how):
 
 def kill_orphan(process: subprocess.Popen, orphan: int) -> tuple[str, str]:
     """Ends what a killed script left behind, as a power cut would have done."""
-    process.wait(timeout=20)
+    process.wait(timeout=60)
     os.kill(orphan, signal.SIGKILL)
-    return process.communicate(timeout=20)
+    return process.communicate(timeout=60)
 
 
 @pytest.mark.parametrize("lock", ["flock", "link"])
@@ -509,7 +517,7 @@ def test_of_two_first_starts_one_installs_and_the_other_waits(fresh, lock):
     with (fresh.state / "release").open("w"):
         pass
     for process in (one, two):
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
         assert process.returncode == 0
     assert "another start is installing in" in first_words
     assert len(fresh.calls_of("-m pip install")) == 1
