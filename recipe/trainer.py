@@ -106,7 +106,7 @@ def load_position(checkpoint: Path, identity: dict, settings: dict, start: dict,
     where settings differ that the checkpoint brings back.
     """
     saved = read_stream_state(checkpoint)
-    if saved is None:
+    if saved is None or saved["position"].keys() != start.keys():
         raise UserError(f"{checkpoint / STREAM_STATE} is damaged; resume from another checkpoint, or latest")
     if differences := _differences(saved["settings"], settings):
         raise UserError(

@@ -180,7 +180,7 @@ def find_problems(reading: Reading, duplicate_blocks: int, hits: Sequence[str]) 
 
 
 def format_result(result: dict) -> str:
-    """The result as people read it, a fact a line."""
+    """The result as people read it, a fact a line; what is wrong comes last."""
     tokens = result["tokens"]
     rate = f"{result['tokens_per_second']:,} tokens/s" if result["tokens_per_second"] else "tokens/s not measured"
     by_file = Counter(result["tokens_by_file"]).most_common()
@@ -203,5 +203,6 @@ def format_result(result: dict) -> str:
         *shares,
         *more,
         f"first block begins         {result['sample']!r}",
+        *(f"ERROR {Finding(**finding).log_line()}" for finding in result["findings"]),
     ]
     return "\n".join(lines)

@@ -496,6 +496,15 @@ def test_a_damaged_stream_state_is_no_checkpoint(write_config, tmp_path, capsys,
     assert "stream_state.json (it is damaged) missing" in capsys.readouterr().err
 
 
+def test_a_position_without_its_parts_is_damaged_too(write_config, tmp_path, capsys):
+    path = write_config()
+    assert run(["train", path]) == 0
+    file = tmp_path / "run/checkpoint-3/stream_state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "position": {"rows": 12}}))
+    assert run(["train", path, "--resume_from_checkpoint", str(file.parent)]) == 2
+    assert "stream_state.json is damaged; resume from another" in capsys.readouterr().err
+
+
 def test_a_killed_worker_is_a_data_error(write_config, tmp_path, capsys, monkeypatch):
     read, parent = Source.read_chunk, os.getpid()
 

@@ -86,6 +86,8 @@ def test_a_stream_that_reads_the_hold_out_is_found(write_config, write_parquet, 
     assert code == 3 and result["hold_out_hits"] == 10
     assert [finding["id"] for finding in result["findings"]] == ["train_eval_overlap"]
     assert "[280]" in result["findings"][0]["found"]
+    assert run(["verify-data", path, "--num_batches", "500"]) == 3
+    assert capsys.readouterr().out.splitlines()[-1].startswith("ERROR train_eval_overlap | step 0 | found 10 held-out")
 
 
 def test_the_original_bug_is_found_documents_that_come_round_again(write_config, capsys, monkeypatch):
