@@ -166,7 +166,8 @@ def test_once_per_onset_and_once_on_recovery(tiny_model, tmp_path, caplog):
     }
     (tmp_path / "reference.json").write_text(json.dumps(reference))
     with caplog.at_level(logging.INFO, "recipe.guards"):
-        guards = watch(make_trainer(tiny_model, tmp_path), trajectory=str(tmp_path / "reference.json"))
+        trainer = make_trainer(tiny_model, tmp_path, max_steps=30)
+        guards = watch(trainer, trajectory=str(tmp_path / "reference.json"))
     assert [(finding.id, finding.step) for finding in guards.findings] == [("loss_off_reference", 1)]
     recoveries = [record.getMessage() for record in caplog.records if "recovered" in record.getMessage()]
     assert recoveries == ["loss_off_reference | step 3 | recovered, since step 1"]

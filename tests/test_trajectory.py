@@ -1,7 +1,6 @@
 """The reference guard on hand-written curves, and the table of the original run."""
 
 import itertools
-import json
 import math
 
 import pytest
@@ -16,7 +15,6 @@ from recipe.guards.trajectory import (
     find_reference,
     load_reference,
 )
-from recipe.guards.vitals import check_finite
 
 REFERENCE = Reference(
     name="test",
@@ -194,21 +192,3 @@ def test_slower_than_the_table_is_information(original):
     steps, losses = curve(HEALTHY, 600)
     finding = first_finding(original, steps, [loss + 2 for loss in losses])
     assert finding.severity == "info"
-
-
-# --- vitals
-
-
-@pytest.mark.parametrize(("loss", "norm"), [(3.0, 1.0), (1e-6, 0.0), (12.0, None)])
-def test_numbers_are_fine(loss, norm):
-    assert check_finite(1, 1, loss, norm) is None
-
-
-@pytest.mark.parametrize(
-    ("loss", "norm", "found"),
-    [(math.nan, 1.0, "loss nan"), (math.inf, 1.0, "loss inf"), (0.0, 1.0, "loss 0.0"), (3.0, math.nan, "norm nan")],
-)
-def test_what_is_no_number_or_exactly_zero_is_an_error(loss, norm, found):
-    finding = check_finite(7, 70, loss, norm)
-    assert finding.severity == "error" and found in finding.found
-    json.dumps(finding.evidence)

@@ -18,7 +18,7 @@ FINDINGS: dict[str, str] = {
     "loss_below_envelope": "The loss is lower than an honest model can reach on this data so early.",
     "loss_above_envelope": "The model has not learned even the token frequencies or the use of context.",
     "loss_off_reference": "The loss has left the band of the reference run.",
-    "loss_spike": "The loss jumped far above its recent level.",
+    "loss_spike": "The loss jumped far away from its recent level.",
     "loss_not_finite": "The loss is NaN or infinite.",
     "grad_norm_off": "The gradient norm is far from its usual level.",
     "repeated_data": "The model was given blocks that it had already seen.",
@@ -32,12 +32,24 @@ FINDINGS: dict[str, str] = {
     "untied_weights": "Embedding and head should share their weights and do not.",
     "token_budget_off": "The tokens counted are not the tokens planned.",
     "token_out_of_range": "Token ids lie outside the model's vocabulary.",
+    "padding_is_target": "Padding is scored, so the model learns to pad.",
     "eos_never_target": "The end of a document is never a target, so the model cannot learn to stop.",
     "eval_not_repeatable": "Two evaluations of one model differ.",
     "eval_train_mismatch": "Eval and train loss of the same data differ.",
+    "train_eval_gap": "Train and eval loss are far apart.",
+    "compiled_mismatch": "The compiled model computes another loss or gradient than the eager one.",
     "rank_divergence": "The weights differ between ranks.",
 }
 FINDING_IDS = tuple(FINDINGS)
+
+
+class CannotJudge(Exception):
+    """A guard has nothing to go by; its message is the reason shown to the user."""
+
+
+class NotApplicable(CannotJudge):
+    """There is nothing in this run for the guard to judge, such as ranks to compare where there is one."""
+
 
 Severity = Literal["info", "warning", "error"]
 

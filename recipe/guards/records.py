@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class StepRecord(TypedDict):
     """One optimizer step. `loss` in nats per token, `grad_norm` before clipping (None where it is not clipped),
-    `learning_rate` used."""
+    `learning_rate` used. `floor` and `ceiling`: n-gram and unigram loss of the same tokens, while there is an
+    envelope."""
 
     step: int
     tokens_seen: int
@@ -15,6 +16,8 @@ class StepRecord(TypedDict):
     grad_norm: float | None
     learning_rate: float
     tokens_per_second: float
+    floor: NotRequired[float]
+    ceiling: NotRequired[float]
 
 
 def append_line(path: Path, record: dict) -> None:

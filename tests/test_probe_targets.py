@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from recipe.guards.probes import (
+from recipe.guards.finding import CannotJudge
+from recipe.guards.probes.targets import (
     IGNORE_INDEX,
-    CannotJudge,
     check_loss_targets,
     recover_loss_targets,
     targets_from_gradient,
@@ -44,7 +44,7 @@ def test_a_healthy_loss_is_silent():
     ("shift", "name", "found"), [(0, "missing_label_shift", "token i "), (2, "double_label_shift", "token i+2")]
 )
 def test_a_wrong_shift_is_named(shift, name, found):
-    finding = check_loss_targets(IDS, targets_at(shift), step=0)
+    finding = check_loss_targets(IDS, targets_at(shift))
     assert finding.id == name and found in finding.found and finding.severity == "error"
     assert "(22 of 22 positions)" in finding.found
 
@@ -142,3 +142,57 @@ def test_a_loss_that_does_not_use_the_head_cannot_be_judged(tiny_model):
 
     with pytest.raises(CannotJudge, match="does not depend"):
         recover_loss_targets(tiny_model, fused)
+
+
+class FusedLoss(torch.autograd.Function):
+    """A loss that makes no logits that a hook could see."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            loss = F.cross_entropy((leaf @ weight.T).flatten(0, 1), labels.flatten())
+            (ctx.gradient,) = torch.autograd.grad(loss, leaf)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, outer):
+        return outer * ctx.gradient, None, None
+
+
+def fused_loss(model, labels):
+    hidden = model.model(input_ids=IDS).last_hidden_state
+    return FusedLoss.apply(hidden, model.lm_head.weight.detach(), labels)
+
+
+@pytest.mark.parametrize(("shift", "name"), [(0, "missing_label_shift"), (1, None), (2, "double_label_shift")])
+def test_a_fused_loss_is_judged_by_the_hidden_state(tiny_model, shift, name):
+    found = recover_loss_targets(tiny_model, lambda: fused_loss(tiny_model, targets_at(shift)))
+    assert torch.equal(found.targets, targets_at(shift))
+    count = (targets_at(shift) != IGNORE_INDEX).sum()
+    scored = found.weights[targets_at(shift) != IGNORE_INDEX]
+    assert torch.allclose(scored, torch.full_like(scored, 1 / count), rtol=1e-3)  # fp32 sums over the vocabulary
+    finding = check_loss_targets(IDS, found.targets)
+    assert (finding and finding.id) == name
+
+
+def test_a_fused_loss_on_scaled_logits_is_told_where_it_can_be(tiny_model):
+    with torch.no_grad():
+        tiny_model.lm_head.weight.mul_(5)  # an untrained head is so flat that a scale makes no difference
+    hidden = lambda: tiny_model.model(input_ids=IDS).last_hidden_state  # noqa: E731
+    weight = 3 * tiny_model.lm_head.weight.detach()
+    found = recover_loss_targets(tiny_model, lambda: FusedLoss.apply(hidden(), weight, targets_at(1))).targets
+    told = found != IGNORE_INDEX
+    assert 0 < told.sum() < (targets_at(1) != IGNORE_INDEX).sum()
+    assert torch.equal(found[told], targets_at(1)[told])
+
+
+def test_label_smoothing_on_a_model_that_is_sure_is_not_a_fault():
+    targets = torch.cat([IDS[:, 1:], IDS[:, :1]], dim=1)
+    logits = F.one_hot(targets, 53) * 12.0
+    logits[0, 3:14] *= 0.1  # positions where it is not sure
+    logits.requires_grad_()
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    found = targets_from_gradient(logits.detach(), gradient).targets
+    assert check_loss_targets(IDS, found) is None and (found[1] == IGNORE_INDEX).all()

@@ -1,0 +1,277 @@
+"""Every probe on one real micro-batch, through the trainer's own code, leaving the run exactly as it was.
+
+The probes run on the unwrapped, eager model: hooks on a compiled one split its graph, a foreign shape compiles it
+anew. They call methods of a twin of the trainer, so that what those keep (metrics, counters) is kept there. They look
+at a few rows of the batch, to stay under training's memory and to be done in seconds; rows further on and later steps
+are looked at in passing (`listener.py`).
+"""
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import Trainer
+
+from recipe.guards.finding import CannotJudge, Finding, NotApplicable
+from recipe.guards.probes.attention import probe_attention
+from recipe.guards.probes.equivalence import check_compiled, probe_accumulation, probe_eval
+from recipe.guards.probes.targets import IGNORE_INDEX, check_loss_targets, recover_loss_targets
+
+TARGETS = ("missing_label_shift", "double_label_shift", "wrong_loss_target")
+ATTENTION = ("non_causal_attention", "row_leak", "cross_document_attention")
+EVALUATION = ("eval_not_repeatable", "eval_train_mismatch")
+PROBES = (*TARGETS, *ATTENTION, "accumulation_mismatch", *EVALUATION)
+MAX_ROWS, EVAL_ROWS = 4, 2
+
+Result = Finding | CannotJudge | None
+DATASETS = ("train_dataset", "eval_dataset")
+
+
+def run_probes(
+    trainer: Trainer,
+    inputs: dict,
+    num_items_in_batch,
+    own_step: object | None,
+    step: int,
+    tokens_seen: int,
+    only_curve: bool = False,
+) -> dict[str, Result]:
+    """What each probe says of this micro-batch: `{finding id: Finding, None or the CannotJudge that says why not}`.
+
+    `own_step`: a `training_step` that the trainer's instance holds itself, None where its class's is used.
+    `only_curve`: the probes that can explain a loss curve, targets and attention.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        reason = CannotJudge("the weights are sharded over ranks, so the unwrapped model cannot run by itself")
+        return dict.fromkeys(PROBES, reason)
+    where = {"step": step, "tokens_seen": tokens_seen}
+    results: dict[str, Result] = {}
+    with undisturbed(model):
+        twin = twin_of(trainer)
+        prepared = twin._prepare_inputs(dict(inputs))
+        if missing := [name for name in ("input_ids", "labels") if not isinstance(prepared.get(name), torch.Tensor)]:
+            return dict.fromkeys(PROBES, CannotJudge(f"the batch has no {' and no '.join(missing)}"))
+        prepared = first_rows(prepared, MAX_ROWS)
+        results |= _guarded(TARGETS, lambda: _probe_targets(twin, model, prepared, num_items_in_batch, where))
+        results |= _guarded(ATTENTION, lambda: _probe_attention(twin, model, prepared, where))
+        if only_curve:
+            return results
+        results |= _guarded(
+            ("accumulation_mismatch",), lambda: _probe_accumulation(twin, model, prepared, own_step, where)
+        )
+        results |= _guarded(EVALUATION, lambda: _probe_eval(twin, model, prepared, where))
+    return results
+
+
+def _guarded(ids: tuple[str, ...], probe: Callable[[], dict[str, Result]]) -> dict[str, Result]:
+    """A probe never ends a run: what is wrong with the loss itself, the step that follows will say."""
+    try:
+        return probe()
+    except CannotJudge as reason:
+        return dict.fromkeys(ids, reason)
+    except Exception as error:
+        return dict.fromkeys(ids, CannotJudge(f"the probe failed with {type(error).__name__}: {error}"))
+
+
+def _probe_targets(twin, model, inputs, num_items_in_batch, where) -> dict[str, Result]:
+    model.train()
+    loss = _loss_of(twin, model, inputs, num_items_in_batch)
+    finding = check_loss_targets(inputs["input_ids"], recover_loss_targets(model, loss).targets, **where)
+    return {name: finding if finding is not None and finding.id == name else None for name in TARGETS}
+
+
+def _probe_attention(twin, model, inputs, where) -> dict[str, Result]:
+    with twin.compute_loss_context_manager():
+        return probe_attention(model, inputs, **where)
+
+
+def _probe_accumulation(twin, model, inputs, own_step, where) -> dict[str, Result]:
+    if twin.args.gradient_accumulation_steps * twin.args.world_size == 1:
+        raise NotApplicable("one micro-batch a step: nothing is accumulated")
+    if own_step is not None:
+        raise CannotJudge("training_step was replaced on the trainer itself, so it cannot be run without a step")
+
+    def scaled_loss(inputs, num_items_in_batch, num_micro_batches):
+        return scaled_loss_of(twin, model, inputs, num_items_in_batch, num_micro_batches)
+
+    return {"accumulation_mismatch": probe_accumulation(model, inputs, scaled_loss, **where)}
+
+
+def _probe_eval(twin, model, inputs, where) -> dict[str, Result]:
+    def train_loss(rows: dict) -> torch.Tensor:
+        return _loss_of(twin, model, rows, (rows["labels"][..., 1:] != IGNORE_INDEX).sum())()
+
+    def eval_loss(rows: dict) -> torch.Tensor:
+        return twin.prediction_step(model, dict(rows), prediction_loss_only=True)[0]
+
+    return probe_eval(model, first_rows(inputs, EVAL_ROWS), train_loss, eval_loss, **where)
+
+
+def _loss_of(twin: Trainer, model, inputs: dict, num_items_in_batch) -> Callable[[], torch.Tensor]:
+    def compute_loss():
+        with twin.compute_loss_context_manager():
+            return twin.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+
+    return compute_loss
+
+
+def scaled_loss_of(twin: Trainer, model, inputs: dict, num_items_in_batch, num_micro_batches: int) -> torch.Tensor:
+    """The loss as `training_step` sends it to backward, for one micro-batch of a step of `num_micro_batches`."""
+    sent = []
+    accelerator = copy.copy(twin.accelerator)
+    accelerator.backward = lambda loss, **kwargs: sent.append(loss / accelerator.gradient_accumulation_steps)
+    twin.accelerator, twin.current_gradient_accumulation_steps = accelerator, num_micro_batches
+    twin.args = copy.copy(twin.args)
+    twin.args.gradient_accumulation_steps = num_micro_batches
+    type(twin).training_step(twin, model, dict(inputs), num_items_in_batch)
+    if len(sent) != 1:
+        raise CannotJudge(f"training_step calls backward {len(sent)} times in a micro-batch")
+    return sent[0]
+
+
+def first_rows(inputs: dict, count: int) -> dict:
+    """The batch's first rows: every tensor with as many rows as `input_ids` is cut."""
+    num_rows = inputs["input_ids"].shape[0]
+    return {
+        name: value[:count]
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == num_rows
+        else value
+        for name, value in inputs.items()
+    }
+
+
+# --- a compiled model beside the eager one
+
+
+@dataclass(frozen=True)
+class Eager:
+    """What the eager model makes of a micro-batch: its loss, and norm and sum of each parameter's gradient."""
+
+    loss: float
+    gradients: dict[str, tuple[float, float]]
+    dtype: torch.dtype
+
+
+def measure_eager(trainer: Trainer, model: torch.nn.Module, inputs: dict, num_items_in_batch) -> Eager:
+    """Before the real step. Raises `CannotJudge` where the compiled model draws other random numbers."""
+    if trainer.args.world_size > 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise CannotJudge("gradients are averaged over ranks as they come")
+    if dropout := next((name for name, value in _dropouts(model) if value), None):
+        raise CannotJudge(f"{dropout} is on, and a compiled model draws other random numbers")
+    with undisturbed(model):
+        twin = twin_of(trainer)
+        prepared = twin._prepare_inputs(dict(inputs))
+        steps = trainer.current_gradient_accumulation_steps
+        loss = scaled_loss_of(twin, model, prepared, num_items_in_batch, steps)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+        pairs = zip((name for name, _ in named), gradients, strict=True)
+        return Eager(float(loss), {name: _size(g) for name, g in pairs if g is not None}, precision_of(trainer, model))
+
+
+def compare_compiled(trainer: Trainer, model: torch.nn.Module, eager: Eager, loss: torch.Tensor) -> Finding | None:
+    """After the real micro-batch, the first since the gradients were zeroed."""
+    gradients = {name: _size(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    shared = {name: size for name, size in gradients.items() if name in eager.gradients}
+    return check_compiled(eager.gradients, shared, (eager.loss, float(loss)), eager.dtype, trainer.state.global_step)
+
+
+def _size(gradient: torch.Tensor) -> tuple[float, float]:
+    return float(gradient.float().norm()), float(gradient.float().sum())
+
+
+def _dropouts(model: torch.nn.Module) -> Iterator[tuple[str, float]]:
+    for name, module in model.named_modules():
+        yield name, getattr(module, "p", 0.0) if isinstance(module, torch.nn.Dropout) else 0.0
+    for name, value in vars(getattr(model, "config", None) or object).items():
+        if isinstance(value, float) and (name.endswith("dropout") or name.endswith("pdrop")):
+            yield name, value
+
+
+def precision_of(trainer: Trainer, model: torch.nn.Module) -> torch.dtype:
+    """Of the matrix products: autocast's where it is on."""
+    if trainer.args.bf16 or trainer.args.fp16:
+        return torch.bfloat16 if trainer.args.bf16 else torch.float16
+    return next(model.parameters()).dtype
+
+
+# --- one pinned batch
+
+
+def pin(inputs: dict) -> dict:
+    """The first rows, on the host: what can be stored."""
+    rows = first_rows(inputs, EVAL_ROWS) if isinstance(inputs.get("input_ids"), torch.Tensor) else {}
+    tensors = {name: value.detach().cpu().clone() for name, value in rows.items() if isinstance(value, torch.Tensor)}
+    return tensors if len(tensors) == len(rows) and "labels" in tensors else {}
+
+
+def loss_in_eval_mode(trainer: Trainer, model: torch.nn.Module, inputs: dict) -> float:
+    with undisturbed(model), torch.no_grad():
+        model.eval()
+        twin = twin_of(trainer)
+        return float(_loss_of(twin, model, twin._prepare_inputs(dict(inputs)), None)().mean())
+
+
+# --- leaving no trace
+
+
+def twin_of(trainer: Trainer) -> Trainer:
+    """A shallow copy with containers, state and control of its own. The class's `training_step` is in force on it."""
+    twin = copy.copy(trainer)
+    for name, value in vars(trainer).items():
+        if name not in DATASETS:
+            setattr(twin, name, _own_containers(value))
+    twin.state, twin.control = copy.copy(trainer.state), copy.copy(trainer.control)
+    vars(twin).pop("training_step", None)
+    vars(twin).pop("prediction_step", None)
+    return twin
+
+
+def _own_containers(value):
+    if isinstance(value, dict):
+        own = copy.copy(value)
+        for key, inner in value.items():
+            own[key] = _own_containers(inner)
+        return own
+    return copy.copy(value) if isinstance(value, (list, set)) else value
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Whatever happens inside, the random generators, the modes of all modules, their buffers and the gradients are
+    afterwards what they were before."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    generators = _generators()
+    try:
+        yield
+    finally:
+        _restore_generators(generators)
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def _generators():
+    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_devices
+
+
+def _restore_generators(generators) -> None:
+    in_python, in_numpy, in_torch, on_devices = generators
+    random.setstate(in_python)
+    np.random.set_state(in_numpy)
+    torch.set_rng_state(in_torch)
+    if on_devices:
+        torch.cuda.set_rng_state_all(on_devices)

@@ -1,0 +1,247 @@
+"""Exact tests of what the loss is computed on. They run the trainer's own loss on a real micro-batch and know no model
+class."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from recipe.guards.finding import CannotJudge, Finding
+
+IGNORE_INDEX = -100
+MIN_POSITIONS = 8  # fewer clear positions than this in a row decide nothing
+# A row is judged by the shift at which most of its targets lie. By chance a target equals another token of the row in
+# two or three of a hundred positions (measured over forty model classes), so half is far from both sides.
+MAJORITY = 0.5
+# Targets at none of the shifts 0, 1, 2: a few may be chance or special handling, a tenth is not.
+MAX_ELSEWHERE = 0.1
+MAX_FUSED_POSITIONS = 1024  # of a micro-batch, where the targets cost four heads
+# Share of the gradient that the best target leaves unexplained: 1e-7 in fp32, 1e-3 in bf16. Logits scaled by 2 leave
+# up to 0.1, and the targets are still right; by 3, 0.3.
+MAX_REMAINDER = 0.15
+
+
+@dataclass(frozen=True)
+class LossTargets:
+    """All `[rows, positions]`. `targets` int64: the token that each position is really scored on, IGNORE_INDEX where
+    it is not scored or was not looked at. `weights` float32: how much it counts in the loss. `losses` float32: its
+    cross entropy, nats."""
+
+    targets: torch.Tensor
+    weights: torch.Tensor
+    losses: torch.Tensor
+
+
+# --- recovering
+
+
+def head_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The module that makes the logits. Raises `CannotJudge` where the model names none."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        raise CannotJudge(f"{type(model).__name__} names no output embeddings")
+    return head
+
+
+def backbone_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The module whose output the head is given; `model` itself where they are not apart."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    return getattr(inner, "base_model", inner)
+
+
+def recover_loss_targets(model: torch.nn.Module, compute_loss: Callable[[], torch.Tensor]) -> LossTargets:
+    """Find the targets from the loss's gradient at the logits.
+
+    For cross entropy that gradient is `w (p - onehot(y))`: its only negative entry is the target y, an all-zero row is
+    masked, and `-grad_y / (1 - p_y)` is the weight w. Where a fused loss makes no logits, the gradient at the last
+    hidden state is used (`targets_from_hidden`). `compute_loss` runs `model` eagerly. Nothing is left behind: no
+    gradient reaches a parameter, and the random generators are put back. Raises `CannotJudge` where neither is there.
+    """
+    head = head_of(model)
+    devices = [parameter.device for parameter in head.parameters() if parameter.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), hear_head(model) as heard:
+        loss = compute_loss()
+        seen = only_one(heard)
+        (gradient,) = torch.autograd.grad(loss, seen, allow_unused=True)
+    if gradient is None:
+        raise CannotJudge("the loss does not depend on the head's output")
+    if heard["logits"]:
+        return targets_from_gradient(seen.detach(), gradient)
+    return targets_from_hidden(seen.detach(), gradient, head)
+
+
+@contextmanager
+def hear_head(model: torch.nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """What head and backbone give out while this is open: `{"logits": [...], "hidden": [...]}`."""
+    heard: dict[str, list[torch.Tensor]] = {"logits": [], "hidden": []}
+    backbone = backbone_of(model)
+    hooks = [head_of(model).register_forward_hook(lambda module, inputs, output: heard["logits"].append(output))]
+    if backbone is not model:
+        hooks.append(backbone.register_forward_hook(lambda module, inputs, output: heard["hidden"].append(output[0])))
+    try:
+        yield heard
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def only_one(heard: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+    """The logits of the one time that the head ran, else the hidden states of the one time that the backbone ran."""
+    seen = heard["logits"] or heard["hidden"]
+    if len(seen) != 1 or seen[0].dim() != 3 or not seen[0].requires_grad:
+        raise CannotJudge(f"the head ran {len(heard['logits'])} times in one loss: its logits cannot be told apart")
+    return seen[0]
+
+
+def targets_from_gradient(logits: torch.Tensor, gradient: torch.Tensor) -> LossTargets:
+    """`logits`, `gradient`: `[rows, positions, vocab_size]`, any float type. Row by row, to keep the memory to one
+    row's."""
+    rows = [_target_of_logits(*row) for row in zip(logits, gradient, strict=True)]
+    return LossTargets(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+
+
+def _target_of_logits(logits: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    lowest, target = gradient.float().min(dim=-1)
+    losses = -logits.float().log_softmax(dim=-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    weights = -lowest / (1 - (-losses).exp()).clamp_min(1e-6)
+    # Cross entropy has one negative entry. With label smoothing it vanishes once the model is sure of the target, and
+    # the lowest of the many that remain means nothing.
+    is_scored = -lowest > 0.5 * gradient.float().clamp_min(0).sum(dim=-1)
+    return torch.where(is_scored, target, IGNORE_INDEX), torch.where(is_scored, weights, 0.0), losses
+
+
+def targets_from_hidden(hidden: torch.Tensor, gradient: torch.Tensor, head: torch.nn.Module) -> LossTargets:
+    """Targets where a fused loss makes no logits: `hidden`, `gradient` `[rows, positions, hidden_size]`.
+
+    With the head's weight W the gradient at the hidden state is `w (sum_v p_v W_v - W_y)`: the target is the y in
+    whose direction it points. Exact for a plain linear head; logits that are scaled or capped on the way leave a
+    remainder, and then this raises `CannotJudge`. Costs as much as four heads, so it looks at the first positions of
+    each row only.
+    """
+    count = max(4 * MIN_POSITIONS, MAX_FUSED_POSITIONS // hidden.shape[0])
+    rows = [_target_of_hidden(h[:count], g[:count], head) for h, g in zip(hidden, gradient, strict=True)]
+    targets, weights, losses = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    rest = (0, hidden.shape[1] - targets.shape[1])
+    return LossTargets(F.pad(targets, rest, value=IGNORE_INDEX), F.pad(weights, rest), F.pad(losses, rest))
+
+
+def _target_of_hidden(
+    hidden: torch.Tensor, gradient: torch.Tensor, head: torch.nn.Module
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    weight, bias = head.weight.detach().float(), getattr(head, "bias", None)
+    hidden, gradient = hidden.float(), gradient.float()
+    log_p = F.linear(hidden, weight, None if bias is None else bias.detach().float()).log_softmax(dim=-1)
+    mean = log_p.exp() @ weight  # sum_v p_v W_v
+    # For each y with d = mean - W_y: g.d and d.d, without building d
+    along = (gradient * mean).sum(-1, keepdim=True) - gradient @ weight.T
+    length = ((mean**2).sum(-1, keepdim=True) - 2 * mean @ weight.T + (weight**2).sum(-1)).clamp_min(1e-12)
+    score, target = torch.where(along > 0, along**2 / length, 0.0).max(dim=-1)
+    size = (gradient**2).sum(-1)
+    chosen = target.unsqueeze(-1)
+    weights = (along.gather(-1, chosen) / length.gather(-1, chosen)).squeeze(-1)
+    is_scored = (size > 0) & (score >= (1 - MAX_REMAINDER) * size)
+    losses = -log_p.gather(-1, chosen).squeeze(-1)
+    return torch.where(is_scored, target, IGNORE_INDEX), torch.where(is_scored, weights, 0.0), losses
+
+
+# --- judging
+
+
+def count_hits(input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`[rows, 5]` int64: positions that can be told apart, and of these the ones scored on token i, i+1, i+2 and
+    elsewhere.
+
+    A position counts where it is scored and the tokens at i, i+1 and i+2 differ.
+    """
+    first, second, third, targets = input_ids[:, :-2], input_ids[:, 1:-1], input_ids[:, 2:], targets[:, :-2]
+    clear = (targets != IGNORE_INDEX) & (first != second) & (second != third) & (first != third)
+    hits = [((targets == ids) & clear).sum(dim=1) for ids in (first, second, third)]
+    count = clear.sum(dim=1)
+    return torch.stack([count, *hits, count - sum(hits)], dim=1)
+
+
+def check_loss_targets(
+    input_ids: torch.Tensor, targets: torch.Tensor, step: int = 0, tokens_seen: int = 0
+) -> Finding | None:
+    """Hold the recovered targets against the next token of the input. Both `[rows, positions]`.
+
+    Returns the first faulty row's finding: `missing_label_shift` (scored on token i), `double_label_shift` (i+2) or
+    `wrong_loss_target` (none of these, a tenth of the positions or more). Raises `CannotJudge` with too few clear
+    positions.
+    """
+    if input_ids.shape != targets.shape:
+        raise CannotJudge(f"logits for {tuple(targets.shape)} positions, input_ids {tuple(input_ids.shape)}")
+    counts = count_hits(input_ids, targets).tolist()
+    if max(row[0] for row in counts) < MIN_POSITIONS:
+        raise CannotJudge(
+            f"at most {max(row[0] for row in counts)} scored positions with three different tokens "
+            f"in a row; {MIN_POSITIONS} are needed"
+        )
+    findings = (judge_row(*row, number, step, tokens_seen) for number, row in enumerate(counts))
+    return next((finding for finding in findings if finding is not None), None)
+
+
+def judge_row(
+    count: int,
+    shift_0: int,
+    shift_1: int,
+    shift_2: int,
+    elsewhere: int,
+    row: int,
+    step: int,
+    tokens_seen: int,
+    max_elsewhere: float = MAX_ELSEWHERE,
+) -> Finding | None:
+    """The finding for one row's counts (`count_hits`), None below `MIN_POSITIONS`."""
+    if count < MIN_POSITIONS:
+        return None
+    evidence = {
+        "row": row,
+        "positions": count,
+        "shift_0": shift_0,
+        "shift_1": shift_1,
+        "shift_2": shift_2,
+        "elsewhere": elsewhere,
+    }
+    where = {"step": step, "tokens_seen": tokens_seen, "severity": "error", "evidence": evidence}
+    if shift_0 > MAJORITY * count:
+        return Finding(
+            "missing_label_shift",
+            found=f"loss target = token i ({shift_0} of {count} positions)",
+            expected="token i+1",
+            likely_causes=(
+                "labels passed unshifted to a model that does not shift",
+                "a loss function of your own without the shift",
+            ),
+            action="shift once: labels = input_ids for a model that shifts, else compare "
+            "logits[:, :-1] with labels[:, 1:]",
+            **where,
+        )
+    if shift_2 > MAJORITY * count:
+        return Finding(
+            "double_label_shift",
+            found=f"loss target = token i+2 ({shift_2} of {count} positions)",
+            expected="token i+1",
+            likely_causes=(
+                "labels shifted by the collator and again by the model",
+                "labels already shifted in the dataset",
+            ),
+            action="pass labels = input_ids, unshifted: Hugging Face models shift them inside the loss",
+            **where,
+        )
+    if elsewhere > max_elsewhere * count:
+        return Finding(
+            "wrong_loss_target",
+            found=f"loss target is neither token i, i+1 nor i+2 ({elsewhere} of {count} positions)",
+            expected="token i+1",
+            likely_causes=(
+                "labels of another row or document",
+                "labels remapped or shuffled",
+                "logits cut or reordered before the loss",
+            ),
+            action="print one row of input_ids beside its labels as the loss function receives them",
+            **where,
+        )
+    return None

@@ -1,0 +1,391 @@
+"""What rank 0 holds in mind over a run, and what it makes of each step: the guards that need a history.
+
+`Watch.judge` is given the plain facts of one step, of all ranks, and says for each guard that could judge what it
+found. It knows no Trainer.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from recipe.guards import vitals
+from recipe.guards.batches import LABEL_IS_NEXT, LABEL_IS_TOKEN, SCORED, SeenTokens, TokenCounter
+from recipe.guards.envelope import (
+    ABOVE_WINDOW,
+    BELOW_WINDOW,
+    Envelope,
+    check_above_envelope,
+    check_below_envelope,
+    starts_untrained,
+)
+from recipe.guards.evaluation import judge_evaluation
+from recipe.guards.finding import CannotJudge, Finding
+from recipe.guards.ledger import Ledger, Place, check_overlap, check_repetition
+from recipe.guards.probes.targets import MIN_POSITIONS, judge_row
+from recipe.guards.records import StepRecord
+from recipe.guards.trajectory import Reference, check_grad_norm, check_reference
+from recipe.guards.updates import check_ranks
+
+HISTORY = 1000  # steps kept for windows
+LABELS_TO_LEARN, LABEL_CLEAR = 64, 0.9  # scored labels, and the share that says what labels are in this run
+LABEL_MAJORITY = 0.5  # of a row's labels; label noise and denoising objectives stay far from it
+PASSING_MAJORITY = 0.5  # of the positions looked at in passing, 16 a row: a few by chance are not a fault
+WEIGHT_STEPS = 3  # in a row, before the weights of micro-batches are said to be uneven
+UNEVEN = 0.05  # counts that differ by less give weights that differ by less than bf16 gradients can tell (0.4 %) x 10
+WEIGHTED_LOSS = 1.2  # positions of one micro-batch that weigh differently: a loss weighted on purpose
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What does not change in a run. `schedule`: factor on the initial learning rate by optimizer step, or why there
+    is none to hold the rate against. `planned_rows`: of one step, all ranks; None where batches are not counted in
+    rows. `weights_are_scaled`: gradients carry an unknown factor (fp16 loss scaling)."""
+
+    vocab_size: int
+    embedding_rows: int
+    eos_token_ids: tuple[int, ...]
+    world_size: int
+    gradient_accumulation_steps: int
+    num_workers: int
+    planned_rows: int | None
+    learning_rate: float | None
+    schedule: Callable[[int], float] | CannotJudge
+    is_new_model: bool | None
+    averages_over_ranks: bool = True
+    weights_are_scaled: bool = False
+    is_adam: bool = True
+    parameter_names: tuple[str, ...] = ()
+
+
+@dataclass
+class StepFacts:
+    """One step. `micro_losses`: of each micro-batch of rank 0. `seen`, `heard`: `(rank, micro_step, ...)`.
+    `learning_rates`: `(lr, initial_lr)` of each parameter group. `checksums`: of each parameter, by rank."""
+
+    record: StepRecord
+    micro_losses: list[float]
+    learning_rates: list[tuple[float | None, float | None]]
+    seen: list[tuple[int, int, SeenTokens]] = field(default_factory=list)
+    heard: list[tuple[int, int, dict]] = field(default_factory=list)
+    checksums: list[list[int]] | None = None
+
+
+class Watch:
+    """`history`: a record a step, oldest first. `cannot_judge`: what the guards cannot judge from here on, and why."""
+
+    def __init__(self, facts: RunFacts, reference: Reference | None):
+        self.facts, self.reference = facts, reference
+        self.history: list[StepRecord] = []
+        self.cannot_judge: dict[str, str] = {}
+        self.ledger = Ledger()
+        self.envelope = Envelope(facts.vocab_size)
+        self.counter = TokenCounter(facts.eos_token_ids, facts.embedding_rows)
+        self.losses_by_position: list[list[float]] = []
+        self.envelope_losses: list[dict] = []
+        self.rows_by_step: list[int] = []
+        self.passes = 1
+        self.labels_are: str | None = None
+        self.eval_digests: dict[str, int] = {}
+        self._uneven_steps = 0
+        self._floor_sums = [0, 0.0]
+        self._learning_rates: list[float] = []
+
+    # --- a step
+
+    def judge(self, step: StepFacts) -> Iterator[tuple[str, Finding | None]]:
+        """What each guard that can judge makes of this step. Reads the tokens first, so that the record has its
+        envelope."""
+        record = step.record
+        self._read_tokens(step)
+        self.history = [*self.history[1 - HISTORY :], record]
+        where = (record["step"], record["tokens_seen"])
+        scored = [int((seen.flags & SCORED != 0).sum()) for rank, _, seen in step.seen if rank == 0]
+        scored = scored if len(scored) == len(step.micro_losses) else None
+        yield "loss_not_finite", vitals.check_finite(*where, step.micro_losses, record["grad_norm"], scored)
+        yield from self._judge_curve()
+        yield from self._judge_learning_rate(step, *where)
+        yield from self._judge_tokens(*where)
+        yield from self._judge_targets(step, *where)
+        yield from self._judge_weights(step, *where)
+        yield from self._judge_envelope()
+        if step.seen:
+            nats = self._nats_per_token()
+            finding = check_repetition(self.ledger, *where, nats, num_workers=self.facts.num_workers)
+            yield (finding.id if finding else "repeated_data"), finding
+            if self.eval_digests:
+                yield "train_eval_overlap", check_overlap(self.ledger, *where, nats)
+        if step.checksums is not None:
+            yield "rank_divergence", check_ranks(*where, self.facts.parameter_names, step.checksums)
+
+    def _read_tokens(self, step: StepFacts) -> None:
+        rows, flags, places = [], [], []
+        for rank, micro_step, seen in step.seen:
+            self.counter.add(seen)
+            for number, (ids, what) in enumerate(seen.rows()):
+                rows.append(ids)
+                flags.append(what & SCORED != 0)
+                places.append(Place(step.record["step"], rank, micro_step, number))
+        self.rows_by_step = [*self.rows_by_step[-HISTORY:], sum(len(seen.ids) for _, _, seen in step.seen)]
+        self._learning_rates.append(step.record["learning_rate"])
+        if not rows:
+            return
+        self.ledger.observe_train(rows, places)
+        found = self.envelope.observe(rows, flags)
+        if self.envelope.stopped:
+            self.cannot_judge.setdefault("loss_below_envelope", self.envelope.stopped)
+            self.cannot_judge.setdefault("loss_above_envelope", self.envelope.stopped)
+        if found is None:
+            return
+        if not self.envelope_losses and not starts_untrained(step.record["loss"], found, self.facts.vocab_size):
+            self.envelope.stop("the first loss is not that of an untrained model, so a floor for those says nothing")
+        self._floor_sums = [self._floor_sums[0] + found.tokens, self._floor_sums[1] + found.tokens * found.floor]
+        step.record["floor"], step.record["ceiling"] = found.floor, found.unigram
+        kept = ("step", "tokens_seen", "loss", "floor", "ceiling")
+        record = {name: step.record[name] for name in kept} | {"bigram": found.bigram}
+        self.envelope_losses = [*self.envelope_losses[-2 * ABOVE_WINDOW :], record]
+
+    # --- guards, one after another
+
+    def _columns(self, count: int, *names: str) -> list[list]:
+        return [[record[name] for record in self.history[-count:]] for name in names]
+
+    def _judge_curve(self) -> Iterator[tuple[str, Finding | None]]:
+        count = vitals.WINDOW + vitals.RECENT
+        steps, tokens, losses, norms = self._columns(count, "step", "tokens_seen", "loss", "grad_norm")
+        if len(steps) == count:
+            yield "loss_spike", vitals.check_loss_spike(steps, tokens, losses, is_first_pass=self.passes == 1)
+        reference = self.reference
+        if reference is not None and len(self.history) >= reference.window:
+            own = [column[-reference.window :] for column in (steps, tokens, losses)]
+            yield "loss_off_reference", check_reference(reference, *own)
+        if None in norms:
+            self.cannot_judge.setdefault("grad_norm_off", "gradients are not clipped, so no norm is measured")
+        elif reference is not None and reference.grad_norm_phases:
+            if len(norms) >= reference.window:
+                own = [column[-reference.window :] for column in (steps, tokens, norms)]
+                yield "grad_norm_off", check_grad_norm(reference, *own)
+        elif len(norms) == count:
+            yield "grad_norm_off", vitals.check_grad_norm_level(steps, tokens, norms)
+
+    def _judge_learning_rate(self, step: StepFacts, number: int, tokens: int) -> Iterator[tuple[str, Finding | None]]:
+        if isinstance(self.facts.schedule, CannotJudge):
+            self.cannot_judge.setdefault("learning_rate_off", str(self.facts.schedule))
+            return
+        yield (
+            "learning_rate_off",
+            vitals.check_learning_rate(
+                number - 1,
+                tokens,
+                step.learning_rates,
+                self.facts.schedule,
+                self.facts.learning_rate,
+                self.facts.world_size,
+                self.facts.gradient_accumulation_steps,
+            ),
+        )
+
+    def _judge_tokens(self, *where: int) -> Iterator[tuple[str, Finding | None]]:
+        counts = self.counter.counts
+        if counts.tokens == 0:
+            return
+        yield "token_out_of_range", vitals.check_token_range(*where, counts)
+        yield "padding_is_target", vitals.check_padding_targets(*where, counts)
+        if self.facts.eos_token_ids:
+            yield "eos_never_target", vitals.check_eos_targets(*where, counts)
+        else:
+            self.cannot_judge.setdefault("eos_never_target", "neither model nor tokenizer names an EOS token")
+        if self.facts.planned_rows is None:
+            self.cannot_judge.setdefault("token_budget_off", "padding-free batches are not counted in rows")
+        elif len(self.rows_by_step) >= vitals.BUDGET_STEPS:
+            yield "token_budget_off", vitals.check_tokens(*where, self.rows_by_step, self.facts.planned_rows)
+
+    def _judge_targets(self, step: StepFacts, *where: int) -> Iterator[tuple[str, Finding | None]]:
+        """In passing: what the head's gradient told of a few positions, and the labels of every row beside its
+        tokens."""
+        found = [*self._targets_heard(step, *where), *self._labels_seen(step, *where)]
+        by_id = {finding.id: finding for finding in reversed(found)}
+        if not step.heard and not step.seen:
+            return
+        for guard in ("missing_label_shift", "double_label_shift", "wrong_loss_target"):
+            yield guard, by_id.get(guard)
+
+    def _targets_heard(self, step: StepFacts, *where: int) -> Iterator[Finding]:
+        for rank, micro_step, heard in step.heard:
+            for number, hits in enumerate(heard["hits"]):
+                row = heard["first_row"] + number
+                finding = judge_row(*map(int, hits), row, *where, max_elsewhere=PASSING_MAJORITY)
+                if finding is not None:
+                    finding.evidence.update(rank=rank, micro_step=micro_step)
+                    yield finding
+                if hits[0]:
+                    place = heard["first_position"] + heard["positions"] // 2
+                    vitals.add_losses_by_position(self.losses_by_position, [place], [heard["losses"][number]])
+
+    def _labels_seen(self, step: StepFacts, *where: int) -> Iterator[Finding]:
+        """Most rows' labels are the tokens themselves (or the next ones, for a model that does not shift): a row where
+        they are something else is at fault."""
+        for rank, micro_step, seen in step.seen:
+            scored = seen.flags & SCORED != 0
+            count = scored.sum(axis=1)
+            own, following = (
+                ((seen.flags & flag != 0) & scored).sum(axis=1) for flag in (LABEL_IS_TOKEN, LABEL_IS_NEXT)
+            )
+            if self.labels_are is None and count.sum() >= LABELS_TO_LEARN:
+                shares = {"own": own.sum() / count.sum(), "next": following.sum() / count.sum()}
+                self.labels_are = max(shares, key=shares.get) if max(shares.values()) > LABEL_CLEAR else "neither"
+            if self.labels_are in (None, "neither"):
+                continue
+            right, other = (own, following) if self.labels_are == "own" else (following, own)
+            for row in np.flatnonzero((count >= MIN_POSITIONS) & (right < LABEL_MAJORITY * count)).tolist():
+                shifted = "double_label_shift" if self.labels_are == "own" else "missing_label_shift"
+                yield Finding(
+                    shifted if other[row] > LABEL_MAJORITY * count[row] else "wrong_loss_target",
+                    "error",
+                    *where,
+                    found=f"labels of row {row} are not those of the rows before ({right[row]} of {count[row]} fit)",
+                    expected=f"labels that are the {self.labels_are} tokens, as in most rows",
+                    likely_causes=("some rows' labels are shifted or shuffled in the dataset or collator",),
+                    action="print this row's input_ids beside its labels",
+                    evidence={"rank": rank, "micro_step": micro_step, "row": row, "fit": int(right[row])},
+                )
+
+    def _judge_weights(self, step: StepFacts, *where: int) -> Iterator[tuple[str, Finding | None]]:
+        """In passing: what a scored position weighs in the gradient is the same in every micro-batch of a step, and
+        all of them together weigh 1."""
+        if self.facts.weights_are_scaled or self.facts.gradient_accumulation_steps * self.facts.world_size == 1:
+            return
+        counts = {(rank, micro): int((seen.flags & SCORED != 0).sum()) for rank, micro, seen in step.seen}
+        weights = {(rank, micro): _mean_weight(heard["weights"]) for rank, micro, heard in step.heard}
+        if counts.keys() != weights.keys() or None in weights.values() or not all(counts.values()):
+            return
+        finding = check_weights(*where, counts, weights, self.facts)
+        self._uneven_steps = self._uneven_steps + 1 if finding else 0
+        yield "accumulation_mismatch", finding if self._uneven_steps >= WEIGHT_STEPS else None
+
+    def _judge_envelope(self) -> Iterator[tuple[str, Finding | None]]:
+        if self.envelope.stopped or not self.envelope_losses:
+            return
+        names = ("step", "tokens_seen", "loss", "floor", "ceiling", "bigram")
+        steps, tokens, losses, floors, unigrams, bigrams = (
+            [record[name] for record in self.envelope_losses[-2 * ABOVE_WINDOW :]] for name in names
+        )
+        if len(steps) >= BELOW_WINDOW:
+            yield "loss_below_envelope", check_below_envelope(steps, tokens, losses, floors)
+        if not self.facts.is_adam:
+            self.cannot_judge.setdefault(
+                "loss_above_envelope", "how far the weights have moved is known for Adam only"
+            )
+        elif len(steps) >= 2 * ABOVE_WINDOW:
+            rates = self._learning_rates
+            finding = check_above_envelope(steps, tokens, losses, unigrams, bigrams, rates)
+            yield "loss_above_envelope", finding
+
+    def _nats_per_token(self) -> float:
+        """What a token of this text tells: the mean of the n-gram model over all tokens it has scored."""
+        tokens, nats = self._floor_sums
+        return nats / tokens if tokens else float(np.log(self.facts.vocab_size))
+
+    # --- from outside
+
+    def judge_evaluation(
+        self, ranks: list[dict], metrics: dict[str, float], step: int, tokens_seen: int
+    ) -> Iterator[tuple[str, Finding | None]]:
+        """`ranks`: what `EvaluationWatch.take` gave on each; `metrics`: what the evaluation reported."""
+        self.ledger.observe_eval([row for rank in ranks for row in rank["rows"]])
+        yield from judge_evaluation(ranks, metrics, self.eval_digests, step, tokens_seen)
+        if "eval_loss" in metrics:
+            losses = [record["loss"] for record in self.history]
+            is_first = self.passes == 1
+            gap = vitals.check_train_eval_gap(step, tokens_seen, losses, metrics["eval_loss"], is_first)
+            yield "train_eval_gap", gap
+
+    def begin_pass(self, tokens_in_pass: int | None) -> None:
+        """A declared further pass: repetition of the passes before is no fault, and counts say nothing any more of
+        what a model may know."""
+        self.passes += 1
+        self.ledger.begin_pass(tokens_in_pass)
+        self.envelope.stop("a second pass over the data has begun")
+
+    def evidence_for(self, finding: Finding) -> Finding:
+        """Beside a curve finding: does the loss fall with the position in the block, as it does for who learns from
+        context?"""
+        finding.evidence.update(vitals.position_evidence(self.losses_by_position))
+        return finding
+
+    def state(self) -> tuple[dict, dict[str, np.ndarray]]:
+        """For the checkpoint: JSON-able numbers, and arrays."""
+        numbers = {name: getattr(self, name) for name in KEPT} | {"counts": self.counter.state()}
+        arrays = {f"ledger.{name}": value for name, value in self.ledger.state().items()}
+        arrays |= {f"envelope.{name}": value for name, value in self.envelope.state().items()}
+        return numbers, arrays
+
+    def restore(self, numbers: dict, arrays: dict[str, np.ndarray]) -> None:
+        for name in KEPT:
+            setattr(self, name, numbers[name])
+        self.counter = TokenCounter(self.facts.eos_token_ids, self.facts.embedding_rows, numbers["counts"])
+        self.ledger = Ledger.from_state(_part_of(arrays, "ledger."))
+        self.envelope = Envelope.from_state(_part_of(arrays, "envelope."))
+
+
+KEPT = (
+    "passes",
+    "labels_are",
+    "eval_digests",
+    "losses_by_position",
+    "envelope_losses",
+    "rows_by_step",
+    "cannot_judge",
+    "_uneven_steps",
+    "_floor_sums",
+    "_learning_rates",
+)
+
+
+def _part_of(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def _mean_weight(weights: list[list[float]]) -> float | None:
+    """Of the rows' `[lowest, mean, highest]`: None where nothing was scored, or positions weigh differently."""
+    scored = [row for row in weights if row[2] > 0]
+    if not scored or max(row[2] for row in scored) > WEIGHTED_LOSS * min(row[0] for row in scored):
+        return None
+    return statistics.fmean(row[1] for row in scored)
+
+
+def check_weights(
+    step: int, tokens_seen: int, counts: dict[tuple, int], weights: dict[tuple, float], facts: RunFacts
+) -> Finding | None:
+    """`counts`: scored positions of each micro-batch `(rank, micro_step)` of one step; `weights`: what one of them
+    weighs in the gradient of its rank.
+
+    Gradients are averaged over ranks, so a position should weigh world_size / (scored positions of the step).
+    """
+    total = sum(counts.values())
+    sums = {place: weights[place] * counts[place] for place in counts}
+    factor = sum(sums.values()) / facts.world_size
+    evidence = {"scored": list(counts.values()), "weights": list(weights.values()), "factor": factor}
+    k = facts.gradient_accumulation_steps
+    ratio = next((r for r in (k, 1 / k) if k > 1 and abs(factor / r - 1) < UNEVEN), None)
+    groups = [counts] if facts.averages_over_ranks else [{p: n for p, n in counts.items() if p[0] == 0}]
+    uneven = max(groups[0].values()) > (1 + 2 * UNEVEN) * min(groups[0].values())
+    spread = max(weights[place] for place in groups[0]) / min(weights[place] for place in groups[0])
+    if ratio is None and not (uneven and spread > 1 + UNEVEN):
+        return None
+    return Finding(
+        "accumulation_mismatch",
+        "warning",
+        step,
+        tokens_seen,
+        found=f"the micro-batches of a step weigh {factor:.3g} together"
+        if ratio is not None
+        else f"a token weighs {spread:.2f} times as much in one micro-batch as in another",
+        expected="1" if ratio is not None else f"the same in all: 1 of {total:,} scored tokens",
+        likely_causes=("the loss is not divided by the accumulation steps", "it is divided twice")
+        if ratio is not None
+        else ("means of micro-batches are averaged, and they hold different numbers of scored tokens",),
+        action="divide the sum of the losses by num_items_in_batch, the scored tokens of the whole step",
+        evidence=evidence,
+    )

@@ -1,0 +1,413 @@
+"""What logits depend on: on hand-made numbers, on tiny models of many families, and with seeded leaks."""
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from recipe.guards.finding import CannotJudge, Finding
+from recipe.guards.probes import attention
+from recipe.guards.probes.attention import (
+    IDS,
+    PADDING,
+    change_tokens,
+    check_gradient,
+    check_movement,
+    choose_positions,
+    choose_rows,
+    find_documents,
+    find_scored,
+    probe_attention,
+)
+
+VOCABULARY, LENGTH = 64, 24
+SETTING = {"rows": [0, 1, 2, 3], "mode": "train", "attention_mask": "as given", "step": 0, "tokens": 0}
+COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+GROUPED = COMMON | {"num_key_value_heads": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+FAMILIES = {
+    "llama": GROUPED,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "gpt_neox": COMMON,
+    "mistral": GROUPED | {"sliding_window": 8},
+    "mixtral": GROUPED | {"num_local_experts": 4, "sliding_window": 8},
+    "qwen2": GROUPED,
+    "qwen2_moe": GROUPED | EXPERTS | {"shared_expert_intermediate_size": 16},
+    "qwen3_moe": GROUPED | EXPERTS | {"head_dim": 8},
+    "gemma2": GROUPED | {"head_dim": 8, "sliding_window": 8},
+    "gemma3_text": GROUPED | {"head_dim": 8, "sliding_window": 8},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "opt": COMMON | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    "falcon": COMMON | {"alibi": True, "new_decoder_architecture": False},
+    "bert": COMMON | {"is_decoder": True},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "mamba2": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "state_size": 8,
+        "num_heads": 4,
+        "head_dim": 16,
+        "n_groups": 2,
+    },
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
+    "recurrent_gemma": GROUPED | {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "phi": COMMON,
+}
+
+
+def build(family: str, implementation: str = "sdpa", **changes):
+    torch.manual_seed(0)
+    values = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
+    config = transformers.AutoConfig.for_model(family, **(values | FAMILIES[family] | changes))
+    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).train()
+
+
+def rows_of(number: int = 4, length: int = LENGTH) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (number, length), generator=torch.Generator().manual_seed(1))
+
+
+def batch_of(number: int = 4, **parts) -> dict:
+    ids = rows_of(number)
+    return {"input_ids": ids, "labels": ids.clone(), **parts}
+
+
+def padded(side: str) -> dict:
+    batch, mask = batch_of(), torch.ones(4, LENGTH, dtype=torch.long)
+    for row, amount in enumerate((0, 5, 3, 9)):
+        mask[row, slice(0, amount) if side == "left" else slice(LENGTH - amount, LENGTH)] = 0
+    batch["input_ids"][mask == 0] = 0
+    return batch | {"labels": batch["input_ids"].masked_fill(mask == 0, -100), "attention_mask": mask}
+
+
+BATCHES = {
+    "plain": batch_of,
+    "mask of ones": lambda: batch_of(attention_mask=torch.ones(4, LENGTH, dtype=torch.long)),
+    "left": lambda: padded("left"),
+    "right": lambda: padded("right"),
+}
+
+
+def alarms(results: dict) -> dict[str, Finding]:
+    return {name: result for name, result in results.items() if isinstance(result, Finding)}
+
+
+# --- pure
+
+
+ROWS_OF_6 = torch.zeros(2, 6, dtype=torch.long)
+EARLIER_ONLY = torch.tensor([[0.0] * 6, [0.1, 0.2, 1.0, 0.0, 0.0, 0.0]])
+
+
+def test_a_gradient_from_earlier_tokens_is_silent():
+    results = check_gradient(EARLIER_ONLY, {1: 2}, ROWS_OF_6, SETTING)
+    assert results["non_causal_attention"] is None and results["row_leak"] is None
+    assert isinstance(results["cross_document_attention"], CannotJudge)
+
+
+def test_a_later_token_is_named_with_its_numbers():
+    sizes = EARLIER_ONLY.clone()
+    sizes[1, 3] = 0.004
+    finding = check_gradient(sizes, {1: 2}, ROWS_OF_6, SETTING)["non_causal_attention"]
+    assert (
+        finding.severity == "error"
+        and "position 2 of row 1 sees 1 of 3 later tokens (the nearest 1 away)" in finding.found
+    )
+    assert finding.evidence["relative_gradient"] == pytest.approx(0.004) and finding.evidence["row"] == 1
+    assert "i+1" in finding.likely_causes[0]
+
+
+def test_the_rounding_of_an_fft_is_silent():
+    sizes = EARLIER_ONLY + 2e-6
+    assert not alarms(check_gradient(sizes, {1: 2}, ROWS_OF_6, SETTING))
+
+
+def test_another_row_is_named():
+    sizes = EARLIER_ONLY.clone()
+    sizes[0, :2] = 0.5
+    found = alarms(check_gradient(sizes, {1: 2}, ROWS_OF_6, SETTING | {"rows": [5, 7]}))
+    assert (
+        list(found) == ["row_leak"] and "of row 7 sees 2 of 6 tokens of another row (row 5)" in found["row_leak"].found
+    )
+
+
+def test_an_earlier_document_is_named():
+    documents = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]])
+    found = alarms(check_gradient(EARLIER_ONLY, {1: 2}, documents, SETTING))
+    assert list(found) == ["cross_document_attention"] and found["cross_document_attention"].severity == "warning"
+    assert "sees 2 of 2 tokens of earlier documents (the nearest 1 away)" in found["cross_document_attention"].found
+
+
+def test_padding_decides_nothing():
+    sizes, documents = EARLIER_ONLY.clone(), ROWS_OF_6.clone()
+    sizes[0, 0], sizes[1, 5] = 3.0, float("nan")
+    documents[0, 0] = documents[1, 5] = PADDING
+    assert not alarms(check_gradient(sizes, {1: 2}, documents, SETTING))
+
+
+@pytest.mark.parametrize("size", [0.0, float("nan")])
+def test_no_gradient_is_no_verdict(size):
+    with pytest.raises(CannotJudge, match="zero or not finite"):
+        check_gradient(torch.full((2, 6), size), {1: 2}, ROWS_OF_6, SETTING)
+
+
+def test_documents_come_from_positions_sequence_numbers_or_lengths():
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    positions = torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 0]])
+    expected = [[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]]
+    assert find_documents({"input_ids": ids, "position_ids": positions}).tolist() == expected
+    assert find_documents({"input_ids": ids, "seq_idx": torch.tensor(expected)}).tolist() == expected
+    lengths = torch.tensor([0, 2, 5, 9, 10], dtype=torch.int32)
+    assert find_documents({"input_ids": ids, "cu_seq_lens_q": lengths}).tolist() == expected
+
+
+def test_positions_that_begin_after_left_padding_are_one_document():
+    parts = {"position_ids": torch.tensor([[1, 1, 0, 1, 2]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    documents = find_documents({"input_ids": torch.zeros(1, 5, dtype=torch.long), **parts})
+    assert documents.tolist() == [[PADDING, PADDING, 0, 0, 0]]
+
+
+def test_long_rows_are_cut_to_two_with_the_lengths_of_their_documents():
+    ids = torch.zeros(4, 2000, dtype=torch.long)
+    lengths = torch.tensor([0, 2000, 4000, 4500, 6000, 6300, 8000], dtype=torch.int32)
+    batch, rows = choose_rows({"input_ids": ids, "cu_seq_lens_q": lengths, "max_length_q": 2000})
+    assert rows == [2, 3] and batch["input_ids"].shape == (2, 2000)
+    assert batch["cu_seq_lens_q"].tolist() == [0, 500, 2000, 2300, 4000]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32 and batch["max_length_q"] == 2000
+
+
+def test_asked_positions_are_scored_followed_and_in_a_later_document():
+    documents = torch.zeros(2, 12, dtype=torch.long)
+    documents[1, 4:], documents[1, 10:] = 1, PADDING
+    scored = torch.ones(2, 12, dtype=torch.bool)
+    scored[1, :6] = False
+    asked, others = choose_positions(documents, scored)
+    assert list(asked) == [1] and 6 <= asked[1] <= 8 and list(others) == [0]
+
+
+def test_a_masked_prompt_is_not_asked():
+    batch = batch_of()
+    batch["labels"][:, :20] = -100
+    asked, others = choose_positions(find_documents(batch), find_scored(batch))
+    assert all(19 <= place < 23 for place in [*asked.values(), *others.values()])
+
+
+def test_changed_tokens_are_others_of_the_batch_and_padding_stays():
+    ids, documents = rows_of(), torch.zeros(4, LENGTH, dtype=torch.long)
+    documents[2, 20:] = PADDING
+    changed = change_tokens(ids, {2: 9}, documents)
+    assert ((changed != ids).nonzero() == torch.tensor([[2, place] for place in range(10, 20)])).all()
+    assert set(changed.unique().tolist()) <= set(ids.unique().tolist())
+
+
+def test_movement_of_a_few_positions_is_no_proof():
+    moved, watched = torch.full((2, 9), 0.02), torch.ones(2, 9, dtype=torch.bool)
+    moved[:, :3] = 4.0
+    assert not check_movement(moved, watched, {1: 4}, SETTING)
+    assert list(check_movement(moved + 0.5, watched, {1: 4}, SETTING)) == ["non_causal_attention", "row_leak"]
+
+
+# --- healthy families
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_healthy_models_are_judged_and_silent(family, implementation):
+    if implementation == "sdpa" and family in ("gemma2", "bloom", "mpt", "mamba", "mamba2", "rwkv"):
+        pytest.skip("transformers has no sdpa for it")
+    model = build(family, implementation)
+    for make in BATCHES.values():
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                results = probe_attention(model, make())
+            assert results["non_causal_attention"] is None and results["row_leak"] is None, results
+            assert isinstance(results["cross_document_attention"], CannotJudge)
+
+
+def packed(number: int = 4, **parts) -> dict:
+    return batch_of(
+        number, position_ids=torch.cat([torch.arange(9), torch.arange(LENGTH - 9)]).repeat(number, 1), **parts
+    )
+
+
+@pytest.mark.parametrize("number", [1, 4])
+@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral", "gemma3_text", "qwen2"])
+def test_packed_documents_kept_apart_are_silent(family, number):
+    results = probe_attention(build(family), packed(number))
+    assert results["cross_document_attention"] is None and results["non_causal_attention"] is None
+    assert results["row_leak"] is None if number > 1 else str(results["row_leak"]) == "one row in the batch"
+
+
+def test_a_masked_prompt_may_see_all_of_itself():
+    model = build("llama", "eager")
+    spoil(model, lambda mask, module: mask.masked_fill(torch.arange(LENGTH) < 12, 0.0))
+    batch = batch_of()
+    assert "non_causal_attention" in alarms(probe_attention(model, batch))
+    batch["labels"][:, :13] = -100
+    assert not alarms(probe_attention(model, batch))
+
+
+# --- leaks
+
+
+def spoil(model, change, layer: int = 1) -> None:
+    """Pass the additive mask `[rows, 1, positions, positions]` of one layer through `change`."""
+
+    def before(module, args, kwargs):
+        return args, kwargs | {"attention_mask": change(kwargs["attention_mask"], module)}
+
+    model.model.layers[layer].self_attn.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def mix(model, share: float, mixed, layer: int = 1) -> None:
+    model.model.layers[layer].register_forward_hook(lambda module, args, output: output + share * mixed(output))
+
+
+def see_next(mask, module=None):
+    positions = torch.arange(mask.shape[-1])
+    return mask.masked_fill(positions == positions[:, None] + 1, 0.0)
+
+
+def in_row_1(mask, module):
+    return torch.where(torch.arange(len(mask)).view(-1, 1, 1, 1) == 1, 0.0, mask)
+
+
+LEAKS = {
+    "no mask in one layer": lambda model: spoil(model, lambda mask, module: mask * 0),
+    "no mask in the first layer": lambda model: spoil(model, lambda mask, module: mask * 0, layer=0),
+    "i sees i+1": lambda model: spoil(model, see_next),
+    "in train mode only": lambda model: spoil(model, lambda mask, module: mask * 0 if module.training else mask),
+    "in eval mode only": lambda model: spoil(model, lambda mask, module: mask if module.training else mask * 0),
+    "in row 1 only": lambda model: spoil(model, in_row_1),
+    "a thousandth of the next token": lambda model: mix(model, 1e-3, lambda output: output.roll(-1, dims=1)),
+}
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("leak", LEAKS)
+def test_a_position_that_sees_later_tokens_is_found(leak, bf16, number):
+    if leak == "in row 1 only" and number == 1:
+        return
+    model = build("llama", "eager", attention_dropout=0.1)
+    LEAKS[leak](model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found = alarms(probe_attention(model, batch_of(number)))
+    assert list(found) == ["non_causal_attention"], leak
+    assert found["non_causal_attention"].evidence["mode"] == ("eval" if "eval" in leak else "train")
+
+
+def test_a_mask_that_is_lost_when_the_batch_has_none():
+    """Attention of one's own that asks for a mask and gets None, or ignores it when one is given."""
+    model = build("llama", "eager")
+    given = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append("attention_mask" in kwargs), with_kwargs=True
+    )
+    spoil(model, lambda mask, module: mask * 0 if given[-1] else mask)
+    found = alarms(probe_attention(model, batch_of()))
+    assert found["non_causal_attention"].evidence["attention_mask"] == "ones"
+    found = alarms(probe_attention(model, BATCHES["mask of ones"]()))
+    assert found["non_causal_attention"].evidence["mode"] == "train"
+
+
+def test_an_encoder_that_is_no_decoder():
+    assert "non_causal_attention" in alarms(probe_attention(build("bert", is_decoder=False), batch_of()))
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("share", [1.0, 1e-3])
+def test_rows_that_mix_are_found_and_not_taken_for_the_future(share, number):
+    model = build("llama")
+    mix(model, share, lambda output: output.mean(dim=0, keepdim=True))
+    assert list(alarms(probe_attention(model, batch_of(number)))) == ["row_leak"]
+
+
+def test_a_leak_without_gradient_is_found_where_it_is_large():
+    model = build("llama")
+    mix(model, 3.0, lambda output: output.detach().mean(dim=(0, 1), keepdim=True))
+    found = alarms(probe_attention(model, batch_of(2)))
+    assert "row_leak" in found and "median_movement" in found["row_leak"].evidence
+
+
+def test_movement_without_gradient_of_the_size_of_rounding_is_silent():
+    model = build("llama")
+    mix(model, 1e-2, lambda output: output.detach().mean(dim=(0, 1), keepdim=True))
+    assert not alarms(probe_attention(model, batch_of(4)))
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_mask_of_ones_turns_document_masking_off(number):
+    results = probe_attention(
+        build("llama"), packed(number, attention_mask=torch.ones(number, LENGTH, dtype=torch.long))
+    )
+    assert list(alarms(results)) == ["cross_document_attention"]
+
+
+def test_positions_that_restart_isolate_nothing_in_learned_positions():
+    assert "cross_document_attention" in alarms(probe_attention(build("bert"), packed()))
+
+
+# --- what it leaves, what it cannot judge
+
+
+def test_it_leaves_no_trace():
+    model = build("llama", attention_dropout=0.1)
+    model.model.layers[0].eval()
+    model.model.norm.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch, generator = batch_of(), torch.get_rng_state()
+    kept = {name: value.clone() for name, value in batch.items()}
+    probe_attention(model, batch)
+    assert torch.equal(generator, torch.get_rng_state())
+    assert model.training and not model.model.layers[0].training and model.model.layers[1].training
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == [
+        "model.norm.weight"
+    ]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, kept[name]) for name, value in batch.items()) and batch.keys() == kept.keys()
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_gradient_checkpointing_does_not_disturb():
+    model = build("llama", "eager")
+    model.activation_checkpointing_enable()
+    assert not alarms(probe_attention(model, batch_of()))
+    LEAKS["no mask in one layer"](model)
+    assert list(alarms(probe_attention(model, batch_of()))) == ["non_causal_attention"]
+
+
+def test_reasons_why_not():
+    model = build("llama")
+    assert "no input_ids" in str(probe_attention(model, {"inputs_embeds": torch.zeros(2, 4, 32)})["row_leak"])
+    only = {"input_ids": rows_of(2, 1)}
+    assert "no scored position has a later one" in str(probe_attention(model, only)["non_causal_attention"])
+    assert set(probe_attention(model, only)) == set(IDS)
+
+
+def test_one_token_only_is_still_judged_in_train_mode():
+    results = probe_attention(build("llama"), {"input_ids": torch.full((2, LENGTH), 5)})
+    assert results["non_causal_attention"] is None and results["row_leak"] is None
+
+
+def test_labels_stay_where_the_model_needs_them():
+    class Needs(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = build("llama")
+
+        def get_input_embeddings(self):
+            return self.inner.get_input_embeddings()
+
+        def forward(self, input_ids, labels):
+            return self.inner(input_ids=input_ids, labels=labels).to_tuple()
+
+    assert probe_attention(Needs(), batch_of())["non_causal_attention"] is None
+
+
+def test_large_rows_are_few(monkeypatch):
+    monkeypatch.setattr(attention, "MAX_TOKENS", LENGTH)
+    results = probe_attention(build("llama"), batch_of(4))
+    assert results["non_causal_attention"] is None and results["row_leak"] is None
