@@ -15,10 +15,12 @@ from recipe.rundir import write_exit
 USAGE = """usage: python -m recipe COMMAND ...
 
   train CONFIG.json [--field value ...] [--json]      the run
+  check CONFIG.json [--field value ...] [--json]      every probe on the first batch, no training; 3: error
   verify-data CONFIG.json [--num_batches 100] [--workers W] [--field value ...] [--json]
                                                       read the stream as training would: repetition, hold-out, speed
   tokenize CONFIG.json OUT_DIR [--field value ...]    write the source's token ids once; name OUT_DIR as `source` then
-  report RUN_DIR                                      findings and curve -> RUN_DIR/report.html
+  report RUN_DIR [--bundle]                           findings and curve -> RUN_DIR/report.html; --bundle packs what
+                                                      somebody else needs to look into a finding, without data or paths
   trajectory record OUT.json RUN_DIR [RUN_DIR ...]    healthy runs of one config -> a reference that later runs are
   held against
 """
@@ -33,6 +35,16 @@ def train(arguments: list[str]) -> int:
     if options.json and outcome.is_main:
         print(json.dumps(outcome.result))
     return outcome.code
+
+
+def check(arguments: list[str]) -> int:
+    options, config = _parse(_config_parser("check"), arguments)
+    from recipe.check import format_check, run_check
+
+    result = run_check(config)
+    if config.training.process_index == 0:
+        print(json.dumps(result) if options.json else format_check(result))
+    return result["exit_code"]
 
 
 def verify_data(arguments: list[str]) -> int:
@@ -85,9 +97,12 @@ def _positive(word: str) -> int:
 def report(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("recipe report")
     parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--bundle", action="store_true")
+    options = parser.parse_args(arguments)
+    from recipe.bundle import write_bundle
     from recipe.report import write_report
 
-    print(write_report(parser.parse_args(arguments).run_dir))
+    print(write_bundle(options.run_dir) if options.bundle else write_report(options.run_dir))
     return GOOD
 
 
@@ -105,6 +120,7 @@ def trajectory(arguments: list[str]) -> int:
 
 COMMANDS = {
     "train": train,
+    "check": check,
     "verify-data": verify_data,
     "tokenize": tokenize,
     "report": report,

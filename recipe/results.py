@@ -14,6 +14,7 @@ from recipe import rundir
 from recipe.arguments import Config, format_config
 from recipe.data.pipeline import Data, unigram_entropy
 from recipe.guards import RegressionCallback
+from recipe.guards.diagnosis import root_causes
 from recipe.model import count_flops_per_token, describe_kernels
 from recipe.model_card import write_model_card
 from recipe.report import write_report
@@ -139,7 +140,9 @@ def conclude(
         **metrics,
         "guards": {
             "judged": sorted(guards.judged - guards.disabled),
+            "judged_steps": dict(guards.judged_steps),
             "cannot_judge": guards.cannot_judge,
+            "not_applicable": guards.not_applicable,
             "disabled": sorted(guards.disabled),
         },
     }
@@ -158,11 +161,13 @@ def final_evaluation(trainer: PretrainTrainer) -> dict:
 
 
 def verdict(guards: RegressionCallback, received: int | None) -> str:
-    """One phrase: an error says that the loss is not what it seems, a warning that it does not look right."""
+    """One phrase: an error says that the loss is not what it seems, a warning that it does not look right. What
+    explains the others comes first."""
+    roots = [finding.id for finding in root_causes(guards.findings)]
     for severity, words in (("error", "not to be trusted"), ("warning", "suspicious")):
         ids = dict.fromkeys(finding.id for finding in guards.findings if finding.severity == severity)
         if ids:
-            return f"{words}: {', '.join(ids)}"
+            return f"{words}: {', '.join(sorted(ids, key=lambda name: name not in roots))}"
     return f"interrupted by {signal.Signals(received).name}, healthy so far" if received else "healthy"
 
 
@@ -185,7 +190,8 @@ def write_results(
     if not is_whole:
         again = f"bash run_clm.sh {config.path}{_said_again(config.overrides)} --output_dir {output_dir}"
         logger.info(f"a checkpoint is saved; to go on: {again} --resume_from_checkpoint latest")
-    unjudged = "" if "loss_off_reference" in result["guards"]["judged"] else " (the loss curve was not judged)"
+    is_judged = {"loss_off_reference", "loss_below_envelope"} & set(result["guards"]["judged"])
+    unjudged = "" if is_judged else " (the loss curve was not judged)"
     counts = Counter(finding.severity for finding in guards.findings)
     num_judged, num_unjudged = len(result["guards"]["judged"]), len(guards.cannot_judge)
     logger.info(

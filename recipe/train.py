@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,32 @@ def run_training(config: Config) -> Outcome:
 
 
 def run_claimed(config: Config, output_dir: Path) -> Outcome:
+    run = assemble(config, output_dir)
+    data, guards, trainer = run.data, run.guards, run.trainer
+    describe_run(config, output_dir, data, trainer.model, run.checkpoint)
+    try:
+        seconds = train(trainer, guards, run.checkpoint)
+        return conclude(config, output_dir, data, trainer, guards, run.signals, seconds)
+    except BaseException as error:
+        if isinstance(error, DataError) and (last := rundir.newest_checkpoint(output_dir)):
+            error.args = (f"{message_of(error)}; --resume_from_checkpoint latest then goes on from {last.name}",)
+        rundir.write_failure(exit_code_of(error), message_of(error), output_dir)
+        raise
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A run that is ready to begin. `checkpoint`: what it goes on from."""
+
+    data: Data
+    guards: RegressionCallback
+    trainer: PretrainTrainer
+    signals: SignalCallback
+    checkpoint: Path | None
+
+
+def assemble(config: Config, output_dir: Path) -> Assembled:
+    """Data, model, guards and trainer, at the position of the checkpoint where there is one."""
     checkpoint = rundir.find_checkpoint(config.training.resume_from_checkpoint, output_dir)
     disable_progress_bar()
     set_seed(config.training.seed)
@@ -67,15 +94,7 @@ def run_claimed(config: Config, output_dir: Path) -> Outcome:
         )
     guards = build_guards(config)
     trainer, signals = build_trainer(config, data, model, guards)
-    describe_run(config, output_dir, data, model, checkpoint)
-    try:
-        seconds = train(trainer, guards, checkpoint)
-        return conclude(config, output_dir, data, trainer, guards, signals, seconds)
-    except BaseException as error:
-        if isinstance(error, DataError) and (last := rundir.newest_checkpoint(output_dir)):
-            error.args = (f"{message_of(error)}; --resume_from_checkpoint latest then goes on from {last.name}",)
-        rundir.write_failure(exit_code_of(error), message_of(error), output_dir)
-        raise
+    return Assembled(data, guards, trainer, signals, checkpoint)
 
 
 # --- where

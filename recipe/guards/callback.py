@@ -282,14 +282,15 @@ class RegressionCallback(TrainerCallback):
         self._is_first_micro_step = False
         self._learn_facts(inputs)
         self._check_resume(inputs)
-        results = preflight.run_probes(*probe, *where)
+        results = preflight.run_probes(*probe, *where, is_new_model=self.facts["is_new_model"])
         for guard, result in results.items():
             self._conclude(guard, result)
         self._tell_main()
+        if not self._is_compiled:
+            self._give_up(["compiled_mismatch"], NotApplicable("the model is not compiled"))
         if self.only_check:
             raise PreflightDone
         if not self._is_compiled:
-            self._give_up(["compiled_mismatch"], NotApplicable("the model is not compiled"))
             return None
         return self._eager(inputs, num_items_in_batch)
 
@@ -360,7 +361,7 @@ class RegressionCallback(TrainerCallback):
         return RunFacts(
             vocab_size=vocab_size,
             embedding_rows=self._embedding_rows,
-            eos_token_ids=_eos_token_ids(self._model, trainer.processing_class),
+            eos_token_ids=preflight.eos_token_ids_of(self._model, trainer.processing_class),
             world_size=args.world_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             num_workers=args.dataloader_num_workers,
@@ -672,12 +673,6 @@ def _plain(rate) -> float | None:
     if isinstance(rate, torch.Tensor):
         return None if rate.is_cuda else float(rate)
     return rate
-
-
-def _eos_token_ids(model, tokenizer) -> tuple[int, ...]:
-    named = [getattr(getattr(model, "config", None), "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    flat = [i for ids in named for i in (ids if isinstance(ids, (list, tuple)) else [ids])]
-    return tuple(sorted({int(i) for i in flat if i is not None}))
 
 
 def _schedule_of(trainer: Trainer):

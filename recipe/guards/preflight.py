@@ -7,6 +7,7 @@ are looked at in passing (`listener.py`).
 """
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,15 +17,24 @@ import numpy as np
 import torch
 from transformers import Trainer
 
+from recipe.guards.batches import SeenTokens, TokenCounter, flags_of
 from recipe.guards.finding import CannotJudge, Finding, NotApplicable
 from recipe.guards.probes.attention import probe_attention
 from recipe.guards.probes.equivalence import check_compiled, probe_accumulation, probe_eval
-from recipe.guards.probes.targets import IGNORE_INDEX, check_loss_targets, recover_loss_targets
+from recipe.guards.probes.targets import (
+    IGNORE_INDEX,
+    LossTargets,
+    check_loss_targets,
+    head_of,
+    recover_loss_targets,
+)
+from recipe.guards.vitals import check_init_loss, check_padding_targets, check_token_range
 
 TARGETS = ("missing_label_shift", "double_label_shift", "wrong_loss_target")
 ATTENTION = ("non_causal_attention", "row_leak", "cross_document_attention")
 EVALUATION = ("eval_not_repeatable", "eval_train_mismatch")
-PROBES = (*TARGETS, *ATTENTION, "accumulation_mismatch", *EVALUATION)
+TOKENS = ("token_out_of_range", "padding_is_target")
+PROBES = (*TARGETS, "init_loss_off", *ATTENTION, *TOKENS, "accumulation_mismatch", *EVALUATION)
 MAX_ROWS, EVAL_ROWS = 4, 2
 
 Result = Finding | CannotJudge | None
@@ -38,6 +48,7 @@ def run_probes(
     own_step: object | None,
     step: int,
     tokens_seen: int,
+    is_new_model: bool = False,
     only_curve: bool = False,
 ) -> dict[str, Result]:
     """What each probe says of this micro-batch: `{finding id: Finding, None or the CannotJudge that says why not}`.
@@ -57,10 +68,14 @@ def run_probes(
         if missing := [name for name in ("input_ids", "labels") if not isinstance(prepared.get(name), torch.Tensor)]:
             return dict.fromkeys(PROBES, CannotJudge(f"the batch has no {' and no '.join(missing)}"))
         prepared = first_rows(prepared, MAX_ROWS)
-        results |= _guarded(TARGETS, lambda: _probe_targets(twin, model, prepared, num_items_in_batch, where))
+        results |= _guarded(
+            TARGETS, lambda: _probe_targets(twin, model, prepared, num_items_in_batch, is_new_model, where)
+        )
         results |= _guarded(ATTENTION, lambda: _probe_attention(twin, model, prepared, where))
         if only_curve:
+            results.pop("init_loss_off", None)
             return results
+        results |= _guarded(TOKENS, lambda: _probe_tokens(twin, model, prepared, where))
         results |= _guarded(
             ("accumulation_mismatch",), lambda: _probe_accumulation(twin, model, prepared, own_step, where)
         )
@@ -78,11 +93,44 @@ def _guarded(ids: tuple[str, ...], probe: Callable[[], dict[str, Result]]) -> di
         return dict.fromkeys(ids, CannotJudge(f"the probe failed with {type(error).__name__}: {error}"))
 
 
-def _probe_targets(twin, model, inputs, num_items_in_batch, where) -> dict[str, Result]:
+def _probe_targets(twin, model, inputs, num_items_in_batch, is_new_model, where) -> dict[str, Result]:
     model.train()
     loss = _loss_of(twin, model, inputs, num_items_in_batch)
-    finding = check_loss_targets(inputs["input_ids"], recover_loss_targets(model, loss).targets, **where)
-    return {name: finding if finding is not None and finding.id == name else None for name in TARGETS}
+    found = recover_loss_targets(model, loss)
+    results: dict[str, Result] = {"init_loss_off": _check_init_loss(found, model, is_new_model, where)}
+    finding = check_loss_targets(inputs["input_ids"], found.targets, **where)
+    return results | {name: finding if finding is not None and finding.id == name else None for name in TARGETS}
+
+
+def _check_init_loss(found: LossTargets, model, is_new_model: bool, where: dict) -> Result:
+    scored = found.targets != IGNORE_INDEX
+    loss = float(found.losses[scored].mean()) if scored.any() else math.nan
+    try:
+        return check_init_loss(
+            **where, loss=loss, vocab_size=head_of(model).weight.shape[0], is_new_model=is_new_model
+        )
+    except CannotJudge as reason:
+        return NotApplicable(str(reason))
+
+
+def _probe_tokens(twin, model, inputs, where) -> dict[str, Result]:
+    """Of this batch alone; over the run they are counted on."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    counter = TokenCounter(eos_token_ids_of(model, twin.processing_class), rows)
+    names = ("input_ids", "labels", "attention_mask", "position_ids")
+    flags = flags_of(*map(inputs.get, names), getattr(twin.processing_class, "pad_token_id", None))
+    counter.add(SeenTokens(inputs["input_ids"].cpu().numpy(), flags.cpu().numpy()))
+    return {
+        "token_out_of_range": check_token_range(**where, counts=counter.counts),
+        "padding_is_target": check_padding_targets(**where, counts=counter.counts),
+    }
+
+
+def eos_token_ids_of(model, tokenizer) -> tuple[int, ...]:
+    """What the model's config and the tokenizer call EOS."""
+    named = [getattr(getattr(model, "config", None), "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    flat = [i for ids in named for i in (ids if isinstance(ids, (list, tuple)) else [ids])]
+    return tuple(sorted({int(i) for i in flat if i is not None}))
 
 
 def _probe_attention(twin, model, inputs, where) -> dict[str, Result]:

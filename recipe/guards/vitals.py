@@ -29,6 +29,9 @@ NORM_FACTOR = 20  # healthy 124M run: norms fall 18-fold in 300 steps, single ba
 NORM_CLEAR = math.log(2)  # of all norms in the window: two kinds of batches have two levels
 ZERO_NORMS = 3  # one step may have every label masked
 
+# Copying with tied embeddings starts 0.47 below (7.85 of ln 4096); healthy public runs at most 0.01 (shared curves), and
+# up to 1.5 times the guess where the head is not scaled down.
+INIT_BELOW, INIT_ABOVE = 0.2, 2.0
 RATE_TOLERANCE = 1e-3  # of the rate: learning rates kept as fp32 tensors are within 1e-7, wrong ones are per cents off
 BUDGET_STEPS, BUDGET_SHARE = 20, 0.8  # short batches end a pass: at most one step in five is excused
 EOS_SEEN = 32  # documents that ended without EOS as target, before it is said
@@ -164,6 +167,38 @@ def check_grad_norm_level(steps: list[int], tokens: list[int], norms: list[float
 def _grad_norm_finding(severity, step, tokens_seen, found, expected, causes, evidence) -> Finding:
     action = "look at the loss beside it"
     return Finding("grad_norm_off", severity, step, tokens_seen, found, expected, causes, action, evidence)
+
+
+def check_init_loss(step: int, tokens_seen: int, loss: float, vocab_size: int, is_new_model: bool) -> Finding | None:
+    """A hint, never more than information: an untrained model guesses, so its loss is ln(vocabulary) or above it.
+
+    Raises `CannotJudge` for a model that was trained before.
+    """
+    if step or not is_new_model:
+        raise CannotJudge("the model was trained before, so its first loss may be anything")
+    guess = math.log(vocab_size)
+    if guess - INIT_BELOW <= loss <= INIT_ABOVE * guess:
+        return None
+    is_low = loss < guess
+    return Finding(
+        "init_loss_off",
+        "info",
+        step,
+        tokens_seen,
+        found=f"first loss {loss:.2f}",
+        expected=f"ln({vocab_size:,}) = {guess:.2f} or somewhat more",
+        likely_causes=(
+            "the model sees the token it is asked for",
+            "the weights are not new",
+            "the loss is divided twice",
+        )
+        if is_low
+        else ("weights are drawn from too wide a distribution", "the loss is summed, not averaged"),
+        action="read the probes' findings first"
+        if is_low
+        else "look at initializer_range and at the loss's reduction",
+        evidence={"loss": loss, "ln_vocab_size": guess},
+    )
 
 
 # --- learning rate
