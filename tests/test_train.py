@@ -269,8 +269,9 @@ def unshifted(self, logits, labels, vocab_size, **kwargs):
 def test_a_missing_label_shift_is_named_before_step_1(write_config, tmp_path, monkeypatch, action):
     monkeypatch.setattr(LlamaForCausalLM, "loss_function", unshifted)
     assert run(["train", write_config(on_regression=action)]) == (3 if action == "stop" else 0)
-    findings = read_lines(tmp_path / "run/findings.jsonl")
-    assert [(finding["id"], finding["step"]) for finding in findings] == [("missing_label_shift", 0)]
+    first, *others = read_lines(tmp_path / "run/findings.jsonl")
+    assert (first["id"], first["step"]) == ("missing_label_shift", 0)
+    assert all(finding["evidence"]["causes"] == ["missing_label_shift"] for finding in others)
     verdict = json.loads((tmp_path / "run/run.json").read_text())["result"]["verdict"]
     assert verdict == "not to be trusted: missing_label_shift"
 
@@ -353,7 +354,8 @@ def test_a_resumed_run_does_not_forget_what_was_found_before(write_config, tmp_p
     remove_after(tmp_path / "run", step=3)
     assert run(["train", path, "--resume_from_checkpoint", "latest"]) == 0
     result = json.loads((tmp_path / "run/run.json").read_text())["result"]
-    assert result["verdict"] == "not to be trusted: missing_label_shift"
+    # the weights are those that were saved, but the loss of the pinned batch is computed in another way now
+    assert result["verdict"] == "not to be trusted: missing_label_shift, resume_jump"
 
 
 def test_without_a_compiler_it_runs_uncompiled_and_says_so(write_config, monkeypatch, caplog):

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,9 +26,9 @@ from recipe.guards.diagnosis import CURVES, explain
 from recipe.guards.evaluation import EvaluationWatch
 from recipe.guards.finding import FINDING_IDS, CannotJudge, Finding, NotApplicable
 from recipe.guards.listener import POSITIONS, HeardRows, TargetListener, Wrapping, find_trainer, is_compiled
-from recipe.guards.parameters import ParameterWatch
+from recipe.guards.parameters import Measured, ParameterWatch
 from recipe.guards.records import StepRecord, append_line, keep_until, read_lines
-from recipe.guards.state import read_state, write_state
+from recipe.guards.state import read_state, say_damaged, write_state
 from recipe.guards.trajectory import Reference, find_reference
 from recipe.guards.updates import (
     check_optimizer_groups,
@@ -45,6 +46,9 @@ ALARMS = ("warning", "error")
 LOG_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 # A finding is over when its guard has been silent for so many judgments: a fault in some rows comes and goes.
 PATIENCE = 20
+OF_A_RESUME = ("resume_jump", "resume_replay")
+# Of the state in a checkpoint
+SAVED = ("pinned_loss", "optimizer_states", "learning_rate_agrees", "active", "judged_steps", "watch")
 CHECKSUM_STEPS = (1, 10, 100)  # and every 100th after that
 NEED_TRAINING = tuple(name for name in FINDING_IDS if name not in preflight.PROBES)
 
@@ -65,6 +69,7 @@ class PendingStep:
     tokens: list[TokensOnTheirWay] = field(default_factory=list)
     heard: list[tuple[HeardRows, OnItsWay]] = field(default_factory=list)
     checksums: OnItsWay | None = None
+    measured: list[Measured] = field(default_factory=list)
 
 
 class RegressionCallback(TrainerCallback):
@@ -108,6 +113,7 @@ class RegressionCallback(TrainerCallback):
         self._targets: TargetListener | None = None
         self._host_group = None
         self._parameters: ParameterWatch | None = None
+        self.is_main = False  # until `open_files`: an evaluation before training is not written down
         self._reset()
 
     def _reset(self) -> None:
@@ -141,9 +147,13 @@ class RegressionCallback(TrainerCallback):
         _make_visible()
         self._let_go()  # of a training that ended with an exception
         self._reset()
+        self._trainer, checkpoint = find_trainer(self)
+        if self._trainer is not None and _first_callback(self._trainer) is not self:
+            self._give_up(FINDING_IDS, "another RegressionCallback watches this Trainer")
+            self._trainer, self.is_main = None, False  # two of them would write every line of the files twice
+            return
         self.open_files(args, state)
         self._last_time = time.perf_counter()
-        self._trainer, checkpoint = find_trainer(self)
         if self._trainer is None:
             self._give_up(FINDING_IDS, "no Trainer among the callers of on_train_begin")
             return
@@ -299,7 +309,9 @@ class RegressionCallback(TrainerCallback):
             return preflight.measure_eager(self._trainer, self._model, inputs, num_items_in_batch)
         except CannotJudge as reason:
             self._give_up(["compiled_mismatch"], str(reason))
-            return None
+        except Exception as error:  # such as re-entrant checkpointing, which refuses torch.autograd.grad
+            self._give_up(["compiled_mismatch"], f"the probe failed with {type(error).__name__}: {error}")
+        return None
 
     def _try(self, guard: str, check) -> None:
         try:
@@ -313,7 +325,7 @@ class RegressionCallback(TrainerCallback):
             self._give_up([guard], result)
             return
         self.judged_steps[guard] += 1
-        if result is not None:
+        if result is not None and self._is_onset(result, self._active.get(guard)):
             self.report(result, self._trainer.control)
 
     # --- what does not change in a run
@@ -343,12 +355,24 @@ class RegressionCallback(TrainerCallback):
             self._give_up(["rank_divergence"], NotApplicable("one rank"))
         if not self.is_main:
             return
-        self.watch = Watch(self._run_facts(inputs, rows, vocab_size or embedding_rows), self.reference)
+        self.watch = self._restored_watch(self._run_facts(inputs, rows, vocab_size or embedding_rows))
         self.watch.history = self._history
+
+    def _restored_watch(self, facts: RunFacts) -> Watch:
+        """With the checkpoint's memory, if there is one."""
+        watch, step = Watch(facts, self.reference), self._trainer.state.global_step
         if self._saved is not None:
             numbers, arrays = self._saved
-            self.watch.restore(numbers["watch"], arrays)
-            self.watch.ledger.mark_resume(trainer.state.global_step)
+            try:
+                watch.restore(numbers["watch"], arrays)
+                watch.ledger.mark_resume(step)
+                return watch
+            except (KeyError, IndexError, ValueError, TypeError) as error:
+                say_damaged(self._checkpoint, error)
+                self._saved, watch = None, Watch(facts, self.reference)
+        if step:
+            watch.envelope.stop("the model was trained before on tokens that were not counted")
+        return watch
 
     def _run_facts(self, inputs: dict, rows: int, vocab_size: int) -> RunFacts:
         trainer, args = self._trainer, self._trainer.args
@@ -366,6 +390,7 @@ class RegressionCallback(TrainerCallback):
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             num_workers=args.dataloader_num_workers,
             planned_rows=None if is_padding_free else batch * args.gradient_accumulation_steps * args.world_size,
+            rows_in_pass=len(data) if isinstance(data := trainer.train_dataset, Sized) else None,
             learning_rate=args.learning_rate if agrees else None,
             schedule=_schedule_of(trainer),
             is_new_model=self.facts["is_new_model"],
@@ -417,6 +442,7 @@ class RegressionCallback(TrainerCallback):
             self._tokens,
             self._heard,
             self._checksums(step),
+            self._parameters.take(),
         )
 
     def _checksums(self, step: int) -> OnItsWay | None:
@@ -450,15 +476,15 @@ class RegressionCallback(TrainerCallback):
         if self.is_main:
             record = {**pending.record, "loss": sum(r["loss"] for r in ranks) / len(ranks)}
             record["grad_norm"] = norm if pending.has_norm else None
-            self._judge(record, losses, pending.learning_rates, ranks, control)
+            self._judge(pending, record, losses, ranks, control)
         self._stop_together(ranks, control)
 
-    def _judge(self, record: dict, losses: list[float], learning_rates: list, ranks: list[dict], control) -> None:
+    def _judge(self, pending: PendingStep, record: dict, losses: list[float], ranks: list[dict], control) -> None:
         checksums = [rank["checksums"] for rank in ranks]
         step = StepFacts(
             record,
             losses,
-            learning_rates,
+            pending.learning_rates,
             seen=[(rank, micro, seen) for rank, told in enumerate(ranks) for micro, seen in enumerate(told["seen"])],
             heard=[
                 (rank, micro, heard) for rank, told in enumerate(ranks) for micro, heard in enumerate(told["heard"])
@@ -468,7 +494,8 @@ class RegressionCallback(TrainerCallback):
         for told in ranks[1:]:
             for finding in told["findings"]:
                 self.report(finding, control)
-        judged = [*self.watch.judge(step), *self._parameters.judge(record["step"], record["tokens_seen"])]
+        where = (record["step"], record["tokens_seen"])
+        judged = [*self.watch.judge(step), *self._parameters.judge(pending.measured, *where)]
         append_line(self.output_dir / "steps.jsonl", record)
         for guard, finding in judged:
             self._update(guard, finding, control)
@@ -506,7 +533,7 @@ class RegressionCallback(TrainerCallback):
         self.judged_steps[guard] += 1
         if finding is not None:
             self._silent[guard] = 0
-            if guard not in self._active:
+            if self._is_onset(finding, self._active.get(guard)):
                 self._active[guard] = finding
                 waits = finding.id in CURVES and self._trainer is not None and finding.severity in ALARMS
                 self._to_explain.append(finding) if waits else self._say(explain(finding, self.findings), control)
@@ -517,6 +544,11 @@ class RegressionCallback(TrainerCallback):
                 if self.is_main and guard not in self.disabled:
                     now = self.history[-1]["step"] - PATIENCE + 1
                     logger.info("%s | step %d | recovered, since step %d", guard, now, onset.step)
+
+    @staticmethod
+    def _is_onset(finding: Finding, active: Finding | None) -> bool:
+        """Not active so far, or not as bad: what began as information may become an alarm."""
+        return active is None or LOG_LEVELS[finding.severity] > LOG_LEVELS[active.severity]
 
     def _explain_waiting(self, control, results: dict) -> None:
         """Curve findings are said when the probes have been asked again, at the next micro-batch."""
@@ -601,10 +633,13 @@ class RegressionCallback(TrainerCallback):
         write_state(checkpoint, state, arrays | pinned)
 
     def _load(self, checkpoint: Path) -> None:
-        self._saved = read_state(checkpoint) if self.is_main else None
+        self._checkpoint = checkpoint
+        self._saved = read_state(checkpoint, SAVED) if self.is_main else None
         if self._saved is not None:
             numbers = self._saved[0]
             self._active = {guard: Finding(**record) for guard, record in numbers["active"].items()}
+            for guard in OF_A_RESUME:  # each has its own
+                self._active.pop(guard, None)
             self.judged_steps = Counter(numbers["judged_steps"])
 
     # --- the pinned batch
@@ -641,6 +676,10 @@ class RegressionCallback(TrainerCallback):
         where = (trainer.state.global_step, self.tokens_seen)
         now = count_optimizer_states(trainer.optimizer)
         self._conclude("resume_jump", check_resume(*where, before, loss, dtype, states, now))
+
+
+def _first_callback(trainer: Trainer) -> RegressionCallback:
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, RegressionCallback))
 
 
 def _pinned_of(numbers: dict, arrays: dict[str, np.ndarray]) -> tuple[dict, float | None, int]:

@@ -27,6 +27,7 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "init_loss_off": ("missing_label_shift", "non_causal_attention", "accumulation_mismatch"),
     "grad_norm_off": ("accumulation_mismatch", "learning_rate_off", "loss_not_finite", "frozen_parameters"),
     "train_eval_gap": (*LEAKS, *REPETITION, "eval_train_mismatch", "eval_not_repeatable"),
+    "eval_train_mismatch": ("missing_label_shift", "double_label_shift", "wrong_loss_target", "accumulation_mismatch"),
     "resume_jump": ("resume_replay", "untied_weights", "learning_rate_off"),
 }
 CURVES = ("loss_below_envelope", "loss_above_envelope", "loss_off_reference", "loss_spike", "train_eval_gap")

@@ -59,8 +59,9 @@ def judge_evaluation(
 
 
 def digest_of_rows(rows: list[np.ndarray]) -> int:
-    """The same for the same rows in any order; JSON-able."""
-    hashes = (hashlib.blake2b(row.astype(np.int32).tobytes(), digest_size=7).digest() for row in rows)
+    """The same for the same rows in any order; JSON-able. Rows that come twice count once: ranks are filled up with
+    some of them when they do not divide evenly, and with others at the next evaluation."""
+    hashes = {hashlib.blake2b(row.astype(np.int32).tobytes(), digest_size=7).digest() for row in rows}
     return sum(int.from_bytes(value, "little") for value in hashes) % (1 << 53)
 
 

@@ -398,6 +398,16 @@ class Ledger:
         self._replay_rows = self._replay_tokens = self._replay_copied = 0
 
     @property
+    def has_enough(self) -> bool:
+        """To judge repetition by."""
+        return self.rows.size >= MIN_ROWS and self.tokens >= MIN_TOKENS
+
+    @property
+    def can_see_replay(self) -> bool:
+        """There was a resume, and enough rows since."""
+        return self._replay_rows >= REPLAY_ROWS
+
+    @property
     def replay_since(self) -> int | None:
         """The position of the resume, if the rows after it were copies and the copying still goes on."""
         is_replay = self._replay_rows >= REPLAY_ROWS and self._replay_copied >= REPLAY_SHARE * self._replay_tokens

@@ -15,10 +15,11 @@ from transformers import Trainer, TrainerCallback
 
 from recipe.guards.probes.targets import (
     IGNORE_INDEX,
+    LossTargets,
     backbone_of,
     count_hits,
     head_of,
-    targets_from_gradient,
+    target_of_logits,
     targets_from_hidden,
 )
 
@@ -151,7 +152,7 @@ class TargetListener:
         if is_hidden:
             found = targets_from_hidden(values, gradient, self.head)
         else:
-            found = targets_from_gradient(values, gradient)
+            found = LossTargets(*target_of_logits(values, gradient))
         scored = found.targets != IGNORE_INDEX
         number = scored.sum(dim=1).clamp_min(1)
         weights = [

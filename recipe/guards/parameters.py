@@ -22,6 +22,7 @@ from recipe.guards.updates import (
 
 OF_THE_RATES_SIZE = ("adam", "lion", "adafactor", "lamb")
 Judgment = tuple[str, Finding | None]
+Measured = tuple[str, OnItsWay, list[float]]
 
 
 class ParameterWatch:
@@ -39,7 +40,7 @@ class ParameterWatch:
         self._before: dict[str, torch.Tensor] | None = None
         self._window: tuple[dict, dict] | None = None  # weights and gradients at its start
         self._window_rates: list[float] = []
-        self._measured: list[tuple[str, OnItsWay, list[float]]] = []
+        self._measured: list[Measured] = []
 
     def before_step(self, optimizer: Optimizer, rate: float) -> None:
         if len(self._rates) < FROZEN_STEPS and rate > MOVING_RATE and self.training:
@@ -65,9 +66,13 @@ class ParameterWatch:
             self._measured.append(("lost_updates", OnItsWay(counts), self._window_rates))
             self._window, self._window_rates = None, []
 
-    def judge(self, step: int, tokens_seen: int) -> list[Judgment]:
-        """What was measured since the last call."""
+    def take(self) -> list[Measured]:
+        """What this step measured."""
         measured, self._measured = self._measured, []
+        return measured
+
+    def judge(self, measured: list[Measured], step: int, tokens_seen: int) -> list[Judgment]:
+        """What `take` gave at that step."""
         return [
             (guard, self._judge(guard, values.read(), rates, step, tokens_seen)) for guard, values, rates in measured
         ]

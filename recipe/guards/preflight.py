@@ -10,7 +10,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from recipe.guards.batches import SeenTokens, TokenCounter, flags_of
 from recipe.guards.finding import CannotJudge, Finding, NotApplicable
+from recipe.guards.listener import is_compiled
 from recipe.guards.probes.attention import probe_attention
 from recipe.guards.probes.equivalence import check_compiled, probe_accumulation, probe_eval
 from recipe.guards.probes.targets import (
@@ -62,7 +63,7 @@ def run_probes(
         return dict.fromkeys(PROBES, reason)
     where = {"step": step, "tokens_seen": tokens_seen}
     results: dict[str, Result] = {}
-    with undisturbed(model):
+    with undisturbed(model), eagerly(trainer):
         twin = twin_of(trainer)
         prepared = twin._prepare_inputs(dict(inputs))
         if missing := [name for name in ("input_ids", "labels") if not isinstance(prepared.get(name), torch.Tensor)]:
@@ -152,7 +153,9 @@ def _probe_accumulation(twin, model, inputs, own_step, where) -> dict[str, Resul
 
 def _probe_eval(twin, model, inputs, where) -> dict[str, Result]:
     def train_loss(rows: dict) -> torch.Tensor:
-        return _loss_of(twin, model, rows, (rows["labels"][..., 1:] != IGNORE_INDEX).sum())()
+        # The trainer's own count: for GPT2LMHeadModel and some others it counts the first label too, here and there.
+        _, num_items_in_batch = twin.get_batch_samples(iter([rows]), 1, twin.args.device)
+        return _loss_of(twin, model, rows, num_items_in_batch)()
 
     def eval_loss(rows: dict) -> torch.Tensor:
         return twin.prediction_step(model, dict(rows), prediction_loss_only=True)[0]
@@ -211,7 +214,7 @@ def measure_eager(trainer: Trainer, model: torch.nn.Module, inputs: dict, num_it
         raise CannotJudge("gradients are averaged over ranks as they come")
     if dropout := next((name for name, value in _dropouts(model) if value), None):
         raise CannotJudge(f"{dropout} is on, and a compiled model draws other random numbers")
-    with undisturbed(model):
+    with undisturbed(model), eagerly(trainer):
         twin = twin_of(trainer)
         prepared = twin._prepare_inputs(dict(inputs))
         steps = trainer.current_gradient_accumulation_steps
@@ -219,7 +222,9 @@ def measure_eager(trainer: Trainer, model: torch.nn.Module, inputs: dict, num_it
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
         pairs = zip((name for name, _ in named), gradients, strict=True)
-        return Eager(float(loss), {name: _size(g) for name, g in pairs if g is not None}, precision_of(trainer, model))
+        return Eager(
+            float(loss.detach()), {name: _size(g) for name, g in pairs if g is not None}, precision_of(trainer, model)
+        )
 
 
 def compare_compiled(trainer: Trainer, model: torch.nn.Module, eager: Eager, loss: torch.Tensor) -> Finding | None:
@@ -266,6 +271,12 @@ def loss_in_eval_mode(trainer: Trainer, model: torch.nn.Module, inputs: dict) ->
 
 
 # --- leaving no trace
+
+
+def eagerly(trainer: Trainer):
+    """Layers compiled one by one or in place run eagerly while this is open: unwrapping the model leaves them as
+    they are."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(trainer) else nullcontext()
 
 
 def twin_of(trainer: Trainer) -> Trainer:

@@ -41,7 +41,8 @@ WEIGHTED_LOSS = 1.2  # positions of one micro-batch that weigh differently: a lo
 class RunFacts:
     """What does not change in a run. `schedule`: factor on the initial learning rate by optimizer step, or why there
     is none to hold the rate against. `planned_rows`: of one step, all ranks; None where batches are not counted in
-    rows. `weights_are_scaled`: gradients carry an unknown factor (fp16 loss scaling)."""
+    rows. `rows_in_pass`: of the whole data, where it has a size. `weights_are_scaled`: gradients carry an unknown
+    factor (fp16 loss scaling)."""
 
     vocab_size: int
     embedding_rows: int
@@ -56,6 +57,7 @@ class RunFacts:
     averages_over_ranks: bool = True
     weights_are_scaled: bool = False
     is_adam: bool = True
+    rows_in_pass: int | None = None
     parameter_names: tuple[str, ...] = ()
 
 
@@ -113,7 +115,10 @@ class Watch:
         if step.seen:
             nats = self._nats_per_token()
             finding = check_repetition(self.ledger, *where, nats, num_workers=self.facts.num_workers)
-            yield (finding.id if finding else "repeated_data"), finding
+            if finding is not None or self.ledger.has_enough:
+                yield "repeated_data", finding if finding is not None and finding.id == "repeated_data" else None
+            if self.ledger.can_see_replay:
+                yield "resume_replay", finding if finding is not None and finding.id == "resume_replay" else None
             if self.eval_digests:
                 yield "train_eval_overlap", check_overlap(self.ledger, *where, nats)
         if step.checksums is not None:
@@ -199,7 +204,8 @@ class Watch:
         if self.facts.planned_rows is None:
             self.cannot_judge.setdefault("token_budget_off", "padding-free batches are not counted in rows")
         elif len(self.rows_by_step) >= vitals.BUDGET_STEPS:
-            yield "token_budget_off", vitals.check_tokens(*where, self.rows_by_step, self.facts.planned_rows)
+            planned, in_pass = self.facts.planned_rows, self.facts.rows_in_pass
+            yield "token_budget_off", vitals.check_tokens(*where, self.rows_by_step, planned, in_pass=in_pass)
 
     def _judge_targets(self, step: StepFacts, *where: int) -> Iterator[tuple[str, Finding | None]]:
         """In passing: what the head's gradient told of a few positions, and the labels of every row beside its

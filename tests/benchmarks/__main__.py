@@ -1,4 +1,7 @@
-"""`python -m tests.benchmarks stream [--only NAME] [--corpus PATH_OR_GLOB]`: measures, and writes RESULTS.md."""
+"""`python -m tests.benchmarks stream|guards [--only NAME]`: measures, and writes RESULTS.md.
+
+`stream` takes `--corpus PATH_OR_GLOB` too; `guards` measures what the guards cost on the demo and on the 180M.
+"""
 
 import argparse
 import glob
@@ -8,31 +11,38 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from recipe.data.docstrings import build_docstring_corpus
+from tests.benchmarks import guards, stream
 from tests.benchmarks.results import RESULTS, format_section, write_section
-from tests.benchmarks.stream import BENCHMARKS, Options
+from tests.benchmarks.stream import Options
 
+SUITES = {"stream": stream.BENCHMARKS, "guards": guards.BENCHMARKS}
 QUICK = {"rows": 130_000, "repeats": 1, "rounds": 1, "index_megabytes": 10}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("suite", choices=["stream"])
-    parser.add_argument("--only", action="append", choices=BENCHMARKS, help="may be repeated; default: all but memory")
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--only", action="append", help="may be repeated; default: all but memory")
     parser.add_argument("--corpus", default="docstrings", help="parquet files with a column text, 20 MB to 1 GB")
     parser.add_argument("--minutes", type=float, default=10, help="how long memory reads")
     parser.add_argument("--quick", action="store_true", help="small sizes, once; prints and writes nothing")
     arguments = parser.parse_args()
-    names = arguments.only or [name for name in BENCHMARKS if name != "memory"]
+    benchmarks = SUITES[arguments.suite]
+    names = arguments.only or [name for name in benchmarks if name != "memory"]
+    if unknown := set(names) - set(benchmarks):
+        parser.error(f"{arguments.suite} has no {', '.join(unknown)}; there are {', '.join(benchmarks)}")
     for name in names:
         with tempfile.TemporaryDirectory(prefix="recipe-benchmark-") as folder:
-            result = BENCHMARKS[name](build_options(Path(folder), arguments))
+            result = benchmarks[name](build_options(Path(folder), arguments))
         section = format_section(name, result, command_of(name, arguments))
         print(section, flush=True)
         if not arguments.quick:
             write_section(name, section, RESULTS)
 
 
-def build_options(folder: Path, arguments: argparse.Namespace) -> Options:
+def build_options(folder: Path, arguments: argparse.Namespace) -> Options | guards.Options:
+    if arguments.suite == "guards":
+        return guards.Options(steps=120, block=10, with_180m=False) if arguments.quick else guards.Options()
     source = arguments.corpus
     if source == "docstrings":
         source = str(build_docstring_corpus())
@@ -57,6 +67,8 @@ def describe(corpus: str, files: list[str]) -> str:
 
 
 def command_of(name: str, arguments: argparse.Namespace) -> str:
+    if arguments.suite == "guards":
+        return f"python -m tests.benchmarks guards --only {name}"
     corpus = "" if arguments.corpus == "docstrings" else " --corpus 'FOLDER/*.parquet'"
     minutes = f" --minutes {arguments.minutes:g}" if name == "memory" else ""
     return f"python -m tests.benchmarks stream --only {name}{corpus}{minutes}"

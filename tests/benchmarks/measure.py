@@ -42,7 +42,7 @@ def run_fresh(function, cache: Path | None = None, environment: dict | None = No
 
 
 def fresh_command(function, **arguments) -> list[str]:
-    return [sys.executable, "-m", "tests.benchmarks.measure", function.__name__, json.dumps(arguments)]
+    return [sys.executable, "-m", function.__module__, function.__name__, json.dumps(arguments)]
 
 
 def fresh_environment(cache: str | Path) -> dict[str, str]:

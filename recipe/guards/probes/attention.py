@@ -190,10 +190,11 @@ def input_gradient(model: torch.nn.Module, batch: dict, asked: dict[int, int], t
             logits = _logits(model, batch)
             projection = torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(0)).to(logits.device)
             total = sum((logits[row, place].float() * projection).sum() for row, place in asked.items())
-            gradients = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else ()
+            if total.requires_grad:
+                total.backward()  # only `leaves` need it; torch.autograd.grad is refused by re-entrant checkpointing
     finally:
         hook.remove()
-    sizes = [gradient.float().norm(dim=-1) for gradient in gradients if gradient is not None]
+    sizes = [leaf.grad.float().norm(dim=-1) for leaf in leaves if leaf.grad is not None]
     if not sizes or any(size.shape != batch["input_ids"].shape for size in sizes):
         raise CannotJudge("the logits do not come from one embedding of each token")
     return torch.stack(sizes).sum(dim=0)
@@ -268,7 +269,7 @@ def check_gradient(sizes: torch.Tensor, asked: dict[int, int], documents: torch.
     parts = zip(IDS, (later, others & real, earlier), strict=True)
     results: Results = {name: _finding(name, relative, part, asked, setting) for name, part in parts}
     if len(sizes) == 1:
-        results["row_leak"] = CannotJudge("one row in the batch")
+        results["row_leak"] = NotApplicable("one row in the batch")
     if not earlier.any():
         results["cross_document_attention"] = (
             CannotJudge("no scored position in a later document")

@@ -98,17 +98,20 @@ def only_one(heard: dict[str, list[torch.Tensor]]) -> torch.Tensor:
 def targets_from_gradient(logits: torch.Tensor, gradient: torch.Tensor) -> LossTargets:
     """`logits`, `gradient`: `[rows, positions, vocab_size]`, any float type. Row by row, to keep the memory to one
     row's."""
-    rows = [_target_of_logits(*row) for row in zip(logits, gradient, strict=True)]
+    rows = [target_of_logits(*row) for row in zip(logits, gradient, strict=True)]
     return LossTargets(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
 
-def _target_of_logits(logits: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    lowest, target = gradient.float().min(dim=-1)
-    losses = -logits.float().log_softmax(dim=-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+def target_of_logits(logits: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Targets, weights and losses of `[..., vocab_size]`."""
+    logits, gradient = logits.float(), gradient.float()
+    lowest, target = gradient.min(dim=-1)
+    losses = logits.logsumexp(dim=-1) - logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     weights = -lowest / (1 - (-losses).exp()).clamp_min(1e-6)
-    # Cross entropy has one negative entry. With label smoothing it vanishes once the model is sure of the target, and
-    # the lowest of the many that remain means nothing.
-    is_scored = -lowest > 0.5 * gradient.float().clamp_min(0).sum(dim=-1)
+    # Cross entropy has one negative entry, as large as all the positive ones together. With label smoothing it
+    # vanishes once the model is sure of the target, and the lowest of the many that remain means nothing.
+    positive = (torch.linalg.vector_norm(gradient, 1, dim=-1) + gradient.sum(dim=-1)) / 2
+    is_scored = (lowest < 0) & (-lowest > 0.5 * positive)
     return torch.where(is_scored, target, IGNORE_INDEX), torch.where(is_scored, weights, 0.0), losses
 
 

@@ -1,0 +1,157 @@
+"""What the guards cost, each call in a process of its own (see `measure.run_fresh`). All times are wall seconds."""
+
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections import defaultdict
+
+import torch
+from transformers import TrainerCallback
+
+from recipe.arguments import parse_config
+from recipe.guards import preflight
+from recipe.guards.callback import PreflightDone, RegressionCallback
+from recipe.guards.envelope import Envelope
+from recipe.guards.ledger import Ledger
+from recipe.guards.listener import TargetListener
+from recipe.guards.parameters import ParameterWatch
+from recipe.guards.watch import Watch
+from recipe.model import hardware_defaults
+from recipe.train import assemble, open_run
+
+PARTS = {
+    "envelope (learn and score)": (Envelope, "observe"),
+    "ledger (fingerprints)": (Ledger, "observe_train"),
+    "targets in passing": (TargetListener, "_look"),
+    "everything at rank 0's judging": (Watch, "judge"),
+    "parameters, before the update": (ParameterWatch, "before_step"),
+    "end of step in all": (RegressionCallback, "on_step_end"),
+}
+PROBES = ("_probe_targets", "_probe_attention", "_probe_tokens", "_probe_accumulation", "_probe_eval")
+
+
+def build(folder: str, config: str, **keys):
+    overrides = [word for name, value in keys.items() for word in (f"--{name}", str(value))]
+    overrides += ["--output_dir", f"{folder}/run", "--use_cpu", "true"]
+    config = parse_config(f"recipe/configs/{config}.json", overrides, hardware_defaults())
+    return assemble(config, open_run(config))
+
+
+def steps(folder: str, config: str, count: int, block: int, warm: int, **keys) -> dict:
+    """Trains with the guards on and off in turn, `block` steps each, in one run: seconds of a step, and of each part."""
+    run = build(folder, config, max_steps=count, eval_strategy="no", save_strategy="no", **keys)
+    clock, spent = Clock(run.trainer, run.guards, block), defaultdict(float)
+    run.trainer.add_callback(clock)
+    run.trainer.callback_handler.callbacks.insert(0, run.trainer.callback_handler.callbacks.pop())  # before the guards
+    for name, (owner, method) in PARTS.items():
+        setattr(owner, method, timed(getattr(owner, method), spent, name))
+    run.trainer.train()
+    seconds = {is_on: [s for number, on, s in clock.steps if on == is_on and number > warm] for is_on in (True, False)}
+    pairs = [clock.mean_of(number) for number in range(warm // block + 1, count // block)]
+    ratios = [a / b for (on, a), (_, b) in zip(pairs, pairs[1:], strict=False) if on]
+    ratios += [b / a for (on, a), (_, b) in zip(pairs, pairs[1:], strict=False) if not on]
+    watched = sum(on for _, on, _ in clock.steps)
+    return {
+        "on": statistics.median(seconds[True]),
+        "off": statistics.median(seconds[False]),
+        "ratios": ratios,
+        "parts": {name: value / watched for name, value in spent.items()},
+        "findings": [finding.id for finding in run.guards.findings],
+    }
+
+
+class Clock(TrainerCallback):
+    """Times steps from end to end, and takes the guards off the trainer and puts them back every `block` steps."""
+
+    def __init__(self, trainer, guards: RegressionCallback, block: int):
+        self.trainer, self.guards, self.block, self.is_on = trainer, guards, block, True
+        self.steps: list[tuple[int, bool, float]] = []
+        self.last = time.perf_counter()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        now, was_on = time.perf_counter(), self.is_on
+        self.steps.append((state.global_step, was_on, now - self.last))
+        if state.global_step and state.global_step % self.block == 0:
+            self.switch()
+        self.last = time.perf_counter()
+
+    def switch(self) -> None:
+        callbacks = self.trainer.callback_handler.callbacks
+        if self.is_on:
+            self.listening = self.trainer.training_step
+            del self.trainer.training_step
+            callbacks.remove(self.guards)
+        else:
+            self.trainer.training_step = self.listening
+            callbacks.insert(1, self.guards)
+        self.is_on = not self.is_on
+
+    def mean_of(self, block: int) -> tuple[bool, float]:
+        """The median step of one block, and whether the guards were on; its first step, which switched, apart."""
+        inside = [
+            (on, s) for number, on, s in self.steps if (number - 1) // self.block == block and number % self.block != 1
+        ]
+        return inside[0][0], statistics.median(s for _, s in inside)
+
+
+def timed(function, spent: dict[str, float], name: str):
+    def measured(*arguments, **kwargs):
+        started = time.perf_counter()
+        try:
+            result = function(*arguments, **kwargs)
+            return list(result) if name.startswith("everything") else result
+        finally:
+            spent[name] += time.perf_counter() - started
+
+    return measured
+
+
+def probes(folder: str, config: str, **keys) -> dict:
+    """Seconds of each probe of the preflight, and the process's peak memory."""
+    run = build(folder, config, max_steps=2, **keys)
+    spent: dict[str, float] = defaultdict(float)
+    for name in PROBES:
+        setattr(preflight, name, timed(getattr(preflight, name), spent, name))
+    run.guards.only_check = True
+    before = peak_megabytes()
+    started = time.perf_counter()
+    preflight.run_probes = timed(preflight.run_probes, spent, "all")
+    try:
+        run.trainer.train()
+    except PreflightDone:
+        pass
+    run.guards.on_train_end(run.trainer.args, run.trainer.state, run.trainer.control)
+    unjudged = {**run.guards.cannot_judge, **run.guards.not_applicable}
+    return {
+        "seconds": spent,
+        "total": time.perf_counter() - started,
+        "megabytes": [before, peak_megabytes()],
+        "unjudged": unjudged,
+        "tokens": run.guards.facts["tokens_per_step"],
+    }
+
+
+def training(folder: str, config: str, **keys) -> dict:
+    """Seconds of a step and peak memory of two steps without the guards."""
+    run = build(folder, config, max_steps=2, eval_strategy="no", save_strategy="no", **keys)
+    run.trainer.remove_callback(run.guards)
+    for callback in list(run.trainer.callback_handler.callbacks):
+        if hasattr(callback, "guards"):
+            run.trainer.remove_callback(callback)
+    before, started = peak_megabytes(), time.perf_counter()
+    run.trainer.train()
+    return {"step": (time.perf_counter() - started) / 2, "megabytes": [before, peak_megabytes()]}
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    result = globals()[sys.argv[1]](**json.loads(sys.argv[2]))
+    print(json.dumps(result), flush=True)
+    os._exit(0)  # threads of pyarrow may abort the interpreter when it ends
