@@ -209,6 +209,7 @@ def _loss_chart(run: Run) -> Chart:
     if entropy is not None:
         chart.lines.append(("unigram", np.array([0, tokens[-1]]), np.array([entropy, entropy])))
         chart.legend.append(("unigram", f"unigram entropy {entropy:.2f}: the loss of token frequencies alone"))
+    _add_envelope(chart, run.steps)
     chart.lines += [("raw", tokens, loss), ("line", tokens, smooth(loss, chart.is_log_x))]
     chart.legend.append(("loss", "train loss: each step thin, smoothed thick"))
     for record in run.evals:
@@ -218,6 +219,15 @@ def _loss_chart(run: Run) -> Chart:
     chart.legend += [("eval", "eval loss")] if chart.dots else []
     chart.markers += _finding_markers(run)
     return chart
+
+
+def _add_envelope(chart: Chart, steps: list[dict]) -> None:
+    """The n-gram's loss on the run's own tokens, as far as it was judged against."""
+    judged = [record for record in steps if _number(record.get("floor")) is not None]
+    if judged:
+        tokens, floors = _column(judged, "tokens_seen"), _column(judged, "floor")
+        chart.lines.append(("floor", tokens, smooth(floors, chart.is_log_x)))
+        chart.legend.append(("floor", "floor: an n-gram model on the same tokens; no honest model is below it so early"))
 
 
 def _add_reference(chart: Chart, trajectory: dict, steps: np.ndarray) -> None:

@@ -293,7 +293,7 @@ class RegressionCallback(TrainerCallback):
         self._learn_facts(inputs)
         self._check_resume(inputs)
         results = preflight.run_probes(*probe, *where, is_new_model=self.facts["is_new_model"])
-        for guard, result in results.items():
+        for guard, result in sorted(results.items(), key=_worst_first):
             self._conclude(guard, result)
         self._tell_main()
         if not self._is_compiled:
@@ -705,6 +705,12 @@ def _as_plain(heard: HeardRows, values: torch.Tensor) -> dict:
         "weights": [row[5:8] for row in rows],
         "losses": [row[8] for row in rows],
     }
+
+
+def _worst_first(result: tuple[str, preflight.Result]) -> int:
+    """So that what is a consequence can name its cause."""
+    severity = getattr(result[1], "severity", None)
+    return ("error", "warning", "info", None).index(severity)
 
 
 def _plain(rate) -> float | None:

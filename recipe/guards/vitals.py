@@ -29,8 +29,8 @@ NORM_FACTOR = 20  # healthy 124M run: norms fall 18-fold in 300 steps, single ba
 NORM_CLEAR = math.log(2)  # of all norms in the window: two kinds of batches have two levels
 ZERO_NORMS = 3  # one step may have every label masked
 
-# Copying with tied embeddings starts 0.47 below (7.85 of ln 4096); healthy public runs at most 0.01, and up to 1.5 times
-# the guess where the head is not scaled down.
+# Copying with tied embeddings starts 0.47 below (7.85 of ln 4096); healthy public runs at most 0.01, and up to 1.5
+# times the guess where the head is not scaled down.
 INIT_BELOW, INIT_ABOVE = 0.2, 2.0
 RATE_TOLERANCE = 1e-3  # of the rate: learning rates kept as fp32 tensors are within 1e-7, wrong ones are per cents off
 BUDGET_STEPS, BUDGET_SHARE = 20, 0.8  # short batches end a pass: at most one step in five is excused
