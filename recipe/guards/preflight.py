@@ -36,7 +36,10 @@ ATTENTION = ("non_causal_attention", "row_leak", "cross_document_attention")
 EVALUATION = ("eval_not_repeatable", "eval_train_mismatch")
 TOKENS = ("token_out_of_range", "padding_is_target")
 PROBES = (*TARGETS, "init_loss_off", *ATTENTION, *TOKENS, "accumulation_mismatch", *EVALUATION)
-MAX_ROWS, EVAL_ROWS = 4, 2
+# What the probes look at, to be done in seconds and under training's memory: rows of the micro-batch (fewer of long
+# ones, but two, so that one can be held against the other), and positions where the length makes no difference.
+MAX_ROWS, MIN_ROWS, MAX_TOKENS = 4, 2, 2048
+EVAL_ROWS, SHORT = 2, 256
 
 Result = Finding | CannotJudge | None
 DATASETS = ("train_dataset", "eval_dataset")
@@ -68,7 +71,7 @@ def run_probes(
         prepared = twin._prepare_inputs(dict(inputs))
         if missing := [name for name in ("input_ids", "labels") if not isinstance(prepared.get(name), torch.Tensor)]:
             return dict.fromkeys(PROBES, CannotJudge(f"the batch has no {' and no '.join(missing)}"))
-        prepared = first_rows(prepared, MAX_ROWS)
+        prepared = first_rows(prepared, max(MIN_ROWS, min(MAX_ROWS, MAX_TOKENS // prepared["input_ids"].shape[-1])))
         results |= _guarded(
             TARGETS, lambda: _probe_targets(twin, model, prepared, num_items_in_batch, is_new_model, where)
         )
@@ -148,7 +151,7 @@ def _probe_accumulation(twin, model, inputs, own_step, where) -> dict[str, Resul
     def scaled_loss(inputs, num_items_in_batch, num_micro_batches):
         return scaled_loss_of(twin, model, inputs, num_items_in_batch, num_micro_batches)
 
-    return {"accumulation_mismatch": probe_accumulation(model, inputs, scaled_loss, **where)}
+    return {"accumulation_mismatch": probe_accumulation(model, first_positions(inputs), scaled_loss, **where)}
 
 
 def _probe_eval(twin, model, inputs, where) -> dict[str, Result]:
@@ -160,7 +163,7 @@ def _probe_eval(twin, model, inputs, where) -> dict[str, Result]:
     def eval_loss(rows: dict) -> torch.Tensor:
         return twin.prediction_step(model, dict(rows), prediction_loss_only=True)[0]
 
-    return probe_eval(model, first_rows(inputs, EVAL_ROWS), train_loss, eval_loss, **where)
+    return probe_eval(model, first_positions(first_rows(inputs, EVAL_ROWS)), train_loss, eval_loss, **where)
 
 
 def _loss_of(twin: Trainer, model, inputs: dict, num_items_in_batch) -> Callable[[], torch.Tensor]:
@@ -194,6 +197,17 @@ def first_rows(inputs: dict, count: int) -> dict:
         else value
         for name, value in inputs.items()
     }
+
+
+def first_positions(inputs: dict) -> dict:
+    """The rows' first positions with enough scored ones; the rows as they are where a tensor has another shape."""
+    shape, labels = inputs["input_ids"].shape, inputs["labels"]
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    if len(tensors) < len(inputs) or any(value.shape != shape for value in tensors.values()):
+        return inputs
+    if ((labels[:, 1:SHORT] != IGNORE_INDEX).sum(dim=1) < SHORT // 8).any():  # a masked prompt
+        return inputs
+    return {name: value[:, :SHORT] for name, value in tensors.items()}
 
 
 # --- a compiled model beside the eager one
