@@ -227,7 +227,9 @@ def _add_envelope(chart: Chart, steps: list[dict]) -> None:
     if judged:
         tokens, floors = _column(judged, "tokens_seen"), _column(judged, "floor")
         chart.lines.append(("floor", tokens, smooth(floors, chart.is_log_x)))
-        chart.legend.append(("floor", "floor: an n-gram model on the same tokens; no honest model is below it so early"))
+        chart.legend.append(
+            ("floor", "floor: an n-gram model on the same tokens; no honest model is below it so early")
+        )
 
 
 def _add_reference(chart: Chart, trajectory: dict, steps: np.ndarray) -> None:

@@ -233,6 +233,10 @@ class RegressionCallback(TrainerCallback):
         # As the optimizer got them: FSDP and DeepSpeed put others into the model.
         named = list(trainer.model_wrapped.named_parameters())
         self._parameters = ParameterWatch(named, type(getattr(optimizer, "optimizer", optimizer)).__name__)
+        if not self._parameters.in_low_precision:
+            self._give_up(["lost_updates"], NotApplicable("no half-precision weights with steps of known size"))
+        if trainer.args.eval_strategy == "no" and not trainer.args.eval_on_start:
+            self._give_up(["train_eval_gap", "train_eval_overlap"], NotApplicable("no evaluation during training"))
         where = (trainer.state.global_step, self.tokens_seen)
         is_new = self.facts.get("is_new_model", not getattr(self._model, "name_or_path", ""))
         self._try("frozen_parameters", lambda: check_optimizer_groups(*where, named, optimizer, is_new))

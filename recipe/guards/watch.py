@@ -32,6 +32,7 @@ HISTORY = 1000  # steps kept for windows
 LABELS_TO_LEARN, LABEL_CLEAR = 64, 0.9  # scored labels, and the share that says what labels are in this run
 LABEL_MAJORITY = 0.5  # of a row's labels; label noise and denoising objectives stay far from it
 PASSING_MAJORITY = 0.5  # of the positions looked at in passing, 16 a row: a few by chance are not a fault
+RATE_STEPS = 2  # in a row; the first after a resume still has the rate of the schedule as it was when saved
 WEIGHT_STEPS = 3  # in a row, before the weights of micro-batches are said to be uneven
 UNEVEN = 0.05  # counts that differ by less give weights that differ by less than bf16 gradients can tell (0.4 %) x 10
 WEIGHTED_LOSS = 1.2  # positions of one micro-batch that weigh differently: a loss weighted on purpose
@@ -90,7 +91,7 @@ class Watch:
         self.passes = 1
         self.labels_are: str | None = None
         self.eval_digests: dict[str, int] = {}
-        self._uneven_steps = 0
+        self._uneven_steps = self._off_rate_steps = 0
         self._floor_sums = [0, 0.0]
         self._learning_rates: list[float] = []
 
@@ -178,18 +179,17 @@ class Watch:
         if isinstance(self.facts.schedule, CannotJudge):
             self.cannot_judge.setdefault("learning_rate_off", str(self.facts.schedule))
             return
-        yield (
-            "learning_rate_off",
-            vitals.check_learning_rate(
-                number - 1,
-                tokens,
-                step.learning_rates,
-                self.facts.schedule,
-                self.facts.learning_rate,
-                self.facts.world_size,
-                self.facts.gradient_accumulation_steps,
-            ),
+        finding = vitals.check_learning_rate(
+            number - 1,
+            tokens,
+            step.learning_rates,
+            self.facts.schedule,
+            self.facts.learning_rate,
+            self.facts.world_size,
+            self.facts.gradient_accumulation_steps,
         )
+        self._off_rate_steps = self._off_rate_steps + 1 if finding else 0
+        yield "learning_rate_off", finding if self._off_rate_steps >= RATE_STEPS else None
 
     def _judge_tokens(self, *where: int) -> Iterator[tuple[str, Finding | None]]:
         counts = self.counter.counts
@@ -306,6 +306,8 @@ class Watch:
             is_first = self.passes == 1
             gap = vitals.check_train_eval_gap(step, tokens_seen, losses, metrics["eval_loss"], is_first)
             yield "train_eval_gap", gap
+        else:
+            self.cannot_judge.setdefault("train_eval_gap", "several eval sets, which may be of other kinds of text")
 
     def begin_pass(self, tokens_in_pass: int | None) -> None:
         """A declared further pass: repetition of the passes before is no fault, and counts say nothing any more of

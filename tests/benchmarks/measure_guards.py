@@ -1,5 +1,7 @@
 """What the guards cost, each call in a process of its own (see `measure.run_fresh`). All times are wall seconds."""
 
+import contextlib
+import itertools
 import json
 import os
 import resource
@@ -41,7 +43,7 @@ def build(folder: str, config: str, **keys):
 
 
 def steps(folder: str, config: str, count: int, block: int, warm: int, **keys) -> dict:
-    """Trains with the guards on and off in turn, `block` steps each, in one run: seconds of a step, and of each part."""
+    """Trains with the guards on and off in turn, `block` steps each, in one run: seconds of a step and its parts."""
     run = build(folder, config, max_steps=count, eval_strategy="no", save_strategy="no", **keys)
     clock, spent = Clock(run.trainer, run.guards, block), defaultdict(float)
     run.trainer.add_callback(clock)
@@ -51,8 +53,7 @@ def steps(folder: str, config: str, count: int, block: int, warm: int, **keys) -
     run.trainer.train()
     seconds = {is_on: [s for number, on, s in clock.steps if on == is_on and number > warm] for is_on in (True, False)}
     pairs = [clock.mean_of(number) for number in range(warm // block + 1, count // block)]
-    ratios = [a / b for (on, a), (_, b) in zip(pairs, pairs[1:], strict=False) if on]
-    ratios += [b / a for (on, a), (_, b) in zip(pairs, pairs[1:], strict=False) if not on]
+    ratios = [a / b if is_on else b / a for (is_on, a), (_, b) in itertools.pairwise(pairs)]
     watched = sum(on for _, on, _ in clock.steps)
     return {
         "on": statistics.median(seconds[True]),
@@ -119,10 +120,8 @@ def probes(folder: str, config: str, **keys) -> dict:
     before = peak_megabytes()
     started = time.perf_counter()
     preflight.run_probes = timed(preflight.run_probes, spent, "all")
-    try:
+    with contextlib.suppress(PreflightDone):
         run.trainer.train()
-    except PreflightDone:
-        pass
     run.guards.on_train_end(run.trainer.args, run.trainer.state, run.trainer.control)
     unjudged = {**run.guards.cannot_judge, **run.guards.not_applicable}
     return {
