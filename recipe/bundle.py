@@ -53,7 +53,7 @@ def _source_names(run: dict) -> list[str]:
 
 def _without_secrets(value, names: list[str], key: str = ""):
     if isinstance(value, dict):
-        return {name: _without_secrets(inner, names, name) for name, inner in value.items()}
+        return {_without_secrets(name, names): _without_secrets(inner, names, name) for name, inner in value.items()}
     if isinstance(value, list):
         return [_without_secrets(inner, names, key) for inner in value]
     if not isinstance(value, str):

@@ -272,10 +272,10 @@ JUDGED = {
     *("non_causal_attention", "row_leak", "eval_not_repeatable", "eval_train_mismatch"),
     *("frozen_parameters", "untied_weights", "learning_rate_off", "loss_not_finite", "loss_spike", "grad_norm_off"),
     *("token_out_of_range", "padding_is_target", "eos_never_target", "token_budget_off", "repeated_data"),
-    *("loss_below_envelope", "loss_above_envelope"),
+    "loss_below_envelope",  # the one above needs 300 steps
 }
 WITH_EVALUATION = {"train_eval_gap", "train_eval_overlap"}
-ENVELOPE = {"loss_below_envelope", "loss_above_envelope"}
+ENVELOPE = {"loss_below_envelope"}
 PADDING_FREE = {"row_leak", "token_budget_off"}
 
 

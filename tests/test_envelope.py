@@ -247,7 +247,7 @@ def test_below_tells_the_healthy_run_from_the_one_without_label_shift(losses, fi
 def above(losses, unigram=6.6, bigram=4.6, learning_rate=3e-3):
     steps = list(range(1, len(losses) + 1))
     parallel = ([2048 * step for step in steps], losses, [unigram] * len(losses), [bigram] * len(losses))
-    return check_above_envelope(steps, *parallel, [learning_rate] * len(losses))
+    return check_above_envelope(steps, *parallel, len(losses), learning_rate * len(losses))
 
 
 def test_above_fires_on_a_model_that_stays_at_the_unigram():

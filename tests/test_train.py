@@ -316,7 +316,7 @@ def test_a_mistake_is_one_message_and_the_right_code(write_config, capsys, chang
 
 def test_an_unknown_command_names_those_that_exist(capsys):
     assert run(["trian"]) == 2
-    assert "there are train, verify-data, tokenize, report, trajectory" in capsys.readouterr().err
+    assert "there are train, check, verify-data, tokenize, report, trajectory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -524,7 +524,7 @@ def test_a_killed_worker_is_a_data_error(write_config, tmp_path, capsys, monkeyp
 def test_the_end_of_a_pass_on_another_rank_is_announced_at_the_next_checkpoint(write_config, tmp_path):
     config = parse_config(write_config(), ["--use_cpu", "true", "--bf16", "false"])
     loader, guards = build_data(config).loader, RegressionCallback()
-    guards.output_dir, guards.is_main, guards.tokens_seen = tmp_path, True, 0
+    guards.journal.open(tmp_path / "findings.jsonl", is_main=True, until=-1)
     callback = StreamCallback(loader, {}, {}, guards)
     callback._announce(loader.position, 1)
     assert guards.findings == []

@@ -337,19 +337,19 @@ def check_above_envelope(
     losses: list[float],
     unigrams: list[float],
     bigrams: list[float],
-    learning_rates: list[float],
+    num_steps: int,
+    learning_rate_sum: float,
     window: int = ABOVE_WINDOW,
 ) -> Finding | None:
     """Does the loss stay at the unigram's, although context helps and the weights have had the way to learn it?
 
-    The lists but the last are parallel, one entry a step, oldest first; the last entry is now. `learning_rates` has
-    those of all steps. Silent on random tokens, on the healthy plateau early on, and while the loss still falls.
+    The lists are parallel, one entry a step, oldest first; the last entry is now. `num_steps` and `learning_rate_sum`
+    are of the whole run. Silent on random tokens, on the healthy plateau early on, and while the loss still falls.
     """
     recent = [*losses[-2 * window :], *unigrams[-2 * window :], *bigrams[-window:]]
     if len(recent) < 5 * window or not all(map(math.isfinite, recent)):
         return None
-    moved = math.fsum(learning_rates)
-    if moved < LEARNING_RATE_SUM or len(learning_rates) < ABOVE_MIN_STEPS:
+    if learning_rate_sum < LEARNING_RATE_SUM or num_steps < ABOVE_MIN_STEPS:
         return None
     loss, unigram, bigram = (_mean(values[-window:]) for values in (losses, unigrams, bigrams))
     gap_before = _mean(losses[-2 * window : -window]) - _mean(unigrams[-2 * window : -window])
@@ -361,7 +361,7 @@ def check_above_envelope(
         "warning",
         steps[-1],
         tokens[-1],
-        found=f"loss {loss:.2f}, mean of {window} steps, after {len(learning_rates)} steps, and no longer falling",
+        found=f"loss {loss:.2f}, mean of {window} steps, after {num_steps} steps, and no longer falling",
         expected=f"under {unigram:.2f}, what token frequencies alone give; one token of context gives {bigram:.2f}",
         likely_causes=(
             "attention sees nothing (mask, position ids), so no context is used",
@@ -375,7 +375,7 @@ def check_above_envelope(
             "mean_loss": loss,
             "mean_unigram": unigram,
             "mean_bigram": bigram,
-            "learning_rate_sum": moved,
+            "learning_rate_sum": learning_rate_sum,
         },
     )
 

@@ -168,3 +168,21 @@ class TargetListener:
             torch.stack(weights, dim=1),
             torch.where(scored, found.losses, 0.0).sum(dim=1) / number,
         )
+
+
+def as_one(heard: HeardRows) -> torch.Tensor:
+    """`[rows, 9]`: one copy to the host instead of three."""
+    return torch.cat([heard.hits.float(), heard.weights.float(), heard.losses.float().unsqueeze(1)], dim=1)
+
+
+def as_plain(heard: HeardRows, values: torch.Tensor) -> dict:
+    """`as_one` on the host, with its place."""
+    rows = values.tolist()
+    return {
+        "first_row": heard.first_row,
+        "first_position": heard.first_position,
+        "positions": POSITIONS,
+        "hits": [[int(number) for number in row[:5]] for row in rows],
+        "weights": [row[5:8] for row in rows],
+        "losses": [row[8] for row in rows],
+    }

@@ -18,7 +18,9 @@ import torch
 from transformers import Trainer
 
 from recipe.guards.batches import SeenTokens, TokenCounter, flags_of
+from recipe.guards.facts import eos_token_ids_of
 from recipe.guards.finding import CannotJudge, Finding, NotApplicable
+from recipe.guards.journal import Result
 from recipe.guards.listener import is_compiled
 from recipe.guards.probes.attention import probe_attention
 from recipe.guards.probes.equivalence import check_compiled, probe_accumulation, probe_eval
@@ -41,7 +43,6 @@ PROBES = (*TARGETS, "init_loss_off", *ATTENTION, *TOKENS, "accumulation_mismatch
 MAX_ROWS, MIN_ROWS, MAX_TOKENS = 4, 2, 2048
 EVAL_ROWS, SHORT = 2, 256
 
-Result = Finding | CannotJudge | None
 DATASETS = ("train_dataset", "eval_dataset")
 
 
@@ -128,13 +129,6 @@ def _probe_tokens(twin, model, inputs, where) -> dict[str, Result]:
         "token_out_of_range": check_token_range(**where, counts=counter.counts),
         "padding_is_target": check_padding_targets(**where, counts=counter.counts),
     }
-
-
-def eos_token_ids_of(model, tokenizer) -> tuple[int, ...]:
-    """What the model's config and the tokenizer call EOS."""
-    named = [getattr(getattr(model, "config", None), "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    flat = [i for ids in named for i in (ids if isinstance(ids, (list, tuple)) else [ids])]
-    return tuple(sorted({int(i) for i in flat if i is not None}))
 
 
 def _probe_attention(twin, model, inputs, where) -> dict[str, Result]:

@@ -51,6 +51,10 @@ class Reference:
         mix = [x + share * (y - x) for x, y in ((a.loss, b.loss), (a.low, b.low), (a.high, b.high))]
         return Point(tokens, *mix)
 
+    def can_judge(self, tokens: int) -> bool:
+        """Whether its band reaches here; red flags do everywhere."""
+        return bool(self.red_flags) or self.at(tokens) is not None
+
     def mismatch(self, facts: dict) -> str | None:
         """Why this reference cannot judge a run with these facts, or None. Every fact in `belongs_to` must be known
         and agree."""

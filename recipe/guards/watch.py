@@ -4,8 +4,9 @@
 found. It knows no Trainer.
 """
 
+import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from recipe.guards import vitals
 from recipe.guards.batches import LABEL_IS_NEXT, LABEL_IS_TOKEN, SCORED, SeenTokens, TokenCounter
 from recipe.guards.envelope import (
+    ABOVE_MIN_STEPS,
     ABOVE_WINDOW,
     BELOW_WINDOW,
     Envelope,
@@ -21,6 +23,7 @@ from recipe.guards.envelope import (
     starts_untrained,
 )
 from recipe.guards.evaluation import judge_evaluation
+from recipe.guards.facts import RunFacts
 from recipe.guards.finding import CannotJudge, Finding
 from recipe.guards.ledger import Ledger, Place, check_overlap, check_repetition
 from recipe.guards.probes.targets import MIN_POSITIONS, judge_row
@@ -38,33 +41,9 @@ UNEVEN = 0.05  # counts that differ by less give weights that differ by less tha
 WEIGHTED_LOSS = 1.2  # positions of one micro-batch that weigh differently: a loss weighted on purpose
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """What does not change in a run. `schedule`: factor on the initial learning rate by optimizer step, or why there
-    is none to hold the rate against. `planned_rows`: of one step, all ranks; None where batches are not counted in
-    rows. `rows_in_pass`: of the whole data, where it has a size. `weights_are_scaled`: gradients carry an unknown
-    factor (fp16 loss scaling)."""
-
-    vocab_size: int
-    embedding_rows: int
-    eos_token_ids: tuple[int, ...]
-    world_size: int
-    gradient_accumulation_steps: int
-    num_workers: int
-    planned_rows: int | None
-    learning_rate: float | None
-    schedule: Callable[[int], float] | CannotJudge
-    is_new_model: bool | None
-    averages_over_ranks: bool = True
-    weights_are_scaled: bool = False
-    is_adam: bool = True
-    rows_in_pass: int | None = None
-    parameter_names: tuple[str, ...] = ()
-
-
 @dataclass
 class StepFacts:
-    """One step. `micro_losses`: of each micro-batch of rank 0. `seen`, `heard`: `(rank, micro_step, ...)`.
+    """One step. `micro_losses`: of each micro-batch, rank after rank. `seen`, `heard`: `(rank, micro_step, ...)`.
     `learning_rates`: `(lr, initial_lr)` of each parameter group. `checksums`: of each parameter, by rank."""
 
     record: StepRecord
@@ -93,7 +72,7 @@ class Watch:
         self.eval_digests: dict[str, int] = {}
         self._uneven_steps = self._off_rate_steps = 0
         self._floor_sums = [0, 0.0]
-        self._learning_rates: list[float] = []
+        self._rates = [0, 0.0]  # steps, and the sum of their learning rates
 
     # --- a step
 
@@ -104,9 +83,7 @@ class Watch:
         self._read_tokens(step)
         self.history = [*self.history[1 - HISTORY :], record]
         where = (record["step"], record["tokens_seen"])
-        scored = [int((seen.flags & SCORED != 0).sum()) for rank, _, seen in step.seen if rank == 0]
-        scored = scored if len(scored) == len(step.micro_losses) else None
-        yield "loss_not_finite", vitals.check_finite(*where, step.micro_losses, record["grad_norm"], scored)
+        yield "loss_not_finite", self._check_finite(step, *where)
         yield from self._judge_curve()
         yield from self._judge_learning_rate(step, *where)
         yield from self._judge_tokens(*where)
@@ -125,6 +102,14 @@ class Watch:
         if step.checksums is not None:
             yield "rank_divergence", check_ranks(*where, self.facts.parameter_names, step.checksums)
 
+    def _check_finite(self, step: StepFacts, *where: int) -> Finding | None:
+        scored = [int((seen.flags & SCORED != 0).sum()) for _, _, seen in step.seen]
+        scored = scored if len(scored) == len(step.micro_losses) else None
+        norm = step.record["grad_norm"]
+        if self.facts.weights_are_scaled and norm is not None and not math.isfinite(norm):
+            norm = None  # a step that the loss scaler skips, as it does now and then
+        return vitals.check_finite(*where, step.micro_losses, norm, scored)
+
     def _read_tokens(self, step: StepFacts) -> None:
         rows, flags, places = [], [], []
         for rank, micro_step, seen in step.seen:
@@ -134,7 +119,7 @@ class Watch:
                 flags.append(what & SCORED != 0)
                 places.append(Place(step.record["step"], rank, micro_step, number))
         self.rows_by_step = [*self.rows_by_step[-HISTORY:], sum(len(seen.ids) for _, _, seen in step.seen)]
-        self._learning_rates.append(step.record["learning_rate"])
+        self._rates = [self._rates[0] + 1, self._rates[1] + step.record["learning_rate"]]
         if not rows:
             return
         self.ledger.observe_train(rows, places)
@@ -163,7 +148,7 @@ class Watch:
         if len(steps) == count:
             yield "loss_spike", vitals.check_loss_spike(steps, tokens, losses, is_first_pass=self.passes == 1)
         reference = self.reference
-        if reference is not None and len(self.history) >= reference.window:
+        if reference is not None and len(self.history) >= reference.window and reference.can_judge(tokens[-1]):
             own = [column[-reference.window :] for column in (steps, tokens, losses)]
             yield "loss_off_reference", check_reference(reference, *own)
         if None in norms:
@@ -172,7 +157,7 @@ class Watch:
             if len(norms) >= reference.window:
                 own = [column[-reference.window :] for column in (steps, tokens, norms)]
                 yield "grad_norm_off", check_grad_norm(reference, *own)
-        elif len(norms) == count:
+        elif len(norms) == count or norms[-vitals.ZERO_NORMS :] == [0.0] * vitals.ZERO_NORMS:
             yield "grad_norm_off", vitals.check_grad_norm_level(steps, tokens, norms)
 
     def _judge_learning_rate(self, step: StepFacts, number: int, tokens: int) -> Iterator[tuple[str, Finding | None]]:
@@ -283,15 +268,14 @@ class Watch:
             self.cannot_judge.setdefault(
                 "loss_above_envelope", "how far the weights have moved is known for Adam only"
             )
-        elif len(steps) >= 2 * ABOVE_WINDOW:
-            rates = self._learning_rates
-            finding = check_above_envelope(steps, tokens, losses, unigrams, bigrams, rates)
+        elif len(steps) >= 2 * ABOVE_WINDOW and self._rates[0] >= ABOVE_MIN_STEPS:
+            finding = check_above_envelope(steps, tokens, losses, unigrams, bigrams, *self._rates)
             yield "loss_above_envelope", finding
 
     def _nats_per_token(self) -> float:
         """What a token of this text tells: the mean of the n-gram model over all tokens it has scored."""
         tokens, nats = self._floor_sums
-        return nats / tokens if tokens else float(np.log(self.facts.vocab_size))
+        return nats / tokens if tokens else math.log(self.facts.vocab_size)
 
     # --- from outside
 
@@ -316,11 +300,10 @@ class Watch:
         self.ledger.begin_pass(tokens_in_pass)
         self.envelope.stop("a second pass over the data has begun")
 
-    def evidence_for(self, finding: Finding) -> Finding:
+    def position_evidence(self) -> dict:
         """Beside a curve finding: does the loss fall with the position in the block, as it does for who learns from
         context?"""
-        finding.evidence.update(vitals.position_evidence(self.losses_by_position))
-        return finding
+        return vitals.position_evidence(self.losses_by_position)
 
     def state(self) -> tuple[dict, dict[str, np.ndarray]]:
         """For the checkpoint: JSON-able numbers, and arrays."""
@@ -347,7 +330,7 @@ KEPT = (
     "cannot_judge",
     "_uneven_steps",
     "_floor_sums",
-    "_learning_rates",
+    "_rates",
 )
 
 

@@ -1,0 +1,56 @@
+"""One batch whose loss is stored in each checkpoint and computed again after a resume."""
+
+import numpy as np
+import torch
+from transformers import Trainer
+
+from recipe.guards import preflight
+from recipe.guards.finding import CannotJudge, Finding
+from recipe.guards.ranks import Ranks
+from recipe.guards.updates import check_resume, count_optimizer_states
+
+PREFIX = "pinned."
+
+
+class PinnedBatch:
+    """The first rows of the run's first batch. Every rank takes part, since a `compute_loss` may gather."""
+
+    def __init__(self, trainer: Trainer, model: torch.nn.Module, ranks: Ranks):
+        self.trainer, self.model, self.ranks = trainer, model, ranks
+        self._rows: dict[str, torch.Tensor] = {}
+
+    def pin(self, inputs: dict) -> None:
+        self._rows = preflight.pin(inputs)
+
+    def check(self, saved: tuple[dict, dict] | None, step: int, tokens_seen: int) -> Finding | None:
+        """After a resume, before the next step: `saved` are rank 0's numbers and arrays. Raises `CannotJudge`."""
+        told = self.ranks.share(saved and (_rows_of(saved[1]), saved[0]["pinned_loss"], saved[0]["optimizer_states"]))
+        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
+            raise CannotJudge("the weights are sharded over ranks")
+        if told is None:
+            raise CannotJudge("the checkpoint holds no state of the guards")
+        self._rows, before, states = told
+        dtype, now = preflight.precision_of(self.trainer, self.model), count_optimizer_states(self.trainer.optimizer)
+        return check_resume(step, tokens_seen, before, self.loss(), dtype, states, now)
+
+    def loss(self) -> float | None:
+        """In eval mode; None where no rows could be pinned."""
+        if not self._rows:
+            return None
+        try:
+            return preflight.loss_in_eval_mode(self.trainer, self.model, self._rows)
+        except Exception as error:  # a probe never ends a run
+            raise CannotJudge(f"the pinned batch failed with {type(error).__name__}: {error}") from error
+
+    def state(self) -> tuple[dict, dict[str, np.ndarray]]:
+        """For the checkpoint, see `check`."""
+        try:
+            loss = self.loss()
+        except CannotJudge:
+            loss = None
+        numbers = {"pinned_loss": loss, "optimizer_states": count_optimizer_states(self.trainer.optimizer)}
+        return numbers, {PREFIX + name: value.numpy() for name, value in self._rows.items()}
+
+
+def _rows_of(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {n.removeprefix(PREFIX): torch.from_numpy(a) for n, a in arrays.items() if n.startswith(PREFIX)}
