@@ -34,10 +34,15 @@ def test_without_the_label_shift_the_probe_speaks_before_step_1(tmp_path, monkey
     assert (first["id"], first["step"]) == ("missing_label_shift", 0)
 
 
-def test_with_the_probe_disabled_the_curve_guard_fires_by_itself_within_120_steps(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("trajectory", "guard", "found"),
+    [("auto", "loss_off_reference", "too good to be true"), ("none", "loss_below_envelope", "under what counting")],
+)
+def test_with_the_probe_disabled_each_curve_guard_fires_by_itself(tmp_path, monkeypatch, trajectory, guard, found):
+    """Within 120 steps, where the original run was at a loss of 1.8."""
     monkeypatch.setattr(LlamaForCausalLM, "loss_function", unshifted)
-    words = ["--disabled_guards", "missing_label_shift", "--on_regression", "stop", "--eval_steps", "500"]
-    assert run(["train", DEMO, "--output_dir", str(tmp_path), *words]) == 3
-    first = read_lines(tmp_path / "findings.jsonl")[0]
-    assert first["id"] == "loss_off_reference" and first["step"] <= 120
-    assert "too good to be true" in first["found"]
+    words = ["--disabled_guards", "missing_label_shift", "--on_regression", "stop", "--eval_strategy", "no"]
+    assert run(["train", DEMO, "--output_dir", str(tmp_path), "--trajectory", trajectory, *words]) == 3
+    findings = read_lines(tmp_path / "findings.jsonl")
+    first = next(finding for finding in findings if finding["severity"] != "info")
+    assert first["id"] == guard and first["step"] <= 120 and found in first["found"]
