@@ -9,7 +9,7 @@ said of it is in `journal.py`.
 
 import logging
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch.utils.data import IterableDataset
@@ -200,6 +200,10 @@ class RegressionCallback(TrainerCallback):
             record = {"step": state.global_step, "tokens_seen": self.tokens_seen, **values}
             append_line(self.output_dir / "evals.jsonl", record)
         self._clock.restart()
+
+    def on_predict(self, args, state, control, **kwargs):
+        if self._trainer is not None:
+            self._evaluation.take()  # a prediction's rows are no evaluation's
 
     def on_train_end(self, args, state, control, **kwargs):
         self._flush(control)
@@ -407,8 +411,7 @@ class RegressionCallback(TrainerCallback):
             _stop(control)
 
     def _judge(self, pending: PendingStep, ranks: list[dict]) -> None:
-        for finding in [finding for told in ranks[1:] for finding in told["findings"]]:
-            self.report(finding)
+        self._report_others([told["findings"] for told in ranks])
         loss = sum(told["loss"] for told in ranks) / len(ranks)
         record: StepRecord = {**pending.record, "loss": loss, "grad_norm": ranks[0]["grad_norm"]}
         checksums = [told["checksums"] for told in ranks]
@@ -445,9 +448,15 @@ class RegressionCallback(TrainerCallback):
     def _hear_other_ranks(self) -> None:
         """What the probes found there, before step 1."""
         untold, self.journal.untold = self.journal.untold, []
-        for findings in self._ranks.gather(untold)[1:]:
+        self._report_others(self._ranks.gather(untold))
+
+    def _report_others(self, findings_by_rank: list[list[Finding]]) -> None:
+        """Rank 0's own are said already. What several ranks found is said once."""
+        for rank, findings in enumerate(findings_by_rank[1:], 1):
             for finding in findings:
-                self.report(finding)
+                if finding.id not in self.journal.active or finding.id == "source_exhausted":
+                    where = {"found": f"{finding.found} (rank {rank})", "evidence": {**finding.evidence, "rank": rank}}
+                    self.report(replace(finding, **where))
 
     def _act(self, finding: Finding) -> None:
         """On a warning or an error."""

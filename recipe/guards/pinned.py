@@ -20,12 +20,16 @@ class PinnedBatch:
         self._rows: dict[str, torch.Tensor] = {}
 
     def pin(self, inputs: dict) -> None:
-        self._rows = preflight.pin(inputs)
+        self._rows = {} if self._is_sharded else preflight.pin(inputs)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
 
     def check(self, saved: tuple[dict, dict] | None, step: int, tokens_seen: int) -> Finding | None:
         """After a resume, before the next step: `saved` are rank 0's numbers and arrays. Raises `CannotJudge`."""
         told = self.ranks.share(saved and (_rows_of(saved[1]), saved[0]["pinned_loss"], saved[0]["optimizer_states"]))
-        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
+        if self._is_sharded:
             raise CannotJudge("the weights are sharded over ranks")
         if told is None:
             raise CannotJudge("the checkpoint holds no state of the guards")

@@ -228,14 +228,16 @@ class Watch:
                 self.labels_are = max(shares, key=shares.get) if max(shares.values()) > LABEL_CLEAR else "neither"
             if self.labels_are in (None, "neither"):
                 continue
+            on_rank = f" of rank {rank}" if self.facts.world_size > 1 else ""
             right, other = (own, following) if self.labels_are == "own" else (following, own)
             for row in np.flatnonzero((count >= MIN_POSITIONS) & (right < LABEL_MAJORITY * count)).tolist():
+                fits = f"{right[row]} of {count[row]} fit"
                 shifted = "double_label_shift" if self.labels_are == "own" else "missing_label_shift"
                 yield Finding(
                     shifted if other[row] > LABEL_MAJORITY * count[row] else "wrong_loss_target",
                     "error",
                     *where,
-                    found=f"labels of row {row} are not those of the rows before ({right[row]} of {count[row]} fit)",
+                    found=f"labels of row {row}{on_rank} are not as in the rows before ({fits})",
                     expected=f"labels that are the {self.labels_are} tokens, as in most rows",
                     likely_causes=("some rows' labels are shifted or shuffled in the dataset or collator",),
                     action="print this row's input_ids beside its labels",
