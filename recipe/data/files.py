@@ -25,6 +25,24 @@ HUB_OFFLINE_HINT = (
 RETRY_SECONDS = (1, 2, 4, 8, 16)
 
 
+_held: list[fsspec.AbstractFileSystem] = []
+
+
+def _hold_file_systems() -> None:
+    """Keep the file systems alive in a forked DataLoader worker.
+
+    fsspec (2026.9) drops them there, and what then closes the parent's connections does so in the epoll instance that
+    parent and child share: the parent is not woken any more, and its next request waits for the timeout of 300 s.
+    """
+    classes = [fsspec.AbstractFileSystem]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    _held[:] = [instance for cls in classes for instance in cls._cache.values()]
+
+
+os.register_at_fork(before=_hold_file_systems)
+
+
 @dataclass(frozen=True)
 class FileFacts:
     """What tells one version of a file from another: size in bytes, ETag or time of change, hash of what it holds.
