@@ -13,6 +13,7 @@ import torch
 from recipe.guards.probes.targets import IGNORE_INDEX
 from recipe.guards.vitals import TokenCounts
 
+SHORTEST_PROMPT = 4  # tokens
 VALID, SCORED, LABEL_IS_TOKEN, LABEL_IS_NEXT, STARTS = 1, 2, 4, 8, 16
 
 
@@ -61,6 +62,20 @@ class TokensOnTheirWay(NamedTuple):
 
     def read(self) -> SeenTokens:
         return SeenTokens(self.ids.read().numpy(), self.flags.read().numpy())
+
+
+def scored_part(ids: np.ndarray, flags: np.ndarray) -> np.ndarray:
+    """The tokens of a row that the loss scores: what a prompt says is not learned. A few that are not, such as the
+    first token of a document, are no prompt."""
+    scored = flags & SCORED != 0
+    if scored[1:].all():
+        return ids
+    places = np.flatnonzero(scored)
+    if len(places) and places[0] <= SHORTEST_PROMPT:
+        scored[: places[0]] = True
+    for gap in np.flatnonzero(np.diff(places) <= SHORTEST_PROMPT):
+        scored[places[gap] : places[gap + 1]] = True
+    return ids[scored]
 
 
 def send_tokens(inputs: dict, pad_token_id: int | None) -> TokensOnTheirWay | None:

@@ -25,10 +25,10 @@ from recipe.guards.listener import TargetListener, Wrapping, find_trainer, is_co
 from recipe.guards.parameters import ParameterWatch
 from recipe.guards.pinned import PinnedBatch
 from recipe.guards.ranks import Ranks
-from recipe.guards.records import StepRecord, append_line, keep_until, read_lines
+from recipe.guards.records import StepRecord, append_line, as_finding, keep_until, read_steps
 from recipe.guards.state import read_state, say_damaged, write_state
 from recipe.guards.steps import PendingStep, StepClock, StepInProgress
-from recipe.guards.trajectory import Reference, find_reference
+from recipe.guards.trajectory import Reference, find_reference, load_reference
 from recipe.guards.updates import check_optimizer_groups, check_tied, parameter_checksums
 from recipe.guards.watch import HISTORY, StepFacts, Watch
 
@@ -36,7 +36,6 @@ logger = logging.getLogger("recipe.guards")
 
 CHECKSUM_STEPS = (1, 10, 100)  # and every 100th after that
 NEED_TRAINING = tuple(name for name in FINDING_IDS if name not in preflight.PROBES)
-SAVED = ("pinned_loss", "optimizer_states", "learning_rate_agrees", "active", "judged_steps", "watch")
 OF_A_RESUME = ("resume_jump", "resume_replay")  # each resume has its own
 
 
@@ -69,7 +68,10 @@ class RegressionCallback(TrainerCallback):
         self.trajectory = trajectory
         self.on_regression = on_regression
         self.disabled = frozenset(disabled_guards)
-        self.facts = dict(facts or {})
+        if trajectory not in ("auto", "none"):
+            load_reference(trajectory)  # a bad file is to be known now
+        self._given_facts = dict(facts or {})
+        self.facts = dict(self._given_facts)  # from the first micro-batch on with what the Trainer tells
         self.only_check = False
         self.journal = Journal(self.disabled, self._act)
         self.stopped_by: Finding | None = None
@@ -313,7 +315,7 @@ class RegressionCallback(TrainerCallback):
         named = list(self._trainer.model_wrapped.named_parameters())
         self._parameters = ParameterWatch(named, optimizer_name(optimizer))
         where = (self._trainer.state.global_step, self.tokens_seen)
-        is_new_model = self.facts.get("is_new_model", is_new(self._model))
+        is_new_model = self._given_facts.get("is_new_model", is_new(self._model))
         self._conclude("frozen_parameters", lambda: check_optimizer_groups(*where, named, optimizer, is_new_model))
         self._conclude("untied_weights", lambda: check_tied(*where, self._model))
         if not self._parameters.in_low_precision:
@@ -321,7 +323,7 @@ class RegressionCallback(TrainerCallback):
 
     def _learn_facts(self, inputs: dict) -> None:
         trainer, args = self._trainer, self._trainer.args
-        self.facts = {**reference_facts(trainer, self._model, inputs), **self.facts}
+        self.facts = {**reference_facts(trainer, self._model, inputs), **self._given_facts}
         if not self._history:  # resumed where no records lie: the steps before had the same size
             self.tokens_seen = trainer.state.global_step * self.facts["tokens_per_step"]
         self.reference, reason = find_reference(self.trajectory, self.facts)
@@ -348,7 +350,7 @@ class RegressionCallback(TrainerCallback):
                 watch.restore(numbers["watch"], arrays)
                 watch.ledger.mark_resume(step)
                 return watch
-            except (KeyError, IndexError, ValueError, TypeError) as error:
+            except Exception as error:
                 say_damaged(self._checkpoint, error)
                 self._saved, watch = None, Watch(facts, self.reference)
         if step:
@@ -472,8 +474,7 @@ class RegressionCallback(TrainerCallback):
         """A new run starts new files; a resumed one keeps what was written up to its step, and its history with it."""
         self.output_dir, is_main = Path(args.output_dir), state.is_world_process_zero
         until = state.global_step or -1
-        records = [record for record in read_lines(self.output_dir / "steps.jsonl") if record["step"] <= until]
-        self.watch, self._history = None, records[-HISTORY:]
+        self.watch, self._history = None, read_steps(self.output_dir / "steps.jsonl", until)[-HISTORY:]
         self.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
         self.journal.open(self.output_dir / "findings.jsonl", is_main, until)
         if not is_main:
@@ -500,10 +501,10 @@ class RegressionCallback(TrainerCallback):
 
     def _load(self, checkpoint: Path) -> None:
         self._checkpoint = checkpoint
-        self._saved = read_state(checkpoint, SAVED) if self.is_main else None
+        self._saved = read_state(checkpoint) if self.is_main else None
         if self._saved is not None:
-            active = {guard: Finding(**record) for guard, record in self._saved[0]["active"].items()}
-            self.journal.active = {guard: finding for guard, finding in active.items() if guard not in OF_A_RESUME}
+            active = {guard: as_finding(record) for guard, record in self._saved[0]["active"].items()}
+            self.journal.active = {g: finding for g, finding in active.items() if finding and g not in OF_A_RESUME}
             self.judged_steps.update(self._saved[0]["judged_steps"])
 
 

@@ -33,23 +33,39 @@ CAUSES: dict[str, tuple[str, ...]] = {
 CURVES = ("loss_below_envelope", "loss_above_envelope", "loss_off_reference", "loss_spike", "train_eval_gap")
 
 
+# What the texts of a symptom's likely causes say of each probe, so that a cause that was just ruled out is not named.
+SAID_OF = {
+    "missing_label_shift": "shift",
+    "double_label_shift": "shifted twice",
+    "non_causal_attention": "causal",
+    "row_leak": "row",
+}
+UNSEEN = "a leak that no probe can see (without gradient, outside of the model), or data that is known already"
+
+
 def explain(finding: Finding, others: Iterable[Finding], asked_again: Iterable[str] = ()) -> Finding:
     """The finding with its causes among `others` named first, the most telling of them at the front.
 
-    `asked_again`: ids of probes that were run again when this finding came up and saw nothing; what they would have
-    explained is said not to be the cause.
+    `asked_again`: ids of probes that were run again when this finding came up and saw nothing: what they rule out is
+    not named.
     """
     known = {other.id: other for other in reversed(list(others)) if other.id != finding.id}
     causes = [known[name] for name in CAUSES.get(finding.id, ()) if name in known]
-    evidence = dict(finding.evidence)
-    if causes:
-        evidence["causes"] = [cause.id for cause in causes]
     cleared = [name for name in asked_again if name not in known]
+    evidence = dict(finding.evidence)
+    likely, action = finding.likely_causes, finding.action
     if cleared:
         evidence["asked_again_and_clear"] = cleared
+        words = [SAID_OF[name] for name in cleared if name in SAID_OF]
+        likely = tuple(cause for cause in likely if not any(word in cause for word in words))
+    if len(likely) < len(finding.likely_causes):
+        likely = (*likely, UNSEEN)
+        action = "labels and attention were looked at again at this step and are clear; look at data and loss instead"
+    if causes:
+        evidence["causes"] = [cause.id for cause in causes]
+        action = f"mend {causes[0].id} first: {causes[0].action}"
     named = tuple(f"{cause.id} (step {cause.step}: {cause.found})" for cause in causes)
-    action = f"mend {causes[0].id} first: {causes[0].action}" if causes else finding.action
-    return replace(finding, likely_causes=(*named, *finding.likely_causes), action=action, evidence=evidence)
+    return replace(finding, likely_causes=(*named, *likely), action=action, evidence=evidence)
 
 
 def root_causes(findings: Iterable[Finding]) -> list[Finding]:

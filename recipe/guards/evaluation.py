@@ -7,7 +7,7 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from recipe.guards.batches import SCORED, OnItsWay, TokensOnTheirWay, send_tokens
+from recipe.guards.batches import SCORED, OnItsWay, TokensOnTheirWay, scored_part, send_tokens
 from recipe.guards.finding import CannotJudge, Finding
 from recipe.guards.probes.equivalence import check_eval_mean
 
@@ -31,13 +31,16 @@ class EvaluationWatch:
         return listen
 
     def take(self) -> dict[str, list]:
-        """Of this rank: `rows` (token ids), `losses` and `counts` (scored tokens) of each micro-batch."""
+        """Of this rank: `rows` (token ids) and what of them is scored, `learned`; `losses` and `counts` (scored
+        tokens) of each micro-batch."""
         seen = [tokens.read() for tokens in self._tokens]
-        rows = [ids.astype(np.int32) for tokens in seen for ids, _ in tokens.rows()]
+        pieces = [piece for tokens in seen for piece in tokens.rows()]
+        rows = [ids.astype(np.int32) for ids, _ in pieces]
+        learned = [part.astype(np.int32) for part in (scored_part(*piece) for piece in pieces) if len(part)]
         counts = [int((tokens.flags & SCORED != 0).sum()) for tokens in seen]
         losses = [loss.read().item() for loss in self._losses]
         self._tokens, self._losses = [], []
-        return {"rows": rows, "losses": losses, "counts": counts}
+        return {"rows": rows, "learned": learned, "losses": losses, "counts": counts}
 
 
 def judge_evaluation(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from recipe.guards.diagnosis import CURVES, explain
 from recipe.guards.finding import CannotJudge, Finding, NotApplicable
-from recipe.guards.records import read_lines
+from recipe.guards.records import as_finding, read_lines
 
 logger = logging.getLogger("recipe.guards")
 
@@ -34,14 +34,16 @@ class Journal:
         self.untold: list[Finding] = []  # found on another rank than 0, to be told there
         self.is_main, self.file = False, Path("findings.jsonl")
         self._silent: Counter[str] = Counter()
+        self._by_probe: set[str] = set()  # active findings that only a probe can take back
 
     def open(self, file: Path, is_main: bool, until: int) -> None:
         """A training begins. A resumed run keeps what was found up to its step: a verdict is about the whole run."""
         self.file, self.is_main = file, is_main
         for kept in (self.judged_steps, self.cannot_judge, self.not_applicable):
             kept.clear()
-        self.active, self.to_explain, self.untold, self._silent = {}, [], [], Counter()
-        self.findings[:] = [Finding(**record) for record in read_lines(file) if record["step"] <= until]
+        self.active, self.to_explain, self.untold, self._silent, self._by_probe = {}, [], [], Counter(), set()
+        found = [finding for finding in map(as_finding, read_lines(file)) if finding is not None]
+        self.findings[:] = [finding for finding in found if finding.step <= until]
 
     def judge(self, guard: str, finding: Finding | None, step: int) -> None:
         """What a guard that judges every step makes of this one: said at an onset, and once when it is over."""
@@ -64,6 +66,7 @@ class Journal:
         if result is None:
             self._take_back(guard, "the probe finds nothing now")
         elif self._is_onset(result, self.active.get(guard)):
+            self._by_probe.add(guard)
             self.report(result)
 
     def report(self, finding: Finding) -> None:
@@ -76,6 +79,7 @@ class Journal:
         waiting, self.to_explain = self.to_explain, []
         for result in results.values():
             if isinstance(result, Finding) and result.id not in self.active:
+                self._by_probe.add(result.id)
                 self.report(result)
         clear = [guard for guard, result in results.items() if result is None]
         for finding in waiting:
@@ -106,13 +110,15 @@ class Journal:
             self.on_alarm(finding)
 
     def _is_silent(self, guard: str, step: int) -> None:
-        if guard in self.active:
+        """A guard that looks in passing sees less than the probe of the same id, and does not take its word back."""
+        if guard in self.active and guard not in self._by_probe:
             self._silent[guard] += 1
             if self._silent[guard] >= PATIENCE:
                 self._take_back(guard, f"step {step - PATIENCE + 1}")
 
     def _take_back(self, guard: str, when: str) -> None:
         onset = self.active.pop(guard, None)
+        self._by_probe.discard(guard)
         if onset is not None and self.is_main and guard not in self.disabled:
             logger.info("%s | %s | recovered, since step %d", guard, when, onset.step)
 

@@ -597,7 +597,11 @@ def _origin(ledger: Ledger, copies: np.ndarray, num_workers: int | None) -> tupl
         cause = "ranks read the same data"
     elif by_workers > 0.5:
         workers = f", {num_workers} of them" if num_workers else ""
-        cause = f"DataLoader workers each read the whole data{workers}"
+        cause = (
+            "the same rows are given again a few micro-batches later: the iterator is begun anew, or does not advance"
+            if num_workers == 0
+            else f"DataLoader workers each read the whole data{workers}"
+        )
     elif same_distance > 0.9:
         cause = f"the stream ended after {typical:,.0f} tokens and began again in the same order"
     else:

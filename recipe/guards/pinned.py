@@ -53,8 +53,12 @@ class PinnedBatch:
         except CannotJudge:
             loss = None
         numbers = {"pinned_loss": loss, "optimizer_states": count_optimizer_states(self.trainer.optimizer)}
-        return numbers, {PREFIX + name: value.numpy() for name, value in self._rows.items()}
+        return numbers, {
+            PREFIX + name: value.numpy() for name, value in self._rows.items() if value.dtype != torch.bfloat16
+        }
 
 
 def _rows_of(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {n.removeprefix(PREFIX): torch.from_numpy(a) for n, a in arrays.items() if n.startswith(PREFIX)}
+    """What is no number was not pinned; without it the loss cannot be computed, which `loss` says."""
+    numbers = {n: a for n, a in arrays.items() if n.startswith(PREFIX) and a.dtype.kind in "biuf"}
+    return {name.removeprefix(PREFIX): torch.from_numpy(array) for name, array in numbers.items()}

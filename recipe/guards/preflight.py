@@ -9,6 +9,7 @@ are looked at in passing (`listener.py`).
 import copy
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ MAX_ROWS, MIN_ROWS, MAX_TOKENS = 4, 2, 2048
 EVAL_ROWS, SHORT = 2, 256
 
 DATASETS = ("train_dataset", "eval_dataset")
+MAX_COPIED = 1 << 20  # elements of a tensor that the trainer keeps
 
 
 def run_probes(
@@ -76,7 +78,7 @@ def run_probes(
         results |= _guarded(
             TARGETS, lambda: _probe_targets(twin, model, prepared, num_items_in_batch, is_new_model, where)
         )
-        results |= _guarded(ATTENTION, lambda: _probe_attention(twin, model, prepared, where))
+        results |= _guarded(ATTENTION, lambda: _probe_attention(twin, model, prepared, num_items_in_batch, where))
         if only_curve:
             results.pop("init_loss_off", None)
             return results
@@ -100,10 +102,9 @@ def _guarded(ids: tuple[str, ...], probe: Callable[[], dict[str, Result]]) -> di
 
 def _probe_targets(twin, model, inputs, num_items_in_batch, is_new_model, where) -> dict[str, Result]:
     model.train()
-    loss = _loss_of(twin, model, inputs, num_items_in_batch)
-    found = recover_loss_targets(model, loss)
+    found = recover_loss_targets(model, _loss_of(twin, model, inputs, num_items_in_batch))
     results: dict[str, Result] = {"init_loss_off": _check_init_loss(found, model, is_new_model, where)}
-    finding = check_loss_targets(inputs["input_ids"], found.targets, **where)
+    finding = check_loss_targets(inputs["input_ids"], found.targets, inputs["labels"], **where)
     return results | {name: finding if finding is not None and finding.id == name else None for name in TARGETS}
 
 
@@ -131,9 +132,33 @@ def _probe_tokens(twin, model, inputs, where) -> dict[str, Result]:
     }
 
 
-def _probe_attention(twin, model, inputs, where) -> dict[str, Result]:
+def _probe_attention(twin, model, inputs, num_items_in_batch, where) -> dict[str, Result]:
+    if type(twin).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(twin):
+        _check_model_inputs(model, inputs, _loss_of(twin, model, inputs, num_items_in_batch))
     with twin.compute_loss_context_manager():
         return probe_attention(model, inputs, **where)
+
+
+def _check_model_inputs(model, inputs: dict, compute_loss: Callable[[], torch.Tensor]) -> None:
+    """The probe asks the model, so a `compute_loss` of the user's own must give it the batch's tokens, once. Raises
+    `CannotJudge` where it gives it others, or embeddings."""
+    seen = []
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    embedded = []
+    embedding = model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(1))
+    try:
+        with torch.no_grad():
+            compute_loss()
+    finally:
+        hook.remove()
+        embedding.remove()
+    given = [kwargs.get("input_ids", args[0] if args else None) for args, kwargs in seen]
+    if len(given) != 1 or len(embedded) != 1 or not _is_same(given[0], inputs["input_ids"]):
+        raise CannotJudge("compute_loss gives the model something else than the batch's tokens, or more than once")
+
+
+def _is_same(given, ids: torch.Tensor) -> bool:
+    return isinstance(given, torch.Tensor) and given.shape == ids.shape and torch.equal(given, ids)
 
 
 def _probe_accumulation(twin, model, inputs, own_step, where) -> dict[str, Result]:
@@ -300,19 +325,26 @@ def twin_of(trainer: Trainer) -> Trainer:
 
 
 def _own_containers(value):
+    """A copy of what methods may change in place: containers, small tensors, generators. Other objects are shared."""
     if isinstance(value, dict):
         own = copy.copy(value)
         for key, inner in value.items():
             own[key] = _own_containers(inner)
         return own
-    return copy.copy(value) if isinstance(value, (list, set)) else value
+    if isinstance(value, (list, set, deque)):
+        return copy.copy(value)
+    if isinstance(value, torch.Tensor) and not value.requires_grad and value.numel() <= MAX_COPIED:
+        return value.clone()
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    return copy.deepcopy(value) if isinstance(value, (random.Random, np.random.Generator)) else value
 
 
 @contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Whatever happens inside, the random generators, the modes of all modules, their buffers and the gradients are
-    afterwards what they were before."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Whatever happens inside, the random generators, the modes of all modules, their buffers and plain attributes and
+    the gradients are afterwards what they were before."""
+    modules = [(module, _plain_attributes(module), dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     generators = _generators()
@@ -320,14 +352,20 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         _restore_generators(generators)
-        for module, mode in modes:
-            module.training = mode
+        for module, plain, own_buffers in modules:
+            vars(module).update(plain)
+            module._buffers.update(own_buffers)  # `self.mean = ...` puts another tensor in a buffer's place
         with torch.no_grad():
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+def _plain_attributes(module: torch.nn.Module) -> dict:
+    """Its mode, and what it may count in its forward pass."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
 
 
 def _generators():

@@ -1,8 +1,15 @@
-"""The files of a run directory that guards write: one JSON object a line, rank 0 only, flushed at each line."""
+"""The files of a run directory that guards write: one JSON object a line, rank 0 only, flushed at each line.
+
+What is read again may be damaged, or of another version: `fits` and `unfit` say whether it is what was written.
+"""
 
 import json
+from functools import cache
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from types import UnionType
+from typing import Literal, NotRequired, TypedDict, Union, get_args, get_origin, get_type_hints
+
+from recipe.guards.finding import FINDING_IDS, Finding
 
 
 class StepRecord(TypedDict):
@@ -42,15 +49,68 @@ def parse_object(text: str) -> dict | None:
     """The JSON object in `text`, None where it holds none or half of one."""
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop records after `step`, which a resumed run will write again."""
+    """Drop records after `step`, which a resumed run will write again, and those that name no step."""
     if path.exists():
-        kept = [record for record in read_lines(path) if record["step"] <= step]
+        kept = [record for record in read_lines(path) if fits(record.get("step"), int) and record["step"] <= step]
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         partial.replace(path)
+
+
+def read_steps(path: Path, until: int) -> list[StepRecord]:
+    """The unbroken row of steps that ends with `until`. What lies before a damaged record is left out: over the gap,
+    the usual fall of a loss would look like a jump."""
+    steps = []
+    for record in reversed(read_lines(path)):
+        if record.get("step") == until - len(steps) and fits(record, StepRecord):
+            steps.append(record)
+    return steps[::-1]
+
+
+def as_finding(record: dict) -> Finding | None:
+    """None where it is none that this version knows."""
+    if not fits(record, Finding) or record["id"] not in FINDING_IDS:
+        return None
+    values = {name: record[name] for name in _hints_of(Finding)}
+    return Finding(**{**values, "likely_causes": tuple(record["likely_causes"])})
+
+
+# --- what was read is what was written
+
+
+def unfit(record: dict, hints: dict) -> list[str]:
+    """The names whose values are missing in `record` or of another type than `hints` say."""
+    return [name for name, hint in hints.items() if name not in record or not fits(record[name], hint)]
+
+
+def fits(value, hint) -> bool:
+    """Is `value`, as parsed from JSON, of the type `hint`? A list may stand for a tuple, an object for a dataclass or
+    a TypedDict, a whole number for a float; a bool is no number."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if kind is Literal:
+        return value in parts
+    if kind is float:
+        return type(value) in (float, int)
+    if kind is dict and parts:
+        return type(value) is dict and all(fits(each, parts[1]) for each in value.values())
+    if kind is list or parts[1:] == (...,):
+        return type(value) is list and all(fits(each, parts[0]) for each in value)
+    if kind is tuple:
+        return type(value) is list and len(value) == len(parts) and all(map(fits, value, parts))
+    if hints := _hints_of(kind):
+        optional = getattr(kind, "__optional_keys__", ())
+        return type(value) is dict and all(n in optional and n not in value for n in unfit(value, hints))
+    return type(value) is kind
+
+
+@cache
+def _hints_of(kind: type) -> dict:
+    return get_type_hints(kind)

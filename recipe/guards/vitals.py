@@ -272,13 +272,15 @@ def _is_on(multiplier: Callable[[int], float], step: int, lr: float | None, init
 def _rate_causes(multiplier, step, lr, initial, world_size, accumulation) -> tuple[str, ...]:
     """Name the factor by which the schedule runs too fast, where one explains the rate (accelerate#999)."""
     speeds = {
-        "ranks": world_size,
-        "accumulation steps": accumulation,
-        "ranks x accumulation": world_size * accumulation,
+        world_size: "ranks",
+        accumulation: "accumulation steps",
+        world_size * accumulation: "ranks x accumulation",
     }
-    names = [name for name, k in speeds.items() if k > 1 and _is_on(multiplier, step * k, lr, initial)]
-    stepped = tuple(f"the schedule advances {speeds[name]} times a step, as many as {name}" for name in names[:1])
-    return (*stepped, "the schedule did not come back with the checkpoint", "warmup or total counted in other steps")
+    fits = (k for k in dict.fromkeys((*speeds, 2, 3, 4, 8)) if k > 1 and _is_on(multiplier, step * k, lr, initial))
+    if (k := next(fits, None)) is not None:
+        many = f", as many as {speeds[k]}" if k in speeds else ""
+        return (f"the schedule advances {k} times a step{many}", "warmup or total counted in other steps")
+    return ("the schedule did not come back with the checkpoint", "warmup or total counted in other steps")
 
 
 # --- tokens

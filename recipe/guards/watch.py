@@ -7,12 +7,13 @@ found. It knows no Trainer.
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypedDict
 
 import numpy as np
 
 from recipe.guards import vitals
-from recipe.guards.batches import LABEL_IS_NEXT, LABEL_IS_TOKEN, SCORED, SeenTokens, TokenCounter
+from recipe.guards.batches import LABEL_IS_NEXT, LABEL_IS_TOKEN, SCORED, SeenTokens, TokenCounter, scored_part
 from recipe.guards.envelope import (
     ABOVE_MIN_STEPS,
     ABOVE_WINDOW,
@@ -26,8 +27,8 @@ from recipe.guards.evaluation import judge_evaluation
 from recipe.guards.facts import RunFacts
 from recipe.guards.finding import CannotJudge, Finding
 from recipe.guards.ledger import Ledger, Place, check_overlap, check_repetition
-from recipe.guards.probes.targets import MIN_POSITIONS, judge_row
-from recipe.guards.records import StepRecord
+from recipe.guards.probes.targets import MIN_POSITIONS, in_rows, judge_row
+from recipe.guards.records import StepRecord, unfit
 from recipe.guards.trajectory import Reference, check_grad_norm, check_reference
 from recipe.guards.updates import check_ranks
 
@@ -108,21 +109,28 @@ class Watch:
         norm = step.record["grad_norm"]
         if self.facts.weights_are_scaled and norm is not None and not math.isfinite(norm):
             norm = None  # a step that the loss scaler skips, as it does now and then
-        return vitals.check_finite(*where, step.micro_losses, norm, scored)
+        finding = vitals.check_finite(*where, step.micro_losses, norm, scored)
+        if finding is not None and self.facts.world_size > 1 and (bad := finding.evidence["bad_micro_batches"]):
+            rank, micro_step = divmod(bad[0], len(step.micro_losses) // self.facts.world_size)
+            finding.evidence.update(rank=rank, micro_step=micro_step)
+            return replace(finding, found=f"{finding.found} (rank {rank})")
+        return finding
 
     def _read_tokens(self, step: StepFacts) -> None:
-        rows, flags, places = [], [], []
+        rows, flags, learned, places = [], [], [], []
         for rank, micro_step, seen in step.seen:
             self.counter.add(seen)
             for number, (ids, what) in enumerate(seen.rows()):
                 rows.append(ids)
                 flags.append(what & SCORED != 0)
-                places.append(Place(step.record["step"], rank, micro_step, number))
+                if len(part := scored_part(ids, what)):
+                    learned.append(part)
+                    places.append(Place(step.record["step"], rank, micro_step, number))
         self.rows_by_step = [*self.rows_by_step[-HISTORY:], sum(len(seen.ids) for _, _, seen in step.seen)]
         self._rates = [self._rates[0] + 1, self._rates[1] + step.record["learning_rate"]]
         if not rows:
             return
-        self.ledger.observe_train(rows, places)
+        self.ledger.observe_train(learned, places)
         found = self.envelope.observe(rows, flags)
         if self.envelope.stopped:
             self.cannot_judge.setdefault("loss_below_envelope", self.envelope.stopped)
@@ -209,7 +217,10 @@ class Watch:
                 finding = judge_row(*map(int, hits), row, *where, max_elsewhere=PASSING_MAJORITY)
                 if finding is not None:
                     finding.evidence.update(rank=rank, micro_step=micro_step)
-                    yield finding
+                    faulty = sum(
+                        judge_row(*map(int, h), 0, *where, PASSING_MAJORITY) is not None for h in heard["hits"]
+                    )
+                    yield in_rows(finding, faulty, len(heard["hits"]))
                 if hits[0]:
                     place = heard["first_position"] + heard["positions"] // 2
                     vitals.add_losses_by_position(self.losses_by_position, [place], [heard["losses"][number]])
@@ -285,7 +296,9 @@ class Watch:
         self, ranks: list[dict], metrics: dict[str, float], step: int, tokens_seen: int
     ) -> Iterator[tuple[str, Finding | None]]:
         """`ranks`: what `EvaluationWatch.take` gave on each; `metrics`: what the evaluation reported."""
-        self.ledger.observe_eval([row for rank in ranks for row in rank["rows"]])
+        names = [key for key in metrics if key.startswith("eval_") and key.endswith("_loss")]
+        if names and "train" not in names[0]:  # rows of the training data may be evaluated on purpose
+            self.ledger.observe_eval([row for rank in ranks for row in rank["learned"]])
         yield from judge_evaluation(ranks, metrics, self.eval_digests, step, tokens_seen)
         if "eval_loss" in metrics:
             losses = [record["loss"] for record in self.history]
@@ -315,6 +328,12 @@ class Watch:
         return numbers, arrays
 
     def restore(self, numbers: dict, arrays: dict[str, np.ndarray]) -> None:
+        """Raises where they are not such as `state` gives."""
+        fresh, like = self.state()
+        wrong = unfit(numbers, {**KEPT, "counts": dict[str, int]})
+        wrong += [name for name, value in like.items() if name not in arrays or not _is_alike(arrays[name], value)]
+        if wrong or numbers["counts"].keys() != fresh["counts"].keys():
+            raise ValueError(f"missing, or of another type: {', '.join(wrong or ['counts'])}")
         for name in KEPT:
             setattr(self, name, numbers[name])
         self.counter = TokenCounter(self.facts.eos_token_ids, self.facts.embedding_rows, numbers["counts"])
@@ -322,18 +341,32 @@ class Watch:
         self.envelope = Envelope.from_state(_part_of(arrays, "envelope."))
 
 
-KEPT = (
-    "passes",
-    "labels_are",
-    "eval_digests",
-    "losses_by_position",
-    "envelope_losses",
-    "rows_by_step",
-    "cannot_judge",
-    "_uneven_steps",
-    "_floor_sums",
-    "_rates",
-)
+class _EnvelopeRecord(TypedDict):
+    step: int
+    tokens_seen: int
+    loss: float
+    floor: float
+    ceiling: float
+    bigram: float
+
+
+KEPT = {
+    "passes": int,
+    "labels_are": Literal["own", "next", "neither"] | None,
+    "eval_digests": dict[str, int],
+    "losses_by_position": list[tuple[int, float, float]],
+    "envelope_losses": list[_EnvelopeRecord],
+    "rows_by_step": list[int],
+    "cannot_judge": dict[str, str],
+    "_uneven_steps": int,
+    "_floor_sums": tuple[int, float],
+    "_rates": tuple[int, float],
+}
+
+
+def _is_alike(array: np.ndarray, other: np.ndarray) -> bool:
+    """Of one kind and shape, but for the length and the bytes of a number."""
+    return array.dtype.kind == other.dtype.kind and array.ndim == other.ndim and array.shape[1:] == other.shape[1:]
 
 
 def _part_of(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@ class."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
@@ -166,24 +166,58 @@ def count_hits(input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def check_loss_targets(
-    input_ids: torch.Tensor, targets: torch.Tensor, step: int = 0, tokens_seen: int = 0
+    input_ids: torch.Tensor,
+    targets: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    step: int = 0,
+    tokens_seen: int = 0,
 ) -> Finding | None:
-    """Hold the recovered targets against the next token of the input. Both `[rows, positions]`.
+    """Hold the recovered targets against the next token of the input. All `[rows, positions]`.
 
     Returns the first faulty row's finding: `missing_label_shift` (scored on token i), `double_label_shift` (i+2) or
-    `wrong_loss_target` (none of these, a tenth of the positions or more). Raises `CannotJudge` with too few clear
-    positions.
+    `wrong_loss_target` (none of these, a tenth of the positions or more). Where the targets are the `labels` of the
+    next position and those differ from the tokens in less than half of the places, that may be on purpose (token
+    dropout): information. Raises `CannotJudge` with too few clear positions.
     """
     if input_ids.shape != targets.shape:
         raise CannotJudge(f"logits for {tuple(targets.shape)} positions, input_ids {tuple(input_ids.shape)}")
     counts = count_hits(input_ids, targets).tolist()
-    if max(row[0] for row in counts) < MIN_POSITIONS:
+    judged = [number for number, row in enumerate(counts) if row[0] >= MIN_POSITIONS]
+    if not judged:
         raise CannotJudge(
             f"at most {max(row[0] for row in counts)} scored positions with three different tokens "
             f"in a row; {MIN_POSITIONS} are needed"
         )
-    findings = (judge_row(*row, number, step, tokens_seen) for number, row in enumerate(counts))
-    return next((finding for finding in findings if finding is not None), None)
+    found = [judge_row(*counts[number], number, step, tokens_seen) for number in judged]
+    faulty = [finding for finding in found if finding is not None]
+    if not faulty:
+        return None
+    finding = in_rows(faulty[0], len(faulty), len(judged))
+    elsewhere = [counts[number][4] / counts[number][0] for number in judged]
+    if finding.id == "wrong_loss_target" and max(elsewhere) < MAJORITY and _follow(targets, labels):
+        return replace(
+            finding,
+            severity="info",
+            likely_causes=("tokens are replaced on purpose (token dropout, denoising)", "noise in the labels"),
+            action="nothing, if it is on purpose; else print one row of input_ids beside its labels",
+        )
+    return finding
+
+
+def in_rows(finding: Finding, num_faulty: int, num_judged: int) -> Finding:
+    """Says how many rows it is about, where it is not about all of them."""
+    if num_faulty == num_judged:
+        return finding
+    where = f"{finding.found}, in {num_faulty} of {num_judged} rows (row {finding.evidence['row']})"
+    return replace(finding, found=where)
+
+
+def _follow(targets: torch.Tensor, labels: torch.Tensor | None) -> bool:
+    """Whether the targets are the labels of the next position nearly everywhere."""
+    if labels is None or labels.shape != targets.shape:
+        return False
+    scored = targets[:, :-1] != IGNORE_INDEX
+    return bool(((targets[:, :-1] == labels[:, 1:]) & scored).sum() >= 0.95 * scored.sum())
 
 
 def judge_row(

@@ -1,0 +1,231 @@
+"""What a resumed run reads of the run before it may be damaged: its guards begin anew, or leave the record out."""
+
+import json
+import logging
+import shutil
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from recipe.guards import RegressionCallback
+from recipe.guards.finding import Finding
+from recipe.guards.records import StepRecord, fits, read_lines, read_steps
+from recipe.guards.watch import Watch
+
+STEPS, SAVED_AT, ROWS, LENGTH = 8, 6, 4, 24
+FINDING = Finding("loss_spike", "warning", 3, 288, "a jump", "none", ("a bad batch",), "wait", {"losses": [1.0]})
+
+
+def rows(count: int, seed: int) -> list[dict]:
+    ids = torch.randint(0, 257, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def run(config: dict, output_dir, checkpoint=None) -> RegressionCallback:
+    torch.manual_seed(0)
+    args = TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=STEPS,
+        per_device_train_batch_size=ROWS,
+        per_device_eval_batch_size=ROWS,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_steps=SAVED_AT,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    data = dict(train_dataset=rows(ROWS * STEPS, seed=1), eval_dataset=rows(ROWS, seed=2))
+    guards = RegressionCallback()
+    trainer = Trainer(model=LlamaForCausalLM(LlamaConfig(**config)), args=args, callbacks=[guards], **data)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    assert trainer.state.global_step == STEPS
+    return guards
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished") / "run"
+    guards = run(tiny_config, path)
+    assert guards.findings == []
+    return guards, path
+
+
+@pytest.fixture
+def resume(finished, tiny_config, tmp_path, caplog):
+    """Goes on from the copy in `tmp_path`; gives the guards and the warnings that were said."""
+    shutil.copytree(finished[1], tmp_path / "run")
+
+    def resume():
+        with caplog.at_level(logging.INFO, "recipe.guards"):
+            guards = run(tiny_config, tmp_path / "run", tmp_path / f"run/checkpoint-{SAVED_AT}")
+        own = [record for record in caplog.records if record.name == "recipe.guards"]
+        return guards, [record.getMessage() for record in own if record.levelno >= logging.WARNING]
+
+    return resume
+
+
+# --- whole
+
+
+def test_a_healthy_state_restores_exactly(finished):
+    watch = finished[0].watch
+    numbers, arrays = watch.state()
+    assert numbers["passes"] == 1 and numbers["eval_digests"] and numbers["envelope_losses"] and watch.ledger.tokens
+    again = Watch(watch.facts, watch.reference)
+    again.restore(json.loads(json.dumps(numbers)), arrays)
+    numbers_again, arrays_again = again.state()
+    assert json.dumps(numbers_again) == json.dumps(numbers)
+    assert arrays_again.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert np.array_equal(arrays_again[name], array), name
+
+
+def test_healthy_files_are_read_whole(finished, resume, tmp_path):
+    (tmp_path / "run/findings.jsonl").write_text(FINDING.to_json() + "\n")
+    change(tmp_path, "active", {"loss_spike": asdict(FINDING)})
+    guards, warnings = resume()
+    assert warnings == [] and guards.findings == [FINDING] and guards.journal.active == {"loss_spike": FINDING}
+    assert {"resume_jump", "eval_not_repeatable"} <= guards.judged
+    assert guards.judged_steps["loss_not_finite"] == finished[0].judged_steps["loss_not_finite"] == STEPS
+    assert guards.watch.ledger.tokens == finished[0].watch.ledger.tokens == STEPS * ROWS * LENGTH
+    losses = [[record["loss"] for record in each.history] for each in (guards, finished[0])]
+    assert losses[0] == losses[1] and len(losses[0]) == STEPS and guards.tokens_seen == finished[0].tokens_seen
+
+
+# --- the state in a checkpoint
+
+
+def change(tmp_path, path: str, value) -> None:
+    """`path`: names of guards.json, dots between them. `value` ... takes the name out."""
+    file = tmp_path / f"run/checkpoint-{SAVED_AT}/guards.json"
+    numbers = json.loads(file.read_text())
+    *parents, name = path.split(".")
+    inner = numbers
+    for parent in parents:
+        inner = inner[parent]
+    inner[name] = value
+    if value is ...:
+        del inner[name]
+    file.write_text(json.dumps(numbers))
+
+
+def change_array(tmp_path, name: str, array) -> None:
+    file = tmp_path / f"run/checkpoint-{SAVED_AT}/guards.npz"
+    with np.load(file) as arrays:
+        np.savez(file, **{**arrays, name: array})
+
+
+DAMAGED = {
+    "active": [{"a": {"b": 1}}, [1], {"loss_spike": {**asdict(FINDING), "step": "3"}}, {"a": 1}, None, ...],
+    "judged_steps": [{"x": "y"}, {"loss_spike": 1.5}, ["loss_spike"]],
+    "pinned_loss": ["x", [1.0], True, ...],
+    "optimizer_states": ["x", None],
+    "learning_rate_agrees": ["no", 1],
+    "watch": [None, []],
+    "watch.passes": ["two", None, 1.5, ...],
+    "watch.labels_are": ["others", 1],
+    "watch.eval_digests": [{"eval_loss": "x"}, [1]],
+    "watch.losses_by_position": ["two", [1.0], [[1, 2.0]], [[1, 2.0, "x"]]],
+    "watch.envelope_losses": ["two", [{"step": 1}], [1]],
+    "watch.rows_by_step": ["two", ["4"], {"1": 4}],
+    "watch.cannot_judge": [["x"], {"loss_spike": 1}],
+    "watch._uneven_steps": ["x"],
+    "watch._floor_sums": [[], [1, "x"], [1, 2.0, 3.0]],
+    "watch._rates": [0, [None, 0.0]],
+    "watch.counts": [None, {}, {"tokens": 1}],
+    "watch.counts.tokens": ["x", ...],
+}
+
+
+CASES = [pytest.param(path, value, id=path) for path, values in DAMAGED.items() for value in values]
+
+
+@pytest.mark.parametrize(("path", "value"), CASES)
+def test_a_number_of_another_type_is_said_once_and_ends_nothing(resume, tmp_path, path, value):
+    change(tmp_path, path, value)
+    check_begun_anew(*resume(), path.removeprefix("watch.").split(".")[0])
+
+
+@pytest.mark.parametrize("text", ["[1]", "1", '"x"', "null", "[" * 100_000, "\ufffd"], ids=lambda text: text[:6])
+def test_no_object_is_said_once_and_ends_nothing(resume, tmp_path, text):
+    (tmp_path / f"run/checkpoint-{SAVED_AT}/guards.json").write_text(text)
+    check_begun_anew(*resume(), "")
+
+
+@pytest.mark.parametrize("name", ["ledger.tokens", "ledger.rows.place", "ledger.hits.row", "envelope.tokens"])
+@pytest.mark.parametrize(
+    "array", [np.array("x"), np.zeros((2, 2)), np.zeros((0, 7), np.int64)], ids=["text", "2D", "none"]
+)
+def test_an_array_of_another_kind_is_said_once_and_ends_nothing(resume, tmp_path, name, array):
+    change_array(tmp_path, name, array)
+    check_begun_anew(*resume(), name)
+
+
+def check_begun_anew(guards: RegressionCallback, warnings: list[str], name: str) -> None:
+    assert len(warnings) == 1 and "the guards' state is damaged" in warnings[0] and name in warnings[0], warnings
+    assert guards.findings == [] and "loss_not_finite" in guards.judged
+    assert guards.watch.ledger.tokens == (STEPS - SAVED_AT) * ROWS * LENGTH
+
+
+def test_a_damaged_pinned_batch_is_not_judged(resume, tmp_path):
+    change_array(tmp_path, "pinned.input_ids", np.array(["x"]))
+    guards, warnings = resume()
+    assert warnings == [] and "the pinned batch failed" in guards.cannot_judge["resume_jump"]
+
+
+def test_an_active_finding_of_another_version_is_left_out(resume, tmp_path):
+    change(tmp_path, "active", {"no_such_guard": {**asdict(FINDING), "id": "no_such_guard"}})
+    guards, warnings = resume()
+    assert warnings == [] and guards.journal.active == {}
+
+
+# --- records
+
+
+NO_RECORDS = ["{}", "[1]", "1", '{"step": "3"}', '{"step": null}', '{"step": true}', '{"step": 3}', '{"ste', "\udcff"]
+
+
+@pytest.mark.parametrize("name", ["steps.jsonl", "evals.jsonl", "findings.jsonl"])
+def test_what_is_no_record_is_left_out(resume, tmp_path, name):
+    file = tmp_path / "run" / name
+    lines = [*NO_RECORDS, file.read_text()]
+    file.write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
+    guards, warnings = resume()
+    assert warnings == [] and guards.findings == []
+    assert [record["step"] for record in guards.history] == list(range(1, STEPS + 1))
+    assert all(fits(record["step"], int) for record in read_lines(file))
+
+
+@pytest.mark.parametrize(
+    "change", [{"id": "no_such_guard"}, {"severity": "bad"}, {"likely_causes": 1}, {"evidence": 1}]
+)
+def test_what_is_no_finding_is_left_out(resume, tmp_path, change):
+    lines = [json.dumps({**asdict(FINDING), **change}), json.dumps({**asdict(FINDING), "of_a_later_version": 1})]
+    (tmp_path / "run/findings.jsonl").write_text("\n".join(lines) + "\n")
+    guards, warnings = resume()
+    assert warnings == [] and guards.findings == [FINDING]
+
+
+@pytest.mark.parametrize("change", [{"loss": "x"}, {"loss": None}, {"tokens_seen": "288"}, {"grad_norm": "x"}])
+@pytest.mark.parametrize("damaged", [3, SAVED_AT])
+def test_steps_count_from_the_last_damaged_one_on(finished, resume, tmp_path, change, damaged):
+    file = tmp_path / "run/steps.jsonl"
+    records = read_lines(file)
+    records[damaged - 1].update(change)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    guards, warnings = resume()
+    assert warnings == [] and guards.findings == []
+    assert [record["step"] for record in guards.history] == list(range(damaged + 1, STEPS + 1))
+    assert guards.tokens_seen == finished[0].tokens_seen
+
+
+def test_a_loss_that_was_not_finite_is_a_record(tmp_path):
+    values = dict(tokens_seen=96, grad_norm=None, learning_rate=0.0, tokens_per_second=1.0)
+    record = StepRecord(step=1, loss=float("inf"), **values)
+    (tmp_path / "steps.jsonl").write_text(json.dumps(record) + "\n")
+    assert read_steps(tmp_path / "steps.jsonl", until=1) == [record]
+    assert read_steps(tmp_path / "steps.jsonl", until=2) == []
