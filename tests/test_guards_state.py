@@ -141,7 +141,11 @@ DAMAGED = {
 }
 
 
-CASES = [pytest.param(path, value, id=path) for path, values in DAMAGED.items() for value in values]
+CASES = [
+    pytest.param(path, value, id=path, marks=[pytest.mark.slow] if number else [])
+    for path, values in DAMAGED.items()
+    for number, value in enumerate(values)
+]
 
 
 @pytest.mark.parametrize(("path", "value"), CASES)

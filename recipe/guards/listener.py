@@ -23,7 +23,7 @@ from recipe.guards.probes.targets import (
     targets_from_hidden,
 )
 
-POSITIONS, MAX_POSITIONS = 18, 144  # looked at in each row of a micro-batch, and in all of its rows
+POSITIONS, MAX_POSITIONS = 18, 72  # looked at in each row of a micro-batch, and in all of its rows
 FUSED_EVERY = 8  # micro-batches; where a fused loss makes no logits, a look costs four heads of these positions
 
 
