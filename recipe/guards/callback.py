@@ -174,7 +174,7 @@ class RegressionCallback(TrainerCallback):
         rates = [(plain_rate(group["lr"]), plain_rate(group.get("initial_lr"))) for group in optimizer.param_groups]
         self._step.learning_rates = rates
         if self._parameters is not None:
-            self._parameters.before_step(optimizer, self._step.learning_rate)
+            self._parameters.before_step(self._step.learning_rate)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self._parameters is not None:

@@ -26,7 +26,6 @@ class RunFacts:
     planned_rows: int | None
     learning_rate: float | None
     schedule: Callable[[int], float] | CannotJudge
-    is_new_model: bool | None
     rows_in_pass: int | None = None
     averages_over_ranks: bool = True
     weights_are_scaled: bool = False
@@ -67,7 +66,6 @@ def run_facts(trainer: Trainer, model: torch.nn.Module, inputs: dict, facts: dic
         rows_in_pass=len(data) if isinstance(data, Sized) else None,
         learning_rate=args.learning_rate if rate_agrees else None,
         schedule=schedule_of(trainer),
-        is_new_model=facts["is_new_model"],
         averages_over_ranks=args.average_tokens_across_devices,
         weights_are_scaled=trainer.accelerator.scaler is not None,
         is_adam="adam" in optimizer_name(trainer.optimizer).lower(),

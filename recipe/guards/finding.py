@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 # Stable: users grep for these and name them in `disabled_guards`. One id is one guard. Each has a section in
-# docs/findings.md, which also says which of them this version can judge.
+# docs/findings.md.
 FINDINGS: dict[str, str] = {
     "missing_label_shift": "Each position is scored on the token it can already see, so the model learns to copy.",
     "double_label_shift": "Labels are shifted twice: the model learns the token after the next.",

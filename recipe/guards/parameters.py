@@ -1,7 +1,6 @@
 """Follows the parameters over the steps and hands what it measured to the checks of `updates.py`, a step late."""
 
 import torch
-from torch.optim import Optimizer
 
 from recipe.guards.batches import OnItsWay
 from recipe.guards.finding import Finding
@@ -42,7 +41,7 @@ class ParameterWatch:
         self._window_rates: list[float] = []
         self._measured: list[Measured] = []
 
-    def before_step(self, optimizer: Optimizer, rate: float) -> None:
+    def before_step(self, rate: float) -> None:
         if len(self._rates) < FROZEN_STEPS and rate > MOVING_RATE and self.training:
             self._before = sample_parameters(self.training)
             largest = largest_gradients(self.training)

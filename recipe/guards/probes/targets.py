@@ -120,8 +120,8 @@ def targets_from_hidden(hidden: torch.Tensor, gradient: torch.Tensor, head: torc
 
     With the head's weight W the gradient at the hidden state is `w (sum_v p_v W_v - W_y)`: the target is the y in
     whose direction it points. Exact for a plain linear head; logits that are scaled or capped on the way leave a
-    remainder, and then this raises `CannotJudge`. Costs as much as four heads, so it looks at the first positions of
-    each row only.
+    remainder, and positions where it is large are left out. Costs as much as four heads, so it looks at the first
+    positions of each row only.
     """
     count = max(4 * MIN_POSITIONS, MAX_FUSED_POSITIONS // hidden.shape[0])
     rows = [_target_of_hidden(h[:count], g[:count], head) for h, g in zip(hidden, gradient, strict=True)]
