@@ -1,16 +1,19 @@
 """What the docs say exists."""
 
+import ast
 import json
 import re
+from io import StringIO
 from pathlib import Path
+from tokenize import COMMENT, generate_tokens
 
 import pytest
 
 import recipe
 from recipe.arguments import parse_config
-from recipe.guards import FINDING_IDS, callback, envelope, ledger, listener, preflight, updates, vitals, watch
-from recipe.guards.probes import attention, equivalence, targets
-from recipe.guards.trajectory import TOLERANCES, TRAJECTORIES, load_reference
+from recipe.guards import FINDING_IDS
+from recipe.guards import thresholds as t
+from recipe.guards.trajectory import TRAJECTORIES, load_reference
 
 ROOT = Path(recipe.__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tokenizer" / "README.md"]
@@ -64,45 +67,45 @@ def percent(share: float) -> str:
 
 THRESHOLDS = {
     "missing_label_shift": (
-        *(preflight.MAX_ROWS, targets.MIN_POSITIONS, listener.POSITIONS, listener.MAX_POSITIONS // listener.POSITIONS),
-        *(watch.LABELS_TO_LEARN, watch.LABEL_CLEAR, f"{listener.FUSED_EVERY}th"),
+        *(t.PREFLIGHT_MAX_ROWS, t.MIN_POSITIONS, t.POSITIONS, t.MAX_POSITIONS // t.POSITIONS),
+        *(t.LABELS_TO_LEARN, t.LABEL_CLEAR, f"{t.FUSED_EVERY}th"),
     ),
-    "non_causal_attention": (attention.MIN_ROWS, attention.MAX_ROWS, "1e-5", attention.UNPROVEN),
-    "accumulation_mismatch": (equivalence.WEIGHTS, watch.UNEVEN, watch.WEIGHTED_LOSS),
-    "init_loss_off": (vitals.INIT_BELOW, f"{vitals.INIT_ABOVE:g}"),
+    "non_causal_attention": (t.ATTENTION_MIN_ROWS, t.ATTENTION_MAX_ROWS, "1e-5", t.UNPROVEN),
+    "accumulation_mismatch": (t.WEIGHTS, t.UNEVEN, t.WEIGHTED_LOSS),
+    "init_loss_off": (t.INIT_BELOW, f"{t.INIT_ABOVE:g}"),
     "loss_below_envelope": (
-        *(envelope.ORDERS, envelope.BELOW_WINDOW, envelope.BELOW_MARGIN, envelope.TOKENS_PER_TYPE),
-        envelope.UNTRAINED_SHARE,
+        *(t.ORDERS, t.BELOW_WINDOW, t.BELOW_MARGIN, t.TOKENS_PER_TYPE),
+        t.UNTRAINED_SHARE,
     ),
     "loss_above_envelope": (
-        *(envelope.ABOVE_WINDOW, envelope.ABOVE_MIN_STEPS, envelope.LEARNING_RATE_SUM, envelope.UNIGRAM_MARGIN),
-        *(envelope.CONTEXT_HELPS, envelope.STILL_FALLING, 2 * envelope.ABOVE_WINDOW),
+        *(t.ABOVE_WINDOW, t.ABOVE_MIN_STEPS, t.LEARNING_RATE_SUM, t.UNIGRAM_MARGIN),
+        *(t.CONTEXT_HELPS, t.STILL_FALLING, 2 * t.ABOVE_WINDOW),
     ),
     "loss_off_reference": [
-        *(percent(TOLERANCES[name]) for name in ("parameters", "learning_rate")),
+        *(percent(t.TOLERANCES[name]) for name in ("parameters", "learning_rate")),
         *(load_reference(TRAJECTORIES / f"{name}.json").window for name in ("cpu_demo", "original_180m")),
     ],
-    "loss_spike": (vitals.WINDOW, vitals.RECENT, vitals.WINDOW + vitals.RECENT, vitals.JUMP_SDS, vitals.RISE_NATS),
-    "grad_norm_off": (vitals.WINDOW, vitals.RECENT, vitals.WINDOW + vitals.RECENT, vitals.NORM_FACTOR),
+    "loss_spike": (t.JUMP_WINDOW, t.RECENT, t.JUMP_WINDOW + t.RECENT, t.JUMP_SDS, t.RISE_NATS),
+    "grad_norm_off": (t.JUMP_WINDOW, t.RECENT, t.JUMP_WINDOW + t.RECENT, t.NORM_FACTOR),
     "repeated_data": (
-        *(ledger.WINDOW, ledger.EVERY, ledger.MIN_ROWS, ledger.MIN_TOKENS, ledger.RECENT_ROWS, ledger.RECENT_TOKENS),
-        *(ledger.FEW_MICRO_STEPS, ledger.ALIGNED_ROWS, percent(ledger.ALIGNED_SHARE)),
-        percent(ledger.WARN_SHARE_NEAR),
+        *(t.LEDGER_WINDOW, t.LEDGER_EVERY, t.LEDGER_MIN_ROWS, t.LEDGER_MIN_TOKENS, t.RECENT_ROWS, t.RECENT_TOKENS),
+        *(t.FEW_MICRO_STEPS, t.ALIGNED_ROWS, percent(t.ALIGNED_SHARE)),
+        percent(t.WARN_SHARE_NEAR),
     ),
-    "train_eval_overlap": (ledger.OVERLAP_ROWS, percent(ledger.OVERLAP_WARN), percent(ledger.OVERLAP_ERROR)),
-    "resume_replay": (ledger.REPLAY_ROWS,),
+    "train_eval_overlap": (t.OVERLAP_ROWS, percent(t.OVERLAP_WARN), percent(t.OVERLAP_ERROR)),
+    "resume_replay": (t.REPLAY_ROWS,),
     "resume_jump": ("1e-3", "1e-2"),
     "learning_rate_off": ("1e-3",),
-    "frozen_parameters": (updates.FROZEN_STEPS, "1e-6", updates.PER_TENSOR),
-    "lost_updates": (updates.LOST_STEPS, updates.LOST_SPACINGS, updates.LOST_SHARE, updates.LOST_ELEMENTS),
-    "token_budget_off": (vitals.BUDGET_STEPS, vitals.BUDGET_SHARE),
-    "padding_is_target": (vitals.PADDING_SCORED, percent(vitals.PADDING_SHARE)),
-    "eos_never_target": (vitals.EOS_SEEN, vitals.EOS_ABSENT_TOKENS),
+    "frozen_parameters": (t.FROZEN_STEPS, "1e-6", t.PER_TENSOR),
+    "lost_updates": (t.LOST_STEPS, t.LOST_SPACINGS, t.LOST_SHARE, t.LOST_ELEMENTS),
+    "token_budget_off": (t.BUDGET_STEPS, t.BUDGET_SHARE),
+    "padding_is_target": (t.PADDING_SCORED, percent(t.PADDING_SHARE)),
+    "eos_never_target": (t.EOS_SEEN, t.EOS_ABSENT_TOKENS),
     "eval_not_repeatable": ("2e-5",),
-    "eval_train_mismatch": (percent(equivalence.EVALUATED), percent(equivalence.REPORTED)),
-    "train_eval_gap": (vitals.GAP_NATS, vitals.GAP_WARNING, vitals.GAP_RATIO, vitals.GAP_STEPS),
-    "compiled_mismatch": [percent(limit) for limits in equivalence.COMPILED.values() for limit in limits],
-    "rank_divergence": callback.CHECKSUM_STEPS,
+    "eval_train_mismatch": (percent(t.EVALUATED), percent(t.REPORTED)),
+    "train_eval_gap": (t.GAP_NATS, t.GAP_WARNING, t.GAP_RATIO, t.GAP_STEPS),
+    "compiled_mismatch": [percent(limit) for limits in t.COMPILED.values() for limit in limits],
+    "rank_divergence": t.CHECKSUM_STEPS,
 }
 
 
@@ -116,9 +119,79 @@ def test_the_thresholds_in_findings_are_those_of_the_code(name):
 
 def test_small_thresholds_are_written_as_in_the_code():
     """Those that `THRESHOLDS` has as text."""
-    small = (attention.ROUNDING, vitals.RATE_TOLERANCE, updates.MOVING_RATE, equivalence.REPEATED)
+    small = (t.ROUNDING, t.RATE_TOLERANCE, t.MOVING_RATE, t.REPEATED)
     assert small == (1e-5, 1e-3, 1e-6, 2e-5)
-    assert set(updates.RESUME_TOLERANCE.values()) == {1e-3, 1e-2} and preflight.EVAL_ROWS == 2
+    assert set(t.RESUME_TOLERANCE.values()) == {1e-3, 1e-2} and t.EVAL_ROWS == 2
+
+
+GUARDS = ROOT / "recipe" / "guards"
+# Numbers of the implementation: ids and bits, constants of hashes, sizes of buffers, where to look first.
+NO_THRESHOLDS = {
+    "batches.py": ("LABEL_IS_NEXT", "LABEL_IS_TOKEN", "SCORED", "STARTS", "VALID"),
+    "envelope.py": ("ONE_TYPE", "SLICE"),
+    "ledger.py": ("CHUNK", "OVERFLOW", "_BASE", "_MIX"),
+    "preflight.py": ("MAX_COPIED",),
+    "probes/attention.py": ("GOLDEN", "PADDING"),
+    "probes/targets.py": ("IGNORE_INDEX",),
+}
+
+
+def assignments(source: str) -> list[tuple[ast.stmt, list[str]]]:
+    """Those of constants, also of several at once, with their names."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+            if names and all(name.isupper() for name in names):
+                found.append((node, names))
+    return found
+
+
+def has_number(value: ast.expr) -> bool:
+    return any(isinstance(part, ast.Constant) and type(part.value) in (int, float) for part in ast.walk(value))
+
+
+def without_origin(source: str) -> list[str]:
+    """Constants with a comment neither in their lines nor above. One above serves the lines that follow it, up to one
+    that has its own."""
+    comments = {token.start for token in generate_tokens(StringIO(source).readline) if token.type == COMMENT}
+    bare, served = [], -1  # the last line that the comment above still serves
+    for node, names in assignments(source):
+        above = node.lineno - 1 in (served, *(line for line, column in comments if column == 0))
+        inside = any(node.lineno <= line <= node.end_lineno for line, _ in comments)
+        served = node.end_lineno if above and not inside else -1
+        bare += names if not above and not inside else []
+    return bare
+
+
+def test_every_threshold_has_its_origin():
+    source = (GUARDS / "thresholds.py").read_text(encoding="utf-8")
+    names = [name for _, names in assignments(source) for name in names]
+    assert len(names) > 100 and sorted(names) == sorted(name for name in vars(t) if name.isupper())
+    assert without_origin(source) == []
+
+
+def test_a_threshold_without_its_origin_is_seen():
+    assert without_origin("# of both\nA = 1\nB, C = 2, 3\n\nD = 4\n") == ["D"]
+    assert without_origin("# of A\nA = 1\nB = 2  # of B\nC = 3\n") == ["C"]
+
+
+def test_thresholds_are_in_one_place():
+    """Whoever adds a number elsewhere says here that it decides nothing."""
+    found = {}
+    for path in sorted(GUARDS.rglob("*.py")):
+        constants = assignments(path.read_text(encoding="utf-8"))
+        if numbers := sorted(name for node, names in constants if has_number(node.value) for name in names):
+            found[path.relative_to(GUARDS).as_posix()] = tuple(numbers)
+    del found["thresholds.py"]
+    assert found == NO_THRESHOLDS
+
+
+def test_every_threshold_is_used():
+    sources = [path.read_text(encoding="utf-8") for path in GUARDS.rglob("*.py") if path.name != "thresholds.py"]
+    used = set(re.findall(r"\w+", "\n".join(sources)))
+    assert {name for name in vars(t) if name.isupper()} <= used
 
 
 def test_every_guard_that_can_speak_has_a_section():

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from recipe.guards import envelope as module
 from recipe.guards.envelope import (
-    ORDERS,
     Envelope,
     EnvelopeLoss,
     check_above_envelope,
     check_below_envelope,
     starts_untrained,
 )
+from recipe.guards.thresholds import ORDERS
 
 NAN = float("nan")
 

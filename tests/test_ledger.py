@@ -11,10 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipe.guards.ledger import (
-    EVERY,
-    MIN_ROWS,
-    MIN_TOKENS,
-    WINDOW,
     Ledger,
     Place,
     _Hasher,
@@ -22,6 +18,7 @@ from recipe.guards.ledger import (
     check_overlap,
     check_repetition,
 )
+from recipe.guards.thresholds import LEDGER_EVERY, LEDGER_MIN_ROWS, LEDGER_MIN_TOKENS, LEDGER_WINDOW
 
 NATS = 4.0
 VOCAB = 2000
@@ -159,9 +156,9 @@ def test_without_a_measure_of_the_text_it_is_silent():
 
 def test_waits_for_enough_rows():
     findings = feed(Ledger(), blocks(text(0, 128 * 20)) * 10, rows_per_step=1)
-    assert findings[0].step == MIN_TOKENS // 128
+    assert findings[0].step == LEDGER_MIN_TOKENS // 128
     findings = feed(Ledger(), blocks(text(0, 512 * 20), 512) * 10, rows_per_step=1)
-    assert findings[0].step == MIN_ROWS
+    assert findings[0].step == LEDGER_MIN_ROWS
 
 
 # --- fires
@@ -470,7 +467,7 @@ def test_memory_is_bounded_and_repetition_still_seen():
     ledger = Ledger(max_windows=4000, max_rows=500)
     assert feed(ledger, rows) == []
     windows, digests = ledger.tables["windows"], ledger.tables["digests"]
-    assert 2000 < windows.size <= 4000 and windows.every > EVERY and digests.size <= 500
+    assert 2000 < windows.size <= 4000 and windows.every > LEDGER_EVERY and digests.size <= 500
     assert ledger.rows.size <= windows.size + digests.size + 512
     finding = feed(ledger, rows, start=1000)[-1]
     assert finding.evidence["share"] > 0.9 and "in the same order" in finding.likely_causes[0]
@@ -493,14 +490,14 @@ def test_the_table_is_a_dictionary(keys, cut, limit):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.integers(WINDOW, 400), st.integers(0, 300), st.integers(0, 300))
+@given(st.integers(0, 10_000), st.integers(LEDGER_WINDOW, 400), st.integers(0, 300), st.integers(0, 300))
 def test_a_copied_stretch_is_seen_exactly_when_one_of_its_windows_is_kept(seed, length, before, after):
-    """Each of its n - 63 windows is kept with probability 1 / EVERY; what is seen spans the kept ones."""
+    """Each of its n - 63 windows is kept with probability 1 / LEDGER_EVERY; what is seen spans the kept ones."""
     rng = np.random.default_rng(seed)
     first = rng.integers(0, 30_000, 700)
     copied = first[100 : 100 + length]
     second = np.concatenate([rng.integers(30_000, 60_000, before), copied, rng.integers(30_000, 60_000, after)])
-    kept = np.flatnonzero(_Hasher()([copied]).key % EVERY == 0)
+    kept = np.flatnonzero(_Hasher()([copied]).key % LEDGER_EVERY == 0)
     ledger = Ledger()
     ledger.observe_train([first, second], [Place(1, 0, 0, 0), Place(1, 0, 0, 1)])
     copies = ledger._copies
@@ -508,7 +505,7 @@ def test_a_copied_stretch_is_seen_exactly_when_one_of_its_windows_is_kept(seed, 
     if len(kept):
         distance = len(first) + before - 100
         assert copies[0, 3] == distance
-        assert 0.98 * (kept[-1] - kept[0] + WINDOW) - 1 <= copies[0, 2] <= kept[-1] - kept[0] + WINDOW
+        assert 0.98 * (kept[-1] - kept[0] + LEDGER_WINDOW) - 1 <= copies[0, 2] <= kept[-1] - kept[0] + LEDGER_WINDOW
 
 
 @settings(max_examples=30, deadline=None)
@@ -531,8 +528,8 @@ def test_hashes_depend_on_the_window_and_on_nothing_else(lengths, seed):
     hashed, keys = _Hasher()(rows), {}
     for row, at, key in zip(hashed.row, hashed.at, hashed.key, strict=True):
         start = at - hashed.start[row]
-        keys.setdefault(rows[row][start : start + WINDOW].tobytes(), set()).add(int(key))
-    assert len(hashed.key) == sum(max(0, len(row) - WINDOW + 1) for row in rows)
+        keys.setdefault(rows[row][start : start + LEDGER_WINDOW].tobytes(), set()).add(int(key))
+    assert len(hashed.key) == sum(max(0, len(row) - LEDGER_WINDOW + 1) for row in rows)
     assert all(len(found) == 1 for found in keys.values())
     assert len(set.union(set(), *keys.values())) == len(keys)
     assert [int(_Hasher()([row]).digest[0]) for row in rows] == hashed.digest.tolist()

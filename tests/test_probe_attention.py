@@ -408,6 +408,6 @@ def test_labels_stay_where_the_model_needs_them():
 
 
 def test_large_rows_are_few(monkeypatch):
-    monkeypatch.setattr(attention, "MAX_TOKENS", LENGTH)
+    monkeypatch.setattr(attention, "ATTENTION_MAX_TOKENS", LENGTH)
     results = probe_attention(build("llama"), batch_of(4))
     assert results["non_causal_attention"] is None and results["row_leak"] is None

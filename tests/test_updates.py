@@ -9,12 +9,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipe.guards.finding import CannotJudge
+from recipe.guards.thresholds import FROZEN_STEPS, LOST_ELEMENTS, LOST_STEPS, PER_TENSOR, PLAIN_GRADIENT
 from recipe.guards.updates import (
-    FROZEN_STEPS,
-    LOST_ELEMENTS,
-    LOST_STEPS,
-    PER_TENSOR,
-    PLAIN_GRADIENT,
     check_frozen,
     check_lost_updates,
     check_optimizer_groups,

@@ -7,12 +7,8 @@ import random
 import pytest
 
 from recipe.guards.finding import CannotJudge
+from recipe.guards.thresholds import BUDGET_STEPS, EOS_SEEN, JUMP_WINDOW, NORM_FACTOR, RECENT
 from recipe.guards.vitals import (
-    BUDGET_STEPS,
-    EOS_SEEN,
-    NORM_FACTOR,
-    RECENT,
-    WINDOW,
     TokenCounts,
     add_losses_by_position,
     check_eos_targets,
@@ -28,7 +24,7 @@ from recipe.guards.vitals import (
     position_evidence,
 )
 
-FULL = WINDOW + RECENT
+FULL = JUMP_WINDOW + RECENT
 
 
 def spike(losses, **kwargs):
@@ -78,9 +74,9 @@ def test_a_zero_loss_asks_for_the_labels_and_not_for_a_checkpoint():
 
 
 def test_a_loss_that_stays_up_is_a_spike_even_where_the_window_has_no_spread():
-    assert spike([3.0] * WINDOW + [4.5] * (RECENT - 1)) is None  # the window is not full
+    assert spike([3.0] * JUMP_WINDOW + [4.5] * (RECENT - 1)) is None  # the window is not full
     assert spike([3.0] * FULL) is None
-    finding = spike([3.0] * WINDOW + [4.5] * RECENT)
+    finding = spike([3.0] * JUMP_WINDOW + [4.5] * RECENT)
     assert finding.severity == "warning" and "4.50" in finding.found and finding.step == FULL
     json.dumps(finding.evidence)
 
@@ -91,7 +87,7 @@ def test_single_batches_and_small_changes_are_none(recent):
 
 
 def test_a_spike_must_clear_the_noise():
-    noisy = [3.0 + 0.5 * (-1) ** i for i in range(WINDOW)]  # robust sd 0.74, margin 5.9
+    noisy = [3.0 + 0.5 * (-1) ** i for i in range(JUMP_WINDOW)]  # robust sd 0.74, margin 5.9
     assert spike(noisy + [8.5] * RECENT) is None
     assert spike(noisy + [9.5] * RECENT) is not None
 
@@ -105,20 +101,20 @@ def test_the_fall_of_early_training_is_none():
 
 
 def test_a_sudden_fall_is_found_in_the_first_pass_only():
-    losses = [3.0] * WINDOW + [0.6] * RECENT
+    losses = [3.0] * JUMP_WINDOW + [0.6] * RECENT
     assert "fell to 0.60" in spike(losses).found
     assert spike(losses, is_first_pass=False) is None
-    assert spike([3.0] * WINDOW + [1.2] * RECENT) is None  # as from web text to code
+    assert spike([3.0] * JUMP_WINDOW + [1.2] * RECENT) is None  # as from web text to code
 
 
 def test_a_loss_that_is_no_number_is_another_guards_business():
-    assert spike([3.0] * WINDOW + [math.nan] + [9.0] * (RECENT - 1)) is None
+    assert spike([3.0] * JUMP_WINDOW + [math.nan] + [9.0] * (RECENT - 1)) is None
 
 
 def test_a_history_that_was_cut_and_continued_gives_the_same():
     losses = [3.0 + 0.01 * (i % 7) for i in range(300)] + [6.0] * RECENT
     cut = losses[-FULL:]
-    steps = list(range(301 - WINDOW, 301 + RECENT))
+    steps = list(range(301 - JUMP_WINDOW, 301 + RECENT))
     whole, resumed = spike(losses), check_loss_spike(steps, [100 * step for step in steps], cut)
     assert whole is not None and whole == resumed
 
@@ -141,10 +137,10 @@ def test_healthy_noise_raises_nothing(degrees):
 
 def test_a_gradient_norm_far_over_its_level_is_a_warning_and_far_under_it_information():
     assert norm_level([0.5] * FULL) is None
-    assert norm_level([0.5] * WINDOW + [50.0] * (RECENT - 1) + [0.5]) is None
-    assert norm_level([0.5] * WINDOW + [0.4 * NORM_FACTOR] * RECENT) is None
-    assert norm_level([0.5] * WINDOW + [50.0] * RECENT).severity == "warning"
-    assert norm_level([0.5] * WINDOW + [0.005] * RECENT).severity == "info"
+    assert norm_level([0.5] * JUMP_WINDOW + [50.0] * (RECENT - 1) + [0.5]) is None
+    assert norm_level([0.5] * JUMP_WINDOW + [0.4 * NORM_FACTOR] * RECENT) is None
+    assert norm_level([0.5] * JUMP_WINDOW + [50.0] * RECENT).severity == "warning"
+    assert norm_level([0.5] * JUMP_WINDOW + [0.005] * RECENT).severity == "info"
 
 
 def test_a_gradient_norm_of_exactly_zero_is_a_warning_without_a_full_window():
@@ -154,7 +150,7 @@ def test_a_gradient_norm_of_exactly_zero_is_a_warning_without_a_full_window():
 
 @pytest.mark.parametrize("odd", [None, math.nan, math.inf, 0.0])
 def test_a_window_with_an_unknown_norm_is_not_judged(odd):
-    assert norm_level([0.5] * (WINDOW - 1) + [odd] + [50.0] * RECENT) is None
+    assert norm_level([0.5] * (JUMP_WINDOW - 1) + [odd] + [50.0] * RECENT) is None
 
 
 # --- learning rate

@@ -21,6 +21,7 @@
     journal.py       what is said, once at each onset; records.py the files
     state.py         what is kept in a checkpoint
     finding.py       Finding, and the ids
+    thresholds.py    every number that decides, with its origin
 
 A guard is a pure function that returns a `Finding` or None; everything else feeds it.
 """

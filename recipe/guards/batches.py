@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from recipe.guards.probes.targets import IGNORE_INDEX
+from recipe.guards.thresholds import SHORTEST_PROMPT
 from recipe.guards.vitals import TokenCounts
 
-SHORTEST_PROMPT = 4  # tokens
 VALID, SCORED, LABEL_IS_TOKEN, LABEL_IS_NEXT, STARTS = 1, 2, 4, 8, 16
 
 

@@ -28,14 +28,13 @@ from recipe.guards.ranks import Ranks
 from recipe.guards.records import StepRecord, append_line, as_finding, keep_until, read_steps
 from recipe.guards.state import read_state, say_damaged, write_state
 from recipe.guards.steps import PendingStep, StepClock, StepInProgress
+from recipe.guards.thresholds import CHECKSUM_STEPS, HISTORY, LISTEN_EVERY
 from recipe.guards.trajectory import Reference, find_reference, load_reference
 from recipe.guards.updates import check_optimizer_groups, check_tied, parameter_checksums
-from recipe.guards.watch import HISTORY, StepFacts, Watch
+from recipe.guards.watch import StepFacts, Watch
 
 logger = logging.getLogger("recipe.guards")
 
-LISTEN_EVERY = 2  # steps; a look at the head's gradient in passing costs half a per cent of the demo's step
-CHECKSUM_STEPS = (1, 10, 100)  # and every 100th after that
 NEED_TRAINING = tuple(name for name in FINDING_IDS if name not in preflight.PROBES)
 OF_A_RESUME = ("resume_jump", "resume_replay")  # each resume has its own
 

@@ -29,28 +29,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from recipe.guards.finding import Finding
+from recipe.guards.thresholds import (
+    ABOVE_MIN_STEPS,
+    ABOVE_WINDOW,
+    BELOW_MARGIN,
+    BELOW_WINDOW,
+    CONTEXT_HELPS,
+    LEARNING_RATE_SUM,
+    MAX_ENVELOPE_TOKENS,
+    MAX_GRAMS,
+    ORDERS,
+    STILL_FALLING,
+    TOKENS_PER_TYPE,
+    UNIGRAM_MARGIN,
+    UNTRAINED_SHARE,
+)
 
-ORDERS = 5
-TOKENS_PER_TYPE = 1000  # bytes have been measured so far
 SLICE = 1 << 14  # tokens learned at once: longer ones leave the cache, shorter ones pay numpy's overhead
 ONE_TYPE = 1 << 32  # `followed` holds n(c) in its low half and t(c) in its high half
-
-BELOW_WINDOW = 10  # steps
-BELOW_MARGIN = 0.3  # nats; on natural text a model stays 0.41 above the floor, on random tokens 0.01 under
-# A new model starts at ln(vocabulary), one that copies with tied embeddings at 0.94 of it (7.85 of 8.32, 6M
-# parameters), GPT-2 on web text at 0.3 of it.
-UNTRAINED_SHARE = 0.75
-
-ABOVE_WINDOW = 50  # steps
-CONTEXT_HELPS = 0.3  # nats that the bigram is under the unigram; 0 on random tokens
-# Nats under the prequential unigram that need no context: to know the frequencies beforehand would save about
-# V ln(N) / 2N, 0.05 for V = 4096 and N = 600k.
-UNIGRAM_MARGIN = 0.05
-STILL_FALLING = 0.01  # nats from one window to the next; batch noise cancels, as the unigram saw the same tokens
-# Adam moves a weight by about the learning rate a step, and weights begin at 0.02: at this sum they have gone 25 times
-# their size. The demo leaves its plateau at the unigram at a sum of 0.1.
-LEARNING_RATE_SUM = 0.5
-ABOVE_MIN_STEPS = 300  # for optimizers with larger learning rates; the demo leaves its plateau near step 65
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class Envelope:
     table of grams is full, or `stop` was called (a second pass over the data begins, say). Its memory is free then.
     """
 
-    def __init__(self, vocab_size: int, max_entries: int = 1 << 24, max_tokens: int = 20_000_000):
+    def __init__(self, vocab_size: int, max_entries: int = MAX_GRAMS, max_tokens: int = MAX_ENVELOPE_TOKENS):
         self.vocab_size, self.max_entries = vocab_size, max_entries
         self.max_tokens = min(max_tokens, TOKENS_PER_TYPE * vocab_size)
         self.tokens_seen = 0

@@ -8,13 +8,12 @@ from pathlib import Path
 from recipe.guards.diagnosis import CURVES, explain
 from recipe.guards.finding import CannotJudge, Finding, NotApplicable
 from recipe.guards.records import as_finding, read_lines
+from recipe.guards.thresholds import PATIENCE
 
 logger = logging.getLogger("recipe.guards")
 
 ALARMS = ("warning", "error")
 LOG_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-# A finding is over when its guard has been silent for so many judgments: a fault in some rows comes and goes.
-PATIENCE = 20
 
 Result = Finding | CannotJudge | None
 

@@ -28,31 +28,31 @@ from typing import NamedTuple
 import numpy as np
 
 from recipe.guards.finding import Finding
-
-WINDOW = 64
-EVERY = 16
-# Rows judged together: a duplicated document of 10,000 tokens, which is natural, must stay a small share of them.
-RECENT_ROWS, RECENT_TOKENS = 512, 1 << 17
-MIN_ROWS, MIN_TOKENS = 64, 16384
-# Tokens in 50-token strings that occur twice: 0.8 to 7 % of LM1B, Wiki-40B and C4, 19 % of RealNews, where papers
-# share agencies' news (Lee et al. 2022, "Deduplicating Training Data Makes Language Models Better", whole corpora).
-# Two workers or ranks that read the same give 50 %, a stream that begins again 100 %.
-INFO_SHARE, WARN_SHARE = 0.10, 0.25
-# Natural duplicates fall on the same place of two packed rows once in block_size times, and seldom lie within a few
-# micro-steps: one rank of 16 that reads another's rows is no accident at 6 %. They must be spread over half of the
-# recent tokens, so that one long document is not enough.
-ALIGNED_SHARE, ALIGNED_ROWS = 0.05, 8
-# Declared passes: in a new uniform order at most a tenth of the first documents lie within a tenth of a pass of their
-# last use, fewer later.
-NEAR, WARN_SHARE_NEAR = 0.1, 0.30
-REPLAY_ROWS, REPLAY_SHARE = 16, 0.5
-# Eval documents with a near-copy in train: 0.7 to 5 % of Wiki-40B, C4 and LM1B, 14 % of RealNews (same source). So 2 %
-# is to be known, and an error is where no natural corpus reaches.
-OVERLAP_ROWS, OVERLAP_WARN, OVERLAP_ERROR = 2, 0.02, 0.20
-# An n-gram model that has learned nothing yet says ln V for any text. No more than this is believed; the shortest copy
-# that counts has then 18 tokens at a million tokens seen.
-MAX_NATS = 2.0
-FEW_MICRO_STEPS = 16  # prefetching loaders seldom have more workers
+from recipe.guards.thresholds import (
+    ALIGNED_ROWS,
+    ALIGNED_SHARE,
+    ALIGNED_SPREAD,
+    CHANCE_NATS,
+    FEW_MICRO_STEPS,
+    INFO_SHARE,
+    LEDGER_EVERY,
+    LEDGER_MAX_ROWS,
+    LEDGER_MAX_WINDOWS,
+    LEDGER_MIN_ROWS,
+    LEDGER_MIN_TOKENS,
+    LEDGER_WINDOW,
+    MAX_NATS,
+    NEAR,
+    OVERLAP_ERROR,
+    OVERLAP_ROWS,
+    OVERLAP_WARN,
+    RECENT_ROWS,
+    RECENT_TOKENS,
+    REPLAY_ROWS,
+    REPLAY_SHARE,
+    WARN_SHARE,
+    WARN_SHARE_NEAR,
+)
 
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64
@@ -119,10 +119,12 @@ class _Hasher:
         tokens = np.concatenate(rows).astype(np.uint64) + np.uint64(1)
         np.cumsum(_mix(tokens) * self._powers[:total], out=sums[1:])
         digest = _mix((sums[end] - sums[start]) * self._inverses[start] + length.astype(np.uint64))
-        counts = np.maximum(length - WINDOW + 1, 0)
+        counts = np.maximum(length - LEDGER_WINDOW + 1, 0)
         row = np.repeat(np.arange(len(rows)), counts)
         at = np.arange(len(row)) + (start - (np.cumsum(counts) - counts))[row]
-        keys = _mix((sums[WINDOW:] - sums[:-WINDOW]) * self._inverses[: max(total - WINDOW + 1, 0)])
+        keys = _mix(
+            (sums[LEDGER_WINDOW:] - sums[:-LEDGER_WINDOW]) * self._inverses[: max(total - LEDGER_WINDOW + 1, 0)]
+        )
         return _Hashed(start, length, digest, row, at, keys[at])
 
 
@@ -208,15 +210,15 @@ def _stretches(row: np.ndarray, at: np.ndarray, earlier: np.ndarray, matched: np
     follows[1:] = both & (behind[1:] == behind[:-1])
     first = (matched & ~follows).nonzero()[0]
     last = (matched & ~np.append(follows[1:], False)).nonzero()[0]
-    span = at[last] - at[first] + WINDOW
-    breaks = (both & ~follows[1:] & (at[1:] - at[:-1] < WINDOW)).nonzero()[0]
+    span = at[last] - at[first] + LEDGER_WINDOW
+    breaks = (both & ~follows[1:] & (at[1:] - at[:-1] < LEDGER_WINDOW)).nonzero()[0]
     num_rows = int(row[-1]) + 1
     covered = np.zeros(num_rows, np.int64)
     matched_at, matched_row = at[matched], row[matched]
     starts = np.append(True, matched_row[1:] != matched_row[:-1]).nonzero()[0]
     ends = np.append(starts[1:], len(matched_row)) - 1
-    covered[matched_row[starts]] = matched_at[ends] - matched_at[starts] + WINDOW
-    kept = (np.bincount(row[breaks], minlength=num_rows) * WINDOW <= covered)[row[first]]
+    covered[matched_row[starts]] = matched_at[ends] - matched_at[starts] + LEDGER_WINDOW
+    kept = (np.bincount(row[breaks], minlength=num_rows) * LEDGER_WINDOW <= covered)[row[first]]
     first, last = first[kept], last[kept]
     return _Stretches(row[first], at[first], span[kept], last - first + 1, earlier[first])
 
@@ -274,9 +276,9 @@ class Ledger:
     `max_windows`, `max_rows`: entries kept of each kind, see the module. Every number and array is state.
     """
 
-    def __init__(self, max_windows: int = 4 << 20, max_rows: int = 4 << 20):
+    def __init__(self, max_windows: int = LEDGER_MAX_WINDOWS, max_rows: int = LEDGER_MAX_ROWS):
         self._hash = _Hasher()
-        self.tables = {"windows": _Table(max_windows, EVERY), "digests": _Table(max_rows)}
+        self.tables = {"windows": _Table(max_windows, LEDGER_EVERY), "digests": _Table(max_rows)}
         self.tables |= {"eval_windows": _Table(max_windows), "eval_digests": _Table(max_rows)}
         self.rows = _RowTable()
         self.tokens = self.micro_steps = self.passes = self.eval_tokens = self._pass_start = self._near = 0
@@ -400,7 +402,7 @@ class Ledger:
     @property
     def has_enough(self) -> bool:
         """To judge repetition by."""
-        return self.rows.size >= MIN_ROWS and self.tokens >= MIN_TOKENS
+        return self.rows.size >= LEDGER_MIN_ROWS and self.tokens >= LEDGER_MIN_TOKENS
 
     @property
     def can_see_replay(self) -> bool:
@@ -415,7 +417,7 @@ class Ledger:
 
     def _follow_resume(self) -> None:
         recent = self.recent(MAX_NATS, self._resumed_at)
-        if self._replay_rows < MIN_ROWS:
+        if self._replay_rows < LEDGER_MIN_ROWS:
             self._replay_rows, self._replay_tokens = recent.num_rows, recent.num_tokens
             self._replay_copied = int(recent.copies[:, 1].sum())
         elif recent.copies[:, 1].sum() < INFO_SHARE * recent.num_tokens:
@@ -451,7 +453,7 @@ class Ledger:
         A copy goes on beyond its kept windows, `every` tokens on either side in the mean: that much is added, up to
         half a window.
         """
-        stretch, more = self._matches("windows", hashed), min(self.tables["windows"].every, WINDOW // 2)
+        stretch, more = self._matches("windows", hashed), min(self.tables["windows"].every, LEDGER_WINDOW // 2)
         for index, at, span, earlier in zip(stretch.row, stretch.at, stretch.span, stretch.earlier, strict=True):
             step, start = int(self.rows.places(earlier)[0]), at - hashed.start[index]
             surprise = span * _novelty(rows[index])
@@ -523,7 +525,7 @@ class Ledger:
 def _least_tokens(pairs: int, nats_per_token: float) -> float:
     """Tokens that a copy must have more of, so that chance does not explain it among so many pairs of positions."""
     nats = min(nats_per_token, MAX_NATS)
-    return (math.log(max(pairs, 1)) + 10) / nats if nats > 0 else math.inf
+    return (math.log(max(pairs, 1)) + CHANCE_NATS) / nats if nats > 0 else math.inf
 
 
 def check_repetition(
@@ -533,11 +535,11 @@ def check_repetition(
 
     `nats_per_token`: what a token of this text tells, the mean loss of an n-gram model over all tokens so far (score,
     then learn), not of recent tokens, which copies make easy. `num_workers`: of the DataLoader, for the wording.
-    Silent until MIN_ROWS rows with MIN_TOKENS tokens; after a resume REPLAY_ROWS rows are enough.
+    Silent until LEDGER_MIN_ROWS rows with LEDGER_MIN_TOKENS tokens; after a resume REPLAY_ROWS rows are enough.
     """
     since = ledger.replay_since
     recent = ledger.recent(nats_per_token, since or 0)
-    enough = recent.num_rows >= MIN_ROWS and recent.num_tokens >= MIN_TOKENS
+    enough = recent.num_rows >= LEDGER_MIN_ROWS and recent.num_tokens >= LEDGER_MIN_TOKENS
     if not len(recent.copies) or (since is None and not enough):
         return None
     copied, is_whole = recent.copies[:, 1], recent.copies[:, 4] == 1
@@ -545,7 +547,7 @@ def check_repetition(
     share, aligned = copied.sum() / recent.num_tokens, copied[is_whole].sum() / recent.num_tokens
     warn = WARN_SHARE_NEAR if ledger.passes else WARN_SHARE
     whole = recent.copies[is_whole, 0]
-    is_spread = len(whole) >= ALIGNED_ROWS and whole[-1] - whole[0] >= recent.num_tokens / 2
+    is_spread = len(whole) >= ALIGNED_ROWS and whole[-1] - whole[0] >= ALIGNED_SPREAD * recent.num_tokens
     is_aligned = recent.is_packed and is_spread and aligned >= ALIGNED_SHARE and not ledger.passes
     least = warn if ledger.passes else INFO_SHARE
     if share < least and not is_aligned:

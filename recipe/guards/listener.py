@@ -22,9 +22,7 @@ from recipe.guards.probes.targets import (
     target_of_logits,
     targets_from_hidden,
 )
-
-POSITIONS, MAX_POSITIONS = 18, 72  # looked at in each row of a micro-batch, and in all of its rows
-FUSED_EVERY = 8  # micro-batches; where a fused loss makes no logits, a look costs four heads of these positions
+from recipe.guards.thresholds import FUSED_EVERY, MAX_POSITIONS, POSITIONS
 
 
 def find_trainer(callback: TrainerCallback) -> tuple[Trainer | None, str | None]:

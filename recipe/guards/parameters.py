@@ -4,11 +4,9 @@ import torch
 
 from recipe.guards.batches import OnItsWay
 from recipe.guards.finding import Finding
+from recipe.guards.thresholds import FROZEN_STEPS, LOST_STEPS, MOVING_RATE
 from recipe.guards.updates import (
-    FROZEN_STEPS,
-    LOST_STEPS,
     LOW_PRECISION,
-    MOVING_RATE,
     Parameters,
     check_frozen,
     check_lost_updates,

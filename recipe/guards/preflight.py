@@ -32,6 +32,13 @@ from recipe.guards.probes.targets import (
     head_of,
     recover_loss_targets,
 )
+from recipe.guards.thresholds import (
+    EVAL_ROWS,
+    PREFLIGHT_MAX_ROWS,
+    PREFLIGHT_MAX_TOKENS,
+    PREFLIGHT_MIN_ROWS,
+    SHORT,
+)
 from recipe.guards.vitals import check_init_loss, check_padding_targets, check_token_range
 
 TARGETS = ("missing_label_shift", "double_label_shift", "wrong_loss_target")
@@ -39,11 +46,6 @@ ATTENTION = ("non_causal_attention", "row_leak", "cross_document_attention")
 EVALUATION = ("eval_not_repeatable", "eval_train_mismatch")
 TOKENS = ("token_out_of_range", "padding_is_target")
 PROBES = (*TARGETS, "init_loss_off", *ATTENTION, *TOKENS, "accumulation_mismatch", *EVALUATION)
-# What the probes look at, to be done in seconds and under training's memory: rows of the micro-batch (fewer of long
-# ones, but two, so that one can be held against the other), and positions where the length makes no difference.
-MAX_ROWS, MIN_ROWS, MAX_TOKENS = 4, 2, 2048
-EVAL_ROWS, SHORT = 2, 256
-
 DATASETS = ("train_dataset", "eval_dataset")
 MAX_COPIED = 1 << 20  # elements of a tensor that the trainer keeps
 
@@ -74,7 +76,8 @@ def run_probes(
         prepared = twin._prepare_inputs(dict(inputs))
         if missing := [name for name in ("input_ids", "labels") if not isinstance(prepared.get(name), torch.Tensor)]:
             return dict.fromkeys(PROBES, CannotJudge(f"the batch has no {' and no '.join(missing)}"))
-        prepared = first_rows(prepared, max(MIN_ROWS, min(MAX_ROWS, MAX_TOKENS // prepared["input_ids"].shape[-1])))
+        most = min(PREFLIGHT_MAX_ROWS, PREFLIGHT_MAX_TOKENS // prepared["input_ids"].shape[-1])
+        prepared = first_rows(prepared, max(PREFLIGHT_MIN_ROWS, most))
         results |= _guarded(
             TARGETS, lambda: _probe_targets(twin, model, prepared, num_items_in_batch, is_new_model, where)
         )

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from recipe.errors import UserError
 from recipe.guards.finding import Finding
+from recipe.guards.thresholds import TOLERANCES
 
 TRAJECTORIES = Path(__file__).parent.parent / "trajectories"
-# How far a fact of the run may be from the reference's and still be the same config.
-TOLERANCES = {"parameters": 0.02, "learning_rate": 0.01}
 
 
 @dataclass(frozen=True)

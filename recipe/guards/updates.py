@@ -18,30 +18,23 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from recipe.guards.finding import CannotJudge, Finding
+from recipe.guards.thresholds import (
+    FROZEN_SHARE,
+    FROZEN_STEPS,
+    LOST_ELEMENTS,
+    LOST_SHARE,
+    LOST_SPACINGS,
+    LOST_STEPS,
+    MOVING_ELEMENTS,
+    MOVING_RATE,
+    PER_TENSOR,
+    PLAIN_GRADIENT,
+    RESUME_TOLERANCE,
+)
 
 Parameters = list[tuple[str, torch.nn.Parameter]]
 
-PER_TENSOR = 4096  # elements sampled: a share of 0.5 is known to 0.01
-FROZEN_STEPS = 8  # zero-initialised projections and LoRA hide gradients for a step or two; routing finds every expert
-# Below it a step may be too small for a float32 weight of 1.0 (half its spacing is 3e-8).
-MOVING_RATE = 1e-6
-# Above it a gradient is not damped by Adam's epsilon of 1e-8. A power of two: exact in float32.
-PLAIN_GRADIENT = 2.0**-20
-FROZEN_SHARE = 0.5  # of a new model's parameters, excluded on purpose; fixed sinusoidal positions are below it
-
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-LOST_STEPS = 64
-# An element is judged where LOST_STEPS times the rate is this many of its spacings. Adam's steps are at most the rate
-# and change sign now and then, so the exact sum is a fifth of it at worst: one spacing, which stochastic rounding and
-# Kahan summation bring to the weights.
-# Measured (AdamW, rates 1e-6 to 1e-3, weights of sd 0.02 to 1): where rates are under a spacing plain bf16 moves 6 to
-# 24 % of these elements; Kahan summation, stochastic rounding and fp32 copies move 65 to 99 %.
-LOST_SPACINGS = 5
-LOST_SHARE, LOST_ELEMENTS = 0.4, 1000
-
-# Of one pinned batch in eval mode, in nats. Rounding alone: fp32 sums in another order move a loss by 1e-6 to 1e-5;
-# bf16 logits are good to 2^-8 of themselves, 1e-3 after the mean over a batch. Ten times that and more is no rounding.
-RESUME_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 # --- measuring
@@ -215,7 +208,7 @@ def check_frozen(
 
 def _should_move(parameter: torch.Tensor) -> bool:
     """In low precision it may be a lost update, and few elements may all sit still under small gradients."""
-    return parameter.dtype not in LOW_PRECISION and parameter.numel() >= 16
+    return parameter.dtype not in LOW_PRECISION and parameter.numel() >= MOVING_ELEMENTS
 
 
 def _is_idle_expert(name: str, unreached: list[str], parameters: Parameters) -> bool:

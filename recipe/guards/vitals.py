@@ -15,31 +15,32 @@ from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from recipe.guards.finding import CannotJudge, Finding
-
-# A jump: all RECENT steps lie clear of everything in the WINDOW steps before them. One batch is never enough (public
-# 124M runs have single steps 8 sd off their trend), nor are two kinds of batches in one stream. Rate of false
-# alarms on simulated healthy curves (power law, student-t noise down to 2 degrees of freedom, two kinds of batches,
-# plateaus, sources that change by 0.7 nats): none in 19M steps; with AR(1) correlation up to 0.95 besides, 21 in 5M,
-# all from shocks of 3 degrees of freedom that fade over 20 steps, as spikes do.
-WINDOW, RECENT = 50, 5
-JUMP_SDS = 8  # robust, of the window
-RISE_NATS = 1.0  # spikes that cost something are larger; a change of the mixture of sources is smaller
-FALL_NATS, FALL_SHARE = 1.0, 1 / 3  # web text to code is 3.0 to 1.2 at most; a leak goes towards 0
-NORM_FACTOR = 20  # healthy 124M run: norms fall 18-fold in 300 steps, single batches are 7-fold off (llm.c)
-NORM_CLEAR = math.log(2)  # of all norms in the window: two kinds of batches have two levels
-ZERO_NORMS = 3  # one step may have every label masked
-
-# Copying with tied embeddings starts 0.47 below (7.85 of ln 4096); healthy public runs at most 0.01, and up to 1.5
-# times the guess where the head is not scaled down.
-INIT_BELOW, INIT_ABOVE = 0.2, 2.0
-RATE_TOLERANCE = 1e-3  # of the rate: learning rates kept as fp32 tensors are within 1e-7, wrong ones are per cents off
-BUDGET_STEPS, BUDGET_SHARE = 20, 0.8  # short batches end a pass: at most one step in five is excused
-EOS_SEEN = 32  # documents that ended without EOS as target, before it is said
-EOS_ABSENT_TOKENS = 1_000_000  # longer than one document of any usual corpus, a hundred times over
-PADDING_SCORED, PADDING_SHARE = 100, 0.01  # of the scored positions; less does no harm
-# Known faults start at 1.5 nats at the usual loss of 3 (eval divided by 2 steps of accumulation, torchtitan#1758; no
-# causal mask: 2.7, entrenar#310). Code and web text differ by 1.8, so up to 2 nats it is information.
-GAP_NATS, GAP_WARNING, GAP_RATIO, GAP_STEPS = 1.2, 2.0, 1.5, 20
+from recipe.guards.thresholds import (
+    BUDGET_SHARE,
+    BUDGET_STEPS,
+    EOS_ABSENT_TOKENS,
+    EOS_SEEN,
+    FALL_NATS,
+    FALL_SHARE,
+    GAP_NATS,
+    GAP_RATIO,
+    GAP_STEPS,
+    GAP_WARNING,
+    INIT_ABOVE,
+    INIT_BELOW,
+    JUMP_SDS,
+    JUMP_WINDOW,
+    NORM_CLEAR,
+    NORM_FACTOR,
+    PADDING_SCORED,
+    PADDING_SHARE,
+    POSITION_ERRORS,
+    POSITION_LOSSES,
+    RATE_TOLERANCE,
+    RECENT,
+    RISE_NATS,
+    ZERO_NORMS,
+)
 
 
 def check_finite(
@@ -90,10 +91,10 @@ class _Jump:
 
 def _measure_jump(values: list[float]) -> _Jump | None:
     """None until the window is full, and while a value is not finite (another guard's business)."""
-    values = values[-(WINDOW + RECENT) :]
-    if len(values) < WINDOW + RECENT or not all(math.isfinite(value) for value in values):
+    values = values[-(JUMP_WINDOW + RECENT) :]
+    if len(values) < JUMP_WINDOW + RECENT or not all(math.isfinite(value) for value in values):
         return None
-    window, recent = values[:WINDOW], values[WINDOW:]
+    window, recent = values[:JUMP_WINDOW], values[JUMP_WINDOW:]
     median = statistics.median(window)
     robust_sd = 1.4826 * statistics.median(abs(value - median) for value in window)
     return _Jump(median, robust_sd, min(window), max(window), above=min(recent), below=max(recent))
@@ -120,7 +121,7 @@ def check_loss_spike(
         found, causes = f"loss fell to {jump.below:.2f} or less within {RECENT} steps", _FALL_CAUSES
     else:
         return None
-    expected = f"near {jump.median:.2f}, median of the {WINDOW} steps before ({jump.low:.2f} to {jump.high:.2f})"
+    expected = f"near {jump.median:.2f}, median of the {JUMP_WINDOW} steps before ({jump.low:.2f} to {jump.high:.2f})"
     action = "look at the gradient norm and the data of these steps"
     evidence = {"median": jump.median, "robust_sd": jump.robust_sd, "recent": losses[-RECENT:]}
     return Finding("loss_spike", "warning", steps[-1], tokens[-1], found, expected, causes, action, evidence)
@@ -140,7 +141,7 @@ def check_grad_norm_level(steps: list[int], tokens: list[int], norms: list[float
     Up is a warning: clipping hides it from the loss for a while. Down is information: it harms nothing by itself, and
     a memorised text does the same. Silent where norms are not known.
     """
-    window = norms[-(WINDOW + RECENT) :]
+    window = norms[-(JUMP_WINDOW + RECENT) :]
     if len(window) >= ZERO_NORMS and all(norm == 0.0 for norm in window[-ZERO_NORMS:]):
         causes = ("the loss is detached from the parameters", "every label masked (-100)", "underflow in fp16")
         found = f"gradient norm exactly 0 in {ZERO_NORMS} steps"
@@ -151,7 +152,7 @@ def check_grad_norm_level(steps: list[int], tokens: list[int], norms: list[float
     if jump is None:
         return None
     margin = max(JUMP_SDS * jump.robust_sd, math.log(NORM_FACTOR))
-    usual = f"near {math.exp(jump.median):.3g}, the median of the {WINDOW} steps before"
+    usual = f"near {math.exp(jump.median):.3g}, the median of the {JUMP_WINDOW} steps before"
     evidence = {"median": math.exp(jump.median), "recent": window[-RECENT:]}
     if jump.above > max(jump.high + NORM_CLEAR, jump.median + margin):
         causes = ("learning rate too high", "a stretch of broken data", "clipping is not effective")
@@ -420,15 +421,15 @@ def add_losses_by_position(totals: list[list[float]], positions: list[int], loss
         totals[bucket] = [count + 1, total + loss, squares + loss * loss]
 
 
-def position_evidence(totals: list[list[float]], min_count: int = 30) -> dict:
+def position_evidence(totals: list[list[float]], min_count: int = POSITION_LOSSES) -> dict:
     """Mean loss by position in the block, and whether it falls: who learns from context falls, who copies does not.
 
-    `falls` compares the first and the last position bucket with `min_count` losses at 3 standard errors; None while
-    there are not two such buckets.
+    `falls` compares the first and the last position bucket with `min_count` losses at POSITION_ERRORS standard errors;
+    None while there are not two such buckets.
     """
     rows = [(i, n, s / n, max(0.0, q / n - (s / n) ** 2) / n) for i, (n, s, q) in enumerate(totals) if n >= min_count]
     means = {("0" if i == 0 else f"{1 << (i - 1)}-{(1 << i) - 1}"): mean for i, _, mean, _ in rows}
     if len(rows) < 2:
         return {"loss_by_position": means, "falls": None}
     (_, _, first, first_error), (_, _, last, last_error) = rows[0], rows[-1]
-    return {"loss_by_position": means, "falls": first - last > 3 * math.sqrt(first_error + last_error)}
+    return {"loss_by_position": means, "falls": first - last > POSITION_ERRORS * math.sqrt(first_error + last_error)}

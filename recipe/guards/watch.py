@@ -15,9 +15,6 @@ import numpy as np
 from recipe.guards import vitals
 from recipe.guards.batches import LABEL_IS_NEXT, LABEL_IS_TOKEN, SCORED, SeenTokens, TokenCounter, scored_part
 from recipe.guards.envelope import (
-    ABOVE_MIN_STEPS,
-    ABOVE_WINDOW,
-    BELOW_WINDOW,
     Envelope,
     check_above_envelope,
     check_below_envelope,
@@ -27,19 +24,29 @@ from recipe.guards.evaluation import judge_evaluation
 from recipe.guards.facts import RunFacts
 from recipe.guards.finding import CannotJudge, Finding
 from recipe.guards.ledger import Ledger, Place, check_overlap, check_repetition
-from recipe.guards.probes.targets import MIN_POSITIONS, in_rows, judge_row
+from recipe.guards.probes.targets import in_rows, judge_row
 from recipe.guards.records import StepRecord, unfit
+from recipe.guards.thresholds import (
+    ABOVE_MIN_STEPS,
+    ABOVE_WINDOW,
+    BELOW_WINDOW,
+    BUDGET_STEPS,
+    HISTORY,
+    JUMP_WINDOW,
+    LABEL_CLEAR,
+    LABEL_MAJORITY,
+    LABELS_TO_LEARN,
+    MIN_POSITIONS,
+    PASSING_MAJORITY,
+    RATE_STEPS,
+    RECENT,
+    UNEVEN,
+    WEIGHT_STEPS,
+    WEIGHTED_LOSS,
+    ZERO_NORMS,
+)
 from recipe.guards.trajectory import Reference, check_grad_norm, check_reference
 from recipe.guards.updates import check_ranks
-
-HISTORY = 1000  # steps kept for windows
-LABELS_TO_LEARN, LABEL_CLEAR = 64, 0.9  # scored labels, and the share that says what labels are in this run
-LABEL_MAJORITY = 0.5  # of a row's labels; label noise and denoising objectives stay far from it
-PASSING_MAJORITY = 0.5  # of the positions looked at in passing, 16 a row: a few by chance are not a fault
-RATE_STEPS = 2  # in a row; the first after a resume still has the rate of the schedule as it was when saved
-WEIGHT_STEPS = 3  # in a row, before the weights of micro-batches are said to be uneven
-UNEVEN = 0.05  # counts that differ by less give weights that differ by less than bf16 gradients can tell (0.4 %) x 10
-WEIGHTED_LOSS = 1.2  # positions of one micro-batch that weigh differently: a loss weighted on purpose
 
 
 @dataclass
@@ -151,7 +158,7 @@ class Watch:
         return [[record[name] for record in self.history[-count:]] for name in names]
 
     def _judge_curve(self) -> Iterator[tuple[str, Finding | None]]:
-        count = vitals.WINDOW + vitals.RECENT
+        count = JUMP_WINDOW + RECENT
         steps, tokens, losses, norms = self._columns(count, "step", "tokens_seen", "loss", "grad_norm")
         if len(steps) == count:
             yield "loss_spike", vitals.check_loss_spike(steps, tokens, losses, is_first_pass=self.passes == 1)
@@ -165,7 +172,7 @@ class Watch:
             if len(norms) >= reference.window:
                 own = [column[-reference.window :] for column in (steps, tokens, norms)]
                 yield "grad_norm_off", check_grad_norm(reference, *own)
-        elif len(norms) == count or norms[-vitals.ZERO_NORMS :] == [0.0] * vitals.ZERO_NORMS:
+        elif len(norms) == count or norms[-ZERO_NORMS:] == [0.0] * ZERO_NORMS:
             yield "grad_norm_off", vitals.check_grad_norm_level(steps, tokens, norms)
 
     def _judge_learning_rate(self, step: StepFacts, number: int, tokens: int) -> Iterator[tuple[str, Finding | None]]:
@@ -196,7 +203,7 @@ class Watch:
             self.cannot_judge.setdefault("eos_never_target", "neither model nor tokenizer names an EOS token")
         if self.facts.planned_rows is None:
             self.cannot_judge.setdefault("token_budget_off", "padding-free batches are not counted in rows")
-        elif len(self.rows_by_step) >= vitals.BUDGET_STEPS:
+        elif len(self.rows_by_step) >= BUDGET_STEPS:
             planned, in_pass = self.facts.planned_rows, self.facts.rows_in_pass
             yield "token_budget_off", vitals.check_tokens(*where, self.rows_by_step, planned, in_pass=in_pass)
 

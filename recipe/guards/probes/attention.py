@@ -10,18 +10,16 @@ import torch
 
 from recipe.guards.finding import CannotJudge, Finding, NotApplicable
 from recipe.guards.probes.targets import IGNORE_INDEX
+from recipe.guards.thresholds import (
+    ATTENTION_MAX_ROWS,
+    ATTENTION_MAX_TOKENS,
+    ATTENTION_MIN_ROWS,
+    ROUNDING,
+    UNPROVEN,
+)
 
 IDS = ("non_causal_attention", "row_leak", "cross_document_attention")
 PADDING = -1
-# One row is asked and another must be there to leak; more only where they are cheap.
-MIN_ROWS, MAX_ROWS, MAX_TOKENS = 2, 4, 2048
-# Of the largest gradient. Masked tokens get exactly zero (21 families, fp32 and bf16); only mixing by FFT would round,
-# by eps * log2(length) = 1e-6 in fp32, which it needs, here with ten times the room. The tests' weakest leak is 2e-4.
-ROUNDING = 1e-5
-# Half of the logits moved by half their standard deviation though no gradient flows. Mixtures of experts round anew
-# with the number of tokens an expert gets, and a rounding can turn a token to another expert: a few positions move far
-# and the others by a few eps (bf16: 0.8 %).
-UNPROVEN = 0.5
 GOLDEN = 0.618  # spreads positions over a row without meeting the powers of two where chunks and windows end
 
 Results = dict[str, Finding | CannotJudge | None]
@@ -65,7 +63,7 @@ def choose_rows(inputs: dict) -> tuple[dict, list[int]]:
     if inputs.get("input_ids") is None or inputs["input_ids"].ndim != 2:
         raise CannotJudge("the batch has no input_ids of rows and positions")
     num_rows, length = inputs["input_ids"].shape
-    count = min(num_rows, MAX_ROWS, max(MIN_ROWS, MAX_TOKENS // length))
+    count = min(num_rows, ATTENTION_MAX_ROWS, max(ATTENTION_MIN_ROWS, ATTENTION_MAX_TOKENS // length))
     if count == num_rows:
         return dict(inputs), list(range(num_rows))
     documents = find_documents(inputs)

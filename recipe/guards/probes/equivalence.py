@@ -10,25 +10,18 @@ import torch
 from recipe.guards.finding import CannotJudge, Finding
 from recipe.guards.probes.attention import undisturbed
 from recipe.guards.probes.targets import IGNORE_INDEX, recover_loss_targets
-
-KEPT = 8  # one label in so many stays in the second micro-batch
-# Weights are compared by their median over a row's positions. bf16 keeps 8 bits, so one weight is good to 2 %; the
-# faults looked for are off by 40 % and more.
-WEIGHTS = 0.05
-# Relative, of a loss. Most forward passes repeat bit for bit; all of bf16's rounding against fp32 moved the mean over
-# 512 tokens by 1.6e-5 (6-layer Llama), dropout of 0.1 that over 4,096 by 5e-5 to 4e-4 (4-layer GPT-2).
-REPEATED = 2e-5
-EVALUATED = (
-    0.01  # relative: an evaluation in bf16 of a model in fp32 rounds far less, the faults looked for are factors
+from recipe.guards.thresholds import (
+    COMPILED,
+    EVALUATED,
+    FACTOR_TOLERANCE,
+    KEPT,
+    LARGEST_FACTOR,
+    REPEATED,
+    REPORTED,
+    SMALL,
+    SUM_ROOM,
+    WEIGHTS,
 )
-REPORTED = 0.05  # mean of batch means instead of tokens, last batch not full: a few percent (transformers #39241)
-# Relative, of loss and of gradients. Inductor sums in another order: on a 2-layer Llama 0 and 1e-6 in fp32, 1e-7 and
-# 9e-3 in bf16. TF32, which torch_compile turns on, rounds by 5e-4, and gradients gather rounding over the layers.
-COMPILED = {torch.float32: (1e-3, 0.02), torch.bfloat16: (1e-2, 0.15), torch.float16: (5e-3, 0.1)}
-SMALL = (
-    0.01  # of the whole gradient's norm: below, a parameter's gradient is mostly rounding (biases of keys: all of it)
-)
-LARGEST_FACTOR = 64
 
 
 def probe_accumulation(
@@ -233,7 +226,11 @@ def _ratio(value: float, wanted: float) -> float:
 def name_factor(ratio: float) -> str:
     """`8 times` or `1/8` for a ratio within 2 % of a whole number or of its inverse, from 2 on; else empty."""
     for value, name in ((ratio, "{} times"), (1 / ratio if ratio > 0 else 0.0, "1/{}")):
-        if math.isfinite(value) and 2 <= round(value) <= LARGEST_FACTOR and abs(value / round(value) - 1) <= 0.02:
+        if (
+            math.isfinite(value)
+            and 2 <= round(value) <= LARGEST_FACTOR
+            and abs(value / round(value) - 1) <= FACTOR_TOLERANCE
+        ):
             return name.format(round(value))
     return ""
 
@@ -292,5 +289,5 @@ def _gap(eager: tuple[float, float], compiled: tuple[float, float], floor: float
     """Of norm and sum, relative to the norm. Rounding errors are independent, so their sum is about as large as their
     norm; three times that is allowed."""
     scale = max(eager[0], floor, 1e-30)
-    gap = max(abs(compiled[0] - eager[0]), abs(compiled[1] - eager[1]) / 3) / scale
+    gap = max(abs(compiled[0] - eager[0]), abs(compiled[1] - eager[1]) / SUM_ROOM) / scale
     return gap if math.isfinite(gap) else math.inf

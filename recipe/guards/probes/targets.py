@@ -9,18 +9,17 @@ import torch
 from torch.nn import functional as F
 
 from recipe.guards.finding import CannotJudge, Finding
+from recipe.guards.thresholds import (
+    FOLLOWED,
+    MAJORITY,
+    MAX_ELSEWHERE,
+    MAX_FUSED_POSITIONS,
+    MAX_REMAINDER,
+    MIN_POSITIONS,
+    NEGATIVE_SHARE,
+)
 
 IGNORE_INDEX = -100
-MIN_POSITIONS = 8  # fewer clear positions than this in a row decide nothing
-# A row is judged by the shift at which most of its targets lie. By chance a target equals another token of the row in
-# two or three of a hundred positions (measured over forty model classes), so half is far from both sides.
-MAJORITY = 0.5
-# Targets at none of the shifts 0, 1, 2: a few may be chance or special handling, a tenth is not.
-MAX_ELSEWHERE = 0.1
-MAX_FUSED_POSITIONS = 1024  # of a micro-batch, where the targets cost four heads
-# Share of the gradient that the best target leaves unexplained: 1e-7 in fp32, 1e-3 in bf16. Logits scaled by 2 leave
-# up to 0.1, and the targets are still right; by 3, 0.3.
-MAX_REMAINDER = 0.15
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def target_of_logits(logits: torch.Tensor, gradient: torch.Tensor) -> tuple[torc
     # Cross entropy has one negative entry, as large as all the positive ones together. With label smoothing it
     # vanishes once the model is sure of the target, and the lowest of the many that remain means nothing.
     positive = (torch.linalg.vector_norm(gradient, 1, dim=-1) + gradient.sum(dim=-1)) / 2
-    is_scored = (lowest < 0) & (-lowest > 0.5 * positive)
+    is_scored = (lowest < 0) & (-lowest > NEGATIVE_SHARE * positive)
     return torch.where(is_scored, target, IGNORE_INDEX), torch.where(is_scored, weights, 0.0), losses
 
 
@@ -217,7 +216,7 @@ def _follow(targets: torch.Tensor, labels: torch.Tensor | None) -> bool:
     if labels is None or labels.shape != targets.shape:
         return False
     scored = targets[:, :-1] != IGNORE_INDEX
-    return bool(((targets[:, :-1] == labels[:, 1:]) & scored).sum() >= 0.95 * scored.sum())
+    return bool(((targets[:, :-1] == labels[:, 1:]) & scored).sum() >= FOLLOWED * scored.sum())
 
 
 def judge_row(
