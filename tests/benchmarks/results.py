@@ -58,8 +58,8 @@ def commit() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    # The results themselves change with every section that is written.
-    changed = git("status", "--porcelain", "--", ".", f":!{RESULTS.relative_to(ROOT)}")
+    # Results themselves change when they are written
+    changed = git("status", "--porcelain", "--", ".", ":!*RESULTS.md", ":!*results.json")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" + changes" if changed else "")
 
 
