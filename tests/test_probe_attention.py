@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from recipe.guards.finding import CannotJudge, Finding
@@ -22,6 +23,7 @@ from recipe.guards.probes.attention import (
 
 VOCABULARY, LENGTH = 64, 24
 SETTING = {"rows": [0, 1, 2, 3], "mode": "train", "attention_mask": "as given", "step": 0, "tokens": 0}
+IDS_OF_MOVEMENT = ["non_causal_attention", "row_leak"]
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 GROUPED = COMMON | {"num_key_value_heads": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -205,7 +207,41 @@ def test_movement_of_a_few_positions_is_no_proof():
     moved, watched = torch.full((2, 9), 0.02), torch.ones(2, 9, dtype=torch.bool)
     moved[:, :3] = 4.0
     assert not check_movement(moved, watched, {1: 4}, SETTING)
-    assert list(check_movement(moved + 0.5, watched, {1: 4}, SETTING)) == ["non_causal_attention", "row_leak"]
+    assert list(check_movement(moved + 0.5, watched, {1: 4}, SETTING)) == IDS_OF_MOVEMENT
+
+
+def test_in_fp32_a_small_movement_tells_where_rounding_cannot_be_it():
+    moved, watched = torch.full((2, 8), 1e-6), torch.ones(2, 8, dtype=torch.bool)
+    assert not check_movement(moved, watched, {0: 5, 1: 6}, SETTING, exact=True)
+    assert list(check_movement(moved + 2e-3, watched, {0: 5}, SETTING, exact=True)) == IDS_OF_MOVEMENT
+    assert not check_movement(moved + 2e-3, watched, {0: 5}, SETTING)
+
+
+@pytest.mark.parametrize(("second", "found"), [(5, ["non_causal_attention"]), (2, [])])
+def test_one_position_moves_at_the_same_distance_in_each_row(second, found):
+    """A token that turned to another expert moves one position anywhere: the second row's is elsewhere."""
+    moved, watched = torch.full((2, 8), 1e-6), torch.ones(2, 8, dtype=torch.bool)
+    moved[0, 4], moved[1, second] = 0.3, 0.1
+    assert list(check_movement(moved, watched, {0: 5, 1: 6}, SETTING, exact=True)) == found
+    assert not check_movement(moved[:1], watched[:1], {0: 5}, SETTING, exact=True)
+
+
+def test_a_leak_without_gradient_of_a_hundredth_is_seen(tiny_model):
+    """Each position is given a little of the next token's embedding, computed under no_grad."""
+    embed = tiny_model.model.embed_tokens
+
+    def look_ahead(module, args, out):
+        with torch.no_grad():
+            ahead = F.pad(out[:, 1:], (0, 0, 0, 1)).detach()
+        return out + 0.05 * ahead
+
+    embed.register_forward_hook(look_ahead)
+    ids = torch.randint(257, (4, 32), generator=torch.Generator().manual_seed(0))
+    found = probe_attention(tiny_model, {"input_ids": ids, "labels": ids})
+    assert (
+        isinstance(found["non_causal_attention"], Finding)
+        and "without gradient" in found["non_causal_attention"].found
+    )
 
 
 # --- healthy families
@@ -324,16 +360,18 @@ def test_rows_that_mix_are_found_and_not_taken_for_the_future(share, number):
     assert list(alarms(probe_attention(model, batch_of(number)))) == ["row_leak"]
 
 
-def test_a_leak_without_gradient_is_found_where_it_is_large():
+@pytest.mark.parametrize("weight", [3.0, 1e-2])
+def test_a_leak_without_gradient_is_found(weight):
     model = build("llama")
-    mix(model, 3.0, lambda output: output.detach().mean(dim=(0, 1), keepdim=True))
-    found = alarms(probe_attention(model, batch_of(2)))
-    assert "row_leak" in found and "median_movement" in found["row_leak"].evidence
+    mix(model, weight, lambda output: output.detach().mean(dim=(0, 1), keepdim=True))
+    found = alarms(probe_attention(model, batch_of(4)))
+    assert found and all("movement" in finding.evidence for finding in found.values())
 
 
-def test_movement_without_gradient_of_the_size_of_rounding_is_silent():
-    model = build("llama")
-    mix(model, 1e-2, lambda output: output.detach().mean(dim=(0, 1), keepdim=True))
+@pytest.mark.parametrize(("weight", "dtype"), [(1e-6, torch.float32), (1e-2, torch.bfloat16)])
+def test_movement_without_gradient_of_the_size_of_rounding_is_silent(weight, dtype):
+    model = build("llama").to(dtype)
+    mix(model, weight, lambda output: output.detach().mean(dim=(0, 1), keepdim=True))
     assert not alarms(probe_attention(model, batch_of(4)))
 
 

@@ -16,6 +16,7 @@ from recipe.guards.thresholds import (
     ATTENTION_MIN_ROWS,
     ROUNDING,
     UNPROVEN,
+    UNPROVEN_FP32,
 )
 
 IDS = ("non_causal_attention", "row_leak", "cross_document_attention")
@@ -219,7 +220,14 @@ def _change(model, batch: dict, after: dict[int, int], documents, scored, settin
         return {}
     row, place = divmod(int(moved.argmax()), moved.shape[1])
     results = _ask(model, batch, {row: place}, documents, setting)
-    return _alarms(results) or check_movement(moved, watched, after, setting)
+    return _alarms(results) or check_movement(moved, watched, after, setting, is_exact(model))
+
+
+def is_exact(model: torch.nn.Module) -> bool:
+    """Whether it computes in fp32 or finer, so that rounding is far below what tells."""
+    kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    low = any(parameter.dtype.itemsize < 4 for parameter in model.parameters() if parameter.is_floating_point())
+    return not low and not torch.is_autocast_enabled(kind)
 
 
 def change_tokens(input_ids: torch.Tensor, after: dict[int, int], documents: torch.Tensor) -> torch.Tensor:
@@ -333,18 +341,33 @@ def _finding(name: str, relative, forbidden, asked: dict[int, int], setting: dic
     return Finding(name, severity, setting["step"], setting["tokens"], found, "none", causes, action, evidence)
 
 
-def check_movement(moved: torch.Tensor, watched: torch.Tensor, after: dict[int, int], setting: dict) -> Results:
-    """Logits that moved though no gradient flows: half of the watched ones by half a standard deviation is no
-    rounding."""
+def check_movement(
+    moved: torch.Tensor, watched: torch.Tensor, after: dict[int, int], setting: dict, exact: bool = False
+) -> Results:
+    """Logits that moved though no gradient flows. `exact`: in fp32 a thousandth of a deviation is no rounding, in half
+    of the watched logits or at the same distance before the change in every row."""
+    limit = UNPROVEN_FP32 if exact else UNPROVEN
     own = torch.zeros_like(watched)
     own[list(after)] = True
     results: Results = {}
     for name, part in (("non_causal_attention", watched & own), ("row_leak", watched & ~own)):
         size = float(moved[part].median()) if part.any() else 0.0
-        if size > UNPROVEN:
-            found = f"half of the logits moved by {size:.2f} deviations when tokens that they must not see changed"
+        if name == "non_causal_attention" and exact and size <= limit:
+            size = same_distance(moved.where(part, 0.0), after)
+        if size > limit:
+            found = (
+                f"logits moved by {size:.2g} deviations when tokens that they must not see changed, without gradient"
+            )
             causes = ("statistics over positions or rows, computed without gradient", "masks made from later tokens")
-            action, evidence = "change one token and look where the logits move", {"median_movement": size}
+            action, evidence = "change one token and look where the logits move", {"movement": size}
             where = (setting["step"], setting["tokens"])
             results[name] = Finding(name, "error", *where, found, "no movement", causes, action, evidence)
     return results
+
+
+def same_distance(moved: torch.Tensor, after: dict[int, int]) -> float:
+    """The smallest of the rows' largest movements, where all lie equally far before the change; else 0. A token that
+    a rounding turned to another expert does so in one row, and anywhere."""
+    rows = moved[list(after)]
+    distances = {place - int(row.argmax()) for place, row in zip(after.values(), rows, strict=True)}
+    return float(rows.amax(dim=1).min()) if len(after) > 1 and len(distances) == 1 else 0.0
