@@ -70,6 +70,7 @@ THRESHOLDS = {
         *(t.PREFLIGHT_MAX_ROWS, t.MIN_POSITIONS, t.POSITIONS, t.MAX_POSITIONS // t.POSITIONS),
         *(t.LABELS_TO_LEARN, t.LABEL_CLEAR, f"{t.FUSED_EVERY}th"),
     ),
+    "wrong_loss_target": (percent(t.MAX_UNSCORED), t.SURE),
     "non_causal_attention": (t.ATTENTION_MIN_ROWS, t.ATTENTION_MAX_ROWS, "1e-5", t.UNPROVEN, t.UNPROVEN_FP32),
     "accumulation_mismatch": (t.WEIGHTS, t.UNEVEN, t.WEIGHTED_LOSS),
     "init_loss_off": (t.INIT_BELOW, f"{t.INIT_ABOVE:g}"),

@@ -8,6 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from recipe.guards.finding import CannotJudge
 from recipe.guards.probes.targets import (
     IGNORE_INDEX,
+    LossTargets,
+    check_all_scored,
     check_loss_targets,
     recover_loss_targets,
     targets_from_gradient,
@@ -53,6 +55,32 @@ def test_one_wrong_row_among_good_ones_is_found():
     mixed = torch.stack([targets_at(1)[0], targets_at(0)[1]])
     finding = check_loss_targets(IDS, mixed)
     assert finding.id == "missing_label_shift" and finding.evidence["row"] == 1
+
+
+def scored_but(silent: slice, loss: float = 3.0) -> LossTargets:
+    """As a probe finds them where the loss leaves out the positions `silent`."""
+    targets, is_silent = targets_at(1), torch.zeros(2, 24, dtype=torch.bool)
+    is_silent[:, -1] = is_silent[:, silent] = True
+    targets[is_silent] = IGNORE_INDEX
+    return LossTargets(targets, torch.ones(2, 24), torch.full((2, 24), loss), is_silent)
+
+
+def test_labels_that_the_loss_leaves_out_are_found():
+    finding = check_all_scored(scored_but(slice(0, 12)), IDS)
+    assert (finding.id, finding.severity) == ("wrong_loss_target", "warning")
+    assert "24 of 46 positions" in finding.found
+
+
+def test_a_few_or_masked_positions_that_are_not_scored_are_no_fault():
+    assert check_all_scored(scored_but(slice(0, 2)), IDS) is None
+    masked = IDS.clone()
+    masked[:, :13] = IGNORE_INDEX
+    assert check_all_scored(scored_but(slice(0, 12)), masked) is None
+
+
+def test_a_model_that_is_sure_is_not_judged():
+    with pytest.raises(CannotJudge, match="certainty"):
+        check_all_scored(scored_but(slice(0, 12), loss=0.01), IDS)
 
 
 def test_targets_of_another_row():

@@ -11,7 +11,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ from recipe.guards.probes.equivalence import check_compiled, probe_accumulation,
 from recipe.guards.probes.targets import (
     IGNORE_INDEX,
     LossTargets,
+    check_all_scored,
     check_loss_targets,
     head_of,
     recover_loss_targets,
@@ -108,6 +109,9 @@ def _probe_targets(twin, model, inputs, num_items_in_batch, is_new_model, where)
     found = recover_loss_targets(model, _loss_of(twin, model, inputs, num_items_in_batch))
     results: dict[str, Result] = {"init_loss_off": _check_init_loss(found, model, is_new_model, where)}
     finding = check_loss_targets(inputs["input_ids"], found.targets, inputs["labels"], **where)
+    if finding is None:
+        with suppress(CannotJudge):  # the targets have been judged
+            finding = check_all_scored(found, inputs["labels"], **where)
     return results | {name: finding if finding is not None and finding.id == name else None for name in TARGETS}
 
 

@@ -51,6 +51,12 @@ FOLLOWED = 0.95
 # Of the sum of a gradient's positive entries, in its lowest one. Derived: cross entropy has one negative entry, as
 # large as all the positive ones together; what label smoothing leaves once a model is sure is shared among many.
 NEGATIVE_SHARE = 0.5
+# Of the positions with a label: the loss depends on none of their logits. Chosen, not measured: a mask inside the loss
+# that is wrong takes a large part.
+MAX_UNSCORED = 0.1
+# Nats, mean over the scored positions. A gradient is zero too where softmax rounds to 1, at a loss of 1e-7. Chosen, not
+# measured: a mean that a model with a tenth of its positions there stays far below.
+SURE = 0.1
 # Of a micro-batch, where the targets cost four heads. Chosen, not measured: enough for hundreds of positions a row.
 MAX_FUSED_POSITIONS = 1024
 # Share of the gradient that the best target leaves unexplained: 1e-7 in fp32, 1e-3 in bf16. Logits scaled by 2 leave
@@ -65,10 +71,10 @@ ATTENTION_MIN_ROWS, ATTENTION_MAX_ROWS, ATTENTION_MAX_TOKENS = 2, 4, 2048
 # Of the largest gradient. Masked tokens get exactly zero (21 families, fp32 and bf16); only mixing by FFT would round,
 # by eps * log2(length) = 1e-6 in fp32, which it needs, here with ten times the room. The tests' weakest leak is 2e-4.
 ROUNDING = 1e-5
-# Half of the logits moved by this many standard deviations though no gradient flows. Mixtures of experts round anew with
-# the number of tokens an expert gets, and a rounding can turn a token to another expert: a few positions move far and
-# the others by a few eps (bf16: 0.8 %). In fp32 such turns are rare and the others move by 1e-6, so a thousandth tells;
-# leaks of a hundredth were missed by half a deviation.
+# Half of the logits moved by this many standard deviations though no gradient flows. Mixtures of experts round anew
+# with the number of tokens an expert gets, and a rounding can turn a token to another expert: a few positions move far
+# and the others by a few eps (bf16: 0.8 %). In fp32 such turns are rare and the others move by 1e-6, so a thousandth
+# tells; leaks of a hundredth were missed by half a deviation.
 UNPROVEN, UNPROVEN_FP32 = 0.5, 1e-3
 
 # --- probes/equivalence.py

@@ -15,8 +15,10 @@ from recipe.guards.thresholds import (
     MAX_ELSEWHERE,
     MAX_FUSED_POSITIONS,
     MAX_REMAINDER,
+    MAX_UNSCORED,
     MIN_POSITIONS,
     NEGATIVE_SHARE,
+    SURE,
 )
 
 IGNORE_INDEX = -100
@@ -26,11 +28,12 @@ IGNORE_INDEX = -100
 class LossTargets:
     """All `[rows, positions]`. `targets` int64: the token that each position is really scored on, IGNORE_INDEX where
     it is not scored or was not looked at. `weights` float32: how much it counts in the loss. `losses` float32: its
-    cross entropy, nats."""
+    cross entropy, nats. `is_silent` bool: the loss does not depend on its logits at all."""
 
     targets: torch.Tensor
     weights: torch.Tensor
     losses: torch.Tensor
+    is_silent: torch.Tensor
 
 
 # --- recovering
@@ -101,17 +104,18 @@ def targets_from_gradient(logits: torch.Tensor, gradient: torch.Tensor) -> LossT
     return LossTargets(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
 
-def target_of_logits(logits: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Targets, weights and losses of `[..., vocab_size]`."""
+def target_of_logits(logits: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Targets, weights, losses and silence (`LossTargets`) of `[..., vocab_size]`."""
     logits, gradient = logits.float(), gradient.float()
     lowest, target = gradient.min(dim=-1)
     losses = logits.logsumexp(dim=-1) - logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     weights = -lowest / (1 - (-losses).exp()).clamp_min(1e-6)
     # Cross entropy has one negative entry, as large as all the positive ones together. With label smoothing it
     # vanishes once the model is sure of the target, and the lowest of the many that remain means nothing.
-    positive = (torch.linalg.vector_norm(gradient, 1, dim=-1) + gradient.sum(dim=-1)) / 2
+    size = torch.linalg.vector_norm(gradient, 1, dim=-1)
+    positive = (size + gradient.sum(dim=-1)) / 2
     is_scored = (lowest < 0) & (-lowest > NEGATIVE_SHARE * positive)
-    return torch.where(is_scored, target, IGNORE_INDEX), torch.where(is_scored, weights, 0.0), losses
+    return torch.where(is_scored, target, IGNORE_INDEX), torch.where(is_scored, weights, 0.0), losses, size == 0
 
 
 def targets_from_hidden(hidden: torch.Tensor, gradient: torch.Tensor, head: torch.nn.Module) -> LossTargets:
@@ -124,14 +128,12 @@ def targets_from_hidden(hidden: torch.Tensor, gradient: torch.Tensor, head: torc
     """
     count = max(4 * MIN_POSITIONS, MAX_FUSED_POSITIONS // hidden.shape[0])
     rows = [_target_of_hidden(h[:count], g[:count], head) for h, g in zip(hidden, gradient, strict=True)]
-    targets, weights, losses = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    targets, *others = (torch.stack(parts) for parts in zip(*rows, strict=True))
     rest = (0, hidden.shape[1] - targets.shape[1])
-    return LossTargets(F.pad(targets, rest, value=IGNORE_INDEX), F.pad(weights, rest), F.pad(losses, rest))
+    return LossTargets(F.pad(targets, rest, value=IGNORE_INDEX), *(F.pad(part, rest) for part in others))
 
 
-def _target_of_hidden(
-    hidden: torch.Tensor, gradient: torch.Tensor, head: torch.nn.Module
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _target_of_hidden(hidden: torch.Tensor, gradient: torch.Tensor, head: torch.nn.Module) -> tuple[torch.Tensor, ...]:
     weight, bias = head.weight.detach().float(), getattr(head, "bias", None)
     hidden, gradient = hidden.float(), gradient.float()
     log_p = F.linear(hidden, weight, None if bias is None else bias.detach().float()).log_softmax(dim=-1)
@@ -145,7 +147,7 @@ def _target_of_hidden(
     weights = (along.gather(-1, chosen) / length.gather(-1, chosen)).squeeze(-1)
     is_scored = (size > 0) & (score >= (1 - MAX_REMAINDER) * size)
     losses = -log_p.gather(-1, chosen).squeeze(-1)
-    return torch.where(is_scored, target, IGNORE_INDEX), torch.where(is_scored, weights, 0.0), losses
+    return torch.where(is_scored, target, IGNORE_INDEX), torch.where(is_scored, weights, 0.0), losses, size == 0
 
 
 # --- judging
@@ -201,6 +203,31 @@ def check_loss_targets(
             action="nothing, if it is on purpose; else print one row of input_ids beside its labels",
         )
     return finding
+
+
+def check_all_scored(found: LossTargets, labels: torch.Tensor, step: int = 0, tokens_seen: int = 0) -> Finding | None:
+    """Hold the positions that the loss does not depend on against the `labels` `[rows, positions]`: those whose next
+    label is a token are meant to be scored. Positions that are sure of their target (softmax rounds to 1) are silent
+    too, so raises `CannotJudge` where the model is."""
+    scored = found.targets != IGNORE_INDEX
+    if labels.shape != scored.shape or not scored.any() or float(found.losses[scored].mean()) < SURE:
+        raise CannotJudge("no position's loss is large enough to tell silence from certainty")
+    meant = labels[:, 1:] != IGNORE_INDEX
+    silent = int((found.is_silent[:, :-1] & meant).sum())
+    count = int(meant.sum())
+    if silent <= MAX_UNSCORED * count:
+        return None
+    return Finding(
+        "wrong_loss_target",
+        "warning",
+        step,
+        tokens_seen,
+        found=f"{silent} of {count} positions with a label are not scored",
+        expected="all of them",
+        likely_causes=("a mask inside the loss that is wrong", "logits or labels cut before the loss"),
+        action="if it is on purpose, set their labels to -100; else count what your loss function averages over",
+        evidence={"unscored": silent, "positions": count},
+    )
 
 
 def in_rows(finding: Finding, num_faulty: int, num_judged: int) -> Finding:
