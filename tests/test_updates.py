@@ -16,9 +16,14 @@ from recipe.guards.updates import (
     check_optimizer_groups,
     check_ranks,
     check_resume,
+    check_small_updates,
+    check_stopped,
     check_tied,
+    check_undone,
+    count_kept,
     count_moved,
     count_optimizer_states,
+    count_small,
     have_moved,
     largest_gradients,
     parameter_checksums,
@@ -54,7 +59,7 @@ def watch(model, compute_loss, optimizer, rates):
         before = sample_parameters(parameters)
         largest = torch.maximum(largest, largest_gradients(parameters))
         optimizer.step()
-        moved |= have_moved(before, parameters)
+        moved |= have_moved(before, sample_parameters(parameters))
     return parameters, largest.tolist(), moved.tolist(), rates
 
 
@@ -363,3 +368,38 @@ def test_states_of_an_optimizer_are_counted():
     adam.step()
     sgd.step()
     assert (count_optimizer_states(adam), count_optimizer_states(sgd)) == (2, 0)
+
+
+# --- small, undone and stopped
+
+
+def test_adams_first_steps_are_of_the_size_of_the_rate():
+    before, gradient = {"w": torch.zeros(100)}, {"w": torch.ones(100)}
+    for moved, small in ((-1e-3, 0), (-4e-5, 100), (1e-3, 100), (0.0, 100)):  # the third goes uphill
+        assert count_small(before, {"w": before["w"] + moved}, gradient, 1e-3).tolist() == [small, 100]
+    assert count_small(before, before, {"w": torch.zeros(100)}, 1e-3).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("small", "found"), [(40, False), (60, True)])
+def test_small_updates_are_found(small, found):
+    assert (check_small_updates(9, 90, small, 100) is not None) is found
+    assert check_small_updates(9, 90, 0, 0) is None
+
+
+@pytest.mark.parametrize(("now", "kept"), [(1.0, 100), (0.6, 100), (0.4, 0), (0.0, 0)])
+def test_what_is_put_back_after_a_step_is_not_kept(now, kept):
+    parameter = nn.Parameter(torch.full((100,), now))
+    before, after = {"w": torch.zeros(100)}, {"w": torch.ones(100)}
+    counts = count_kept(before, after, [("w", parameter)]).tolist()
+    assert counts == [kept, 100] and (check_undone(9, 90, *counts) is None) is (kept == 100)
+
+
+def test_parameters_that_no_longer_get_a_gradient():
+    model = llama()
+    finding = check_stopped(50, 500, named(model), ["model.layers.0.mlp.up_proj.weight"])
+    assert (finding.id, finding.severity) == ("frozen_parameters", "warning")
+
+
+def test_experts_that_get_no_token_any_more_are_information():
+    experts = [(f"layers.0.experts.{n}.w", nn.Parameter(torch.zeros(2, 2))) for n in range(4)]
+    assert check_stopped(50, 500, experts, ["layers.0.experts.3.w"]).severity == "info"

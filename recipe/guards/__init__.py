@@ -7,6 +7,7 @@
     preflight.py     every probe on one real micro-batch, leaving no trace
     probes/          the exact tests: targets, attention, equivalence
     pinned.py        one batch whose loss is computed again after a resume
+    gradients.py     what micro-batches add to a gradient, and what the step is taken with
     steps.py         a step as it is heard, its numbers on their way to the host
     batches.py       token ids and flags of what the model was given
     ranks.py         what ranks tell each other

@@ -9,6 +9,7 @@ said of it is in `journal.py`.
 
 import logging
 from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from transformers import Trainer, TrainerCallback
 from recipe.guards import preflight
 from recipe.guards.batches import OnItsWay, send_tokens
 from recipe.guards.evaluation import EvaluationWatch
-from recipe.guards.facts import is_new, optimizer_name, plain_rate, reference_facts, run_facts
+from recipe.guards.facts import is_new, optimizer_name, plain_rate, reference_facts, run_facts, scheduled_rates
 from recipe.guards.finding import FINDING_IDS, CannotJudge, Finding, NotApplicable
+from recipe.guards.gradients import GradientWatch
 from recipe.guards.journal import Journal
 from recipe.guards.listener import TargetListener, Wrapping, find_trainer, is_compiled
 from recipe.guards.parameters import ParameterWatch
 from recipe.guards.pinned import PinnedBatch
+from recipe.guards.probes.equivalence import check_repeated
 from recipe.guards.ranks import Ranks
 from recipe.guards.records import StepRecord, append_line, as_finding, keep_until, read_steps
 from recipe.guards.state import read_state, say_damaged, write_state
@@ -83,6 +86,7 @@ class RegressionCallback(TrainerCallback):
         self._wrapping = Wrapping()
         self._targets: TargetListener | None = None
         self._parameters: ParameterWatch | None = None
+        self._gradients: GradientWatch | None = None
         self._ranks: Ranks | None = None
         self._reset()
 
@@ -169,9 +173,12 @@ class RegressionCallback(TrainerCallback):
             while self.watch is not None and self.watch.passes < int(state.epoch + 1e-6) + 1:
                 self.watch.begin_pass(None)
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         rates = [(plain_rate(group["lr"]), plain_rate(group.get("initial_lr"))) for group in optimizer.param_groups]
         self._step.learning_rates = rates
+        self._step.scheduled_rates = scheduled_rates(lr_scheduler)
+        if self._gradients is not None:
+            self._step.gradient = self._gradients.take(len(self._step.losses))
         if self._parameters is not None:
             self._parameters.before_step(self._step.learning_rate)
 
@@ -230,10 +237,10 @@ class RegressionCallback(TrainerCallback):
 
     def _let_go(self) -> None:
         self._wrapping.undo()
-        for held in (self._targets, self._ranks):
+        for held in (self._targets, self._ranks, self._gradients):
             if held is not None:
                 held.close()
-        self._targets = self._trainer = self._ranks = self._parameters = None
+        self._targets = self._trainer = self._ranks = self._parameters = self._gradients = None
 
     def _listening_training_step(self, training_step):
         def listen(model, inputs, num_items_in_batch=None, *args, **kwargs):
@@ -241,7 +248,8 @@ class RegressionCallback(TrainerCallback):
             tokens = send_tokens(inputs, getattr(self._trainer.processing_class, "pad_token_id", None))
             if self._targets is not None and self._trainer.state.global_step % LISTEN_EVERY == 0:
                 self._targets.begin(inputs.get("input_ids"))
-            loss = training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+            with self._hearing_gradients():
+                loss = training_step(model, inputs, num_items_in_batch, *args, **kwargs)
             self._step.losses.append(loss.detach())
             if tokens is not None:
                 self._step.tokens.append(tokens)
@@ -257,10 +265,24 @@ class RegressionCallback(TrainerCallback):
 
     def _listening_clip(self, clip):
         def listen(*arguments, **kwargs):
+            if self._gradients is not None:
+                self._gradients.before_clip()
             self._step.grad_norm = norm = clip(*arguments, **kwargs)
             return norm
 
         return listen
+
+    @contextmanager
+    def _hearing_gradients(self):
+        """Backward passes of the training, not those of probes."""
+        if self._gradients is None:
+            yield
+            return
+        self._gradients.is_listening = True
+        try:
+            yield
+        finally:
+            self._gradients.is_listening = False
 
     def _before_micro_step(self, inputs: dict, num_items_in_batch) -> preflight.Eager | None:
         """The probes, before the first micro-batch; again, where a curve wants to be explained. Gives back what the
@@ -313,7 +335,11 @@ class RegressionCallback(TrainerCallback):
     def _look_at_parameters(self, optimizer) -> None:
         # As the optimizer got them: FSDP and DeepSpeed put others into the model.
         named = list(self._trainer.model_wrapped.named_parameters())
-        self._parameters = ParameterWatch(named, optimizer_name(optimizer))
+        is_first_run = self._trainer.state.global_step == 0
+        self._parameters = ParameterWatch(named, optimizer_name(optimizer), is_first_run)
+        sharded = self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled
+        if not sharded and "layerwise" not in self._trainer.args.optim:  # those step within backward
+            self._gradients = GradientWatch(named)
         where = (self._trainer.state.global_step, self.tokens_seen)
         is_new_model = self._given_facts.get("is_new_model", is_new(self._model))
         self._conclude("frozen_parameters", lambda: check_optimizer_groups(*where, named, optimizer, is_new_model))
@@ -338,7 +364,8 @@ class RegressionCallback(TrainerCallback):
             initial = {plain_rate(group.get("initial_lr")) for group in trainer.optimizer.param_groups}
             agrees = self._saved[0]["learning_rate_agrees"] if self._saved else args.learning_rate in initial
             self._learning_rate_agrees = agrees
-            self.watch = self._build_watch(run_facts(trainer, self._model, inputs, self.facts, agrees))
+            followed = self._gradients
+            self.watch = self._build_watch(run_facts(trainer, self._model, inputs, self.facts, agrees, followed))
             self.watch.history = self._history
 
     def _build_watch(self, facts) -> Watch:
@@ -421,6 +448,8 @@ class RegressionCallback(TrainerCallback):
             record,
             [loss for told in ranks for loss in told["losses"]],
             pending.heard_of.learning_rates,
+            scheduled_rates=pending.heard_of.scheduled_rates,
+            gradient=ranks[0]["gradient"],
             seen=[(rank, micro, seen) for rank, told in enumerate(ranks) for micro, seen in enumerate(told["seen"])],
             heard=[(rank, micro, rows) for rank, told in enumerate(ranks) for micro, rows in enumerate(told["heard"])],
             checksums=None if None in checksums else checksums,
@@ -438,6 +467,9 @@ class RegressionCallback(TrainerCallback):
             for guard, finding in self.watch.judge_evaluation(ranks, metrics, step, self.tokens_seen):
                 self.journal.judge(guard, finding, step)
             self._note_what_cannot_be_judged()
+        with suppress(CannotJudge):  # said where it is pinned
+            if (pair := self._pinned.losses(2)) and self.watch is not None:
+                self.journal.judge("eval_not_repeatable", check_repeated(*pair, step, self.tokens_seen), step)
 
     def _note_what_cannot_be_judged(self) -> None:
         for guard, reason in self.watch.cannot_judge.items():

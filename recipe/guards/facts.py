@@ -7,6 +7,7 @@ import torch
 from transformers import Trainer
 
 from recipe.guards.finding import CannotJudge
+from recipe.guards.gradients import GradientWatch
 from recipe.guards.vitals import expected_learning_rates
 
 
@@ -15,7 +16,7 @@ class RunFacts:
     """What does not change in a run. `schedule`: factor on the initial learning rate by optimizer step, or why there
     is none to hold the rate against. `planned_rows`: of one step, all ranks; None where batches are not counted in
     rows. `rows_in_pass`: of the data, where it is known. `weights_are_scaled`: gradients carry an unknown factor
-    (fp16 loss scaling)."""
+    (fp16 loss scaling). `followed`: the parameter whose gradient is followed, and whether it is in half precision."""
 
     vocab_size: int
     embedding_rows: int
@@ -31,6 +32,8 @@ class RunFacts:
     weights_are_scaled: bool = False
     is_adam: bool = True
     parameter_names: tuple[str, ...] = ()
+    max_grad_norm: float = 0.0
+    followed: tuple[str, bool] = ("", False)
 
 
 def reference_facts(trainer: Trainer, model: torch.nn.Module, inputs: dict) -> dict:
@@ -47,7 +50,14 @@ def reference_facts(trainer: Trainer, model: torch.nn.Module, inputs: dict) -> d
     }
 
 
-def run_facts(trainer: Trainer, model: torch.nn.Module, inputs: dict, facts: dict, rate_agrees: bool) -> RunFacts:
+def run_facts(
+    trainer: Trainer,
+    model: torch.nn.Module,
+    inputs: dict,
+    facts: dict,
+    rate_agrees: bool,
+    gradients: GradientWatch | None = None,
+) -> RunFacts:
     """`facts`: those of `reference_facts`, and what the user gave. `rate_agrees`: the optimizer was built with the
     learning rate of the arguments."""
     args = trainer.args
@@ -70,6 +80,8 @@ def run_facts(trainer: Trainer, model: torch.nn.Module, inputs: dict, facts: dic
         weights_are_scaled=trainer.accelerator.scaler is not None,
         is_adam="adam" in optimizer_name(trainer.optimizer).lower(),
         parameter_names=tuple(name for name, _ in model.named_parameters()),
+        max_grad_norm=args.max_grad_norm or 0.0,
+        followed=(gradients.name, gradients.is_low) if gradients is not None else ("", False),
     )
 
 
@@ -108,3 +120,11 @@ def plain_rate(rate) -> float | None:
     if isinstance(rate, torch.Tensor):
         return None if rate.is_cuda else float(rate)
     return rate
+
+
+def scheduled_rates(scheduler) -> list[float | None]:
+    """What the scheduler says the rate of each parameter group is; empty where it does not say."""
+    try:
+        return [plain_rate(rate) for rate in scheduler.get_last_lr()]
+    except (AttributeError, NotImplementedError):
+        return []

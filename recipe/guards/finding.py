@@ -28,7 +28,7 @@ FINDINGS: dict[str, str] = {
     "resume_jump": "After resuming, the loss did not go on where it had stopped.",
     "learning_rate_off": "The learning rate is not what the schedule says.",
     "frozen_parameters": "Parameters that should train do not move.",
-    "lost_updates": "Updates are too small for the precision of the weights and are rounded away.",
+    "lost_updates": "Updates are rounded away, undone, or far smaller than the learning rate asks for.",
     "untied_weights": "Embedding and head should share their weights and do not.",
     "token_budget_off": "The tokens counted are not the tokens planned.",
     "token_out_of_range": "Token ids lie outside the model's vocabulary.",

@@ -52,6 +52,8 @@ from recipe.guards.thresholds import (
     REPLAY_SHARE,
     WARN_SHARE,
     WARN_SHARE_NEAR,
+    WHOLE_NATS,
+    WHOLE_SHARE,
 )
 
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
@@ -543,12 +545,12 @@ def check_repetition(
     if not len(recent.copies) or (since is None and not enough):
         return None
     copied, is_whole = recent.copies[:, 1], recent.copies[:, 4] == 1
-    is_whole &= ledger.micro_steps_apart(recent.copies) < FEW_MICRO_STEPS
-    share, aligned = copied.sum() / recent.num_tokens, copied[is_whole].sum() / recent.num_tokens
+    is_near = is_whole & (ledger.micro_steps_apart(recent.copies) < FEW_MICRO_STEPS)
+    share, whole, near = (copied[which].sum() / recent.num_tokens for which in (copied > 0, is_whole, is_near))
     warn = WARN_SHARE_NEAR if ledger.passes else WARN_SHARE
-    whole = recent.copies[is_whole, 0]
-    is_spread = len(whole) >= ALIGNED_ROWS and whole[-1] - whole[0] >= ALIGNED_SPREAD * recent.num_tokens
-    is_aligned = recent.is_packed and is_spread and aligned >= ALIGNED_SHARE and not ledger.passes
+    is_aligned = near >= ALIGNED_SHARE and _is_spread(recent, is_near)
+    is_aligned |= nats_per_token >= WHOLE_NATS and whole >= WHOLE_SHARE and _is_spread(recent, is_whole)
+    is_aligned &= recent.is_packed and not ledger.passes
     least = warn if ledger.passes else INFO_SHARE
     if share < least and not is_aligned:
         return None
@@ -575,7 +577,8 @@ def check_repetition(
         evidence=evidence
         | {
             "share": float(share),
-            "near_whole_row_share": float(aligned),
+            "whole_row_share": float(whole),
+            "near_whole_row_share": float(near),
             "recent_rows": recent.num_rows,
             "recent_tokens": recent.num_tokens,
             "nats_per_token": nats_per_token,
@@ -583,6 +586,12 @@ def check_repetition(
             "passes_declared": ledger.passes,
         },
     )
+
+
+def _is_spread(recent: Recent, which: np.ndarray) -> bool:
+    """Whether these copies are many, and over so much of the recent tokens that one long document is not enough."""
+    starts = recent.copies[which, 0]
+    return len(starts) >= ALIGNED_ROWS and bool(starts[-1] - starts[0] >= ALIGNED_SPREAD * recent.num_tokens)
 
 
 def _origin(ledger: Ledger, copies: np.ndarray, num_workers: int | None) -> tuple[str, dict]:

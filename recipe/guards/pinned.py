@@ -38,11 +38,14 @@ class PinnedBatch:
         return check_resume(step, tokens_seen, before, self.loss(), dtype, states, now)
 
     def loss(self) -> float | None:
-        """In eval mode; None where no rows could be pinned."""
+        return next(iter(self.losses(1)), None)
+
+    def losses(self, times: int) -> list[float]:
+        """In eval mode, of the present weights; none where no rows could be pinned."""
         if not self._rows:
-            return None
+            return []
         try:
-            return preflight.loss_in_eval_mode(self.trainer, self.model, self._rows)
+            return preflight.losses_in_eval_mode(self.trainer, self.model, self._rows, times)
         except Exception as error:  # a probe never ends a run
             raise CannotJudge(f"the pinned batch failed with {type(error).__name__}: {error}") from error
 

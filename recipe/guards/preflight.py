@@ -303,11 +303,13 @@ def pin(inputs: dict) -> dict:
     return tensors if len(tensors) == len(rows) and "labels" in tensors else {}
 
 
-def loss_in_eval_mode(trainer: Trainer, model: torch.nn.Module, inputs: dict) -> float:
+def losses_in_eval_mode(trainer: Trainer, model: torch.nn.Module, inputs: dict, times: int) -> list[float]:
+    """One after the other: what draws random numbers draws others each time."""
     with undisturbed(model), torch.no_grad():
         model.eval()
         twin = twin_of(trainer)
-        return float(_loss_of(twin, model, twin._prepare_inputs(dict(inputs)), None)().mean())
+        compute_loss = _loss_of(twin, model, twin._prepare_inputs(dict(inputs)), None)
+        return [float(compute_loss().mean()) for _ in range(times)]
 
 
 # --- leaving no trace

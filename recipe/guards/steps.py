@@ -15,13 +15,16 @@ Rates = list[tuple[float | None, float | None]]
 
 @dataclass
 class StepInProgress:
-    """What is heard between two optimizer steps on this rank. `learning_rates`: `(lr, initial_lr)` of each group."""
+    """What is heard between two optimizer steps on this rank. `learning_rates`: `(lr, initial_lr)` of each group;
+    `scheduled_rates`: what the scheduler says they are. `gradient`: of `GradientWatch.take`."""
 
     losses: list[torch.Tensor] = field(default_factory=list)
     tokens: list[TokensOnTheirWay] = field(default_factory=list)
     heard: list[tuple[HeardRows, OnItsWay]] = field(default_factory=list)
     grad_norm: torch.Tensor | float | None = None
     learning_rates: Rates = field(default_factory=lambda: [(0.0, None)])
+    scheduled_rates: list[float | None] = field(default_factory=list)
+    gradient: torch.Tensor | None = None
     num_tokens: int = 0
 
     @property
@@ -32,14 +35,16 @@ class StepInProgress:
         self.heard += [(rows, OnItsWay(as_one(rows))) for rows in heard]
 
     def values(self) -> OnItsWay:
-        """The loss, the gradient norm (NaN where it is not known), then the loss of each micro-batch."""
+        """The loss, the gradient norm (NaN where it is not known), the four norms of `gradient`, then the loss of each
+        micro-batch."""
         losses = [loss.float().reshape(()) for loss in self.losses]
         total = losses[0]
         for loss in losses[1:]:  # in the order and precision in which Trainer adds them
             total = total + loss
         norm = self.grad_norm if self.grad_norm is not None else math.nan
         norm = torch.as_tensor(norm, dtype=torch.float32, device=total.device).reshape(())
-        return OnItsWay(torch.stack([total, norm, *losses]))
+        gradient = self.gradient if self.gradient is not None else torch.zeros(4)
+        return OnItsWay(torch.cat([torch.stack([total, norm]), gradient.to(total.device), torch.stack(losses)]))
 
 
 @dataclass
@@ -54,11 +59,12 @@ class PendingStep:
 
     def read(self) -> dict:
         """What this rank has to tell of the step."""
-        loss, norm, *losses = self.values.read().tolist()
+        loss, norm, *values = self.values.read().tolist()
         return {
             "loss": loss,
             "grad_norm": norm if self.heard_of.grad_norm is not None else None,
-            "losses": losses,
+            "gradient": values[:4] if self.heard_of.gradient is not None else None,
+            "losses": values[4:],
             "seen": [tokens.read() for tokens in self.heard_of.tokens],
             "heard": [as_plain(heard, values.read()) for heard, values in self.heard_of.heard],
             "checksums": self.checksums.read().tolist() if self.checksums is not None else None,

@@ -54,8 +54,8 @@ NEGATIVE_SHARE = 0.5
 # Of the positions with a label: the loss depends on none of their logits. Chosen, not measured: a mask inside the loss
 # that is wrong takes a large part.
 MAX_UNSCORED = 0.1
-# Nats, mean over the scored positions. A gradient is zero too where softmax rounds to 1, at a loss of 1e-7. Chosen, not
-# measured: a mean that a model with a tenth of its positions there stays far below.
+# Nats, mean over the scored positions. A gradient is zero too where softmax rounds to 1, at a loss of 1e-7. Chosen,
+# not measured: a mean that a model with a tenth of its positions there stays far below.
 SURE = 0.1
 # Of a micro-batch, where the targets cost four heads. Chosen, not measured: enough for hundreds of positions a row.
 MAX_FUSED_POSITIONS = 1024
@@ -168,6 +168,15 @@ PER_TENSOR = 4096
 # Zero-initialised projections and LoRA hide gradients for a step or two; routing finds every expert. Chosen, not
 # measured.
 FROZEN_STEPS = 8
+# Of the elements that a step moved, still there at the next step. Chosen, not measured: nobody else writes to the
+# weights of most runs; a projection after the step (to unit norm) takes back less than half of a move.
+UNDONE_SHARE = 0.5
+# Times the learning rate, and of the elements with a gradient, in a run's first FROZEN_STEPS steps. Derived: Adam's
+# first step moves each against its gradient by the rate; of gradients that are noise 34 % have the other sign than
+# their mean at the eighth (beta 0.9). An epsilon 20 times the gradient leaves a twentieth of a move.
+SMALL_UPDATE, SMALL_SHARE = 0.05, 0.5
+# Without gradient, after steps that had one. Chosen, not measured: routing finds every expert sooner.
+STOPPED_STEPS = 16
 # Derived: below it a step may be too small for a float32 weight of 1.0 (half its spacing is 3e-8).
 MOVING_RATE = 1e-6
 # Derived: above it a gradient is not damped by Adam's epsilon of 1e-8. A power of two: exact in float32.
@@ -188,6 +197,17 @@ LOST_SHARE, LOST_ELEMENTS = 0.4, 1000  # between the two; of 1,000 elements a sh
 # Of one pinned batch in eval mode, in nats. Rounding alone: fp32 sums in another order move a loss by 1e-6 to 1e-5;
 # bf16 logits are good to 2^-8 of themselves, 1e-3 after the mean over a batch. Ten times that and more is no rounding.
 RESUME_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+# --- gradients.py
+
+# Of the larger of two gradients: the sum of what micro-batches gave, and what the step is taken with. Equal bit for
+# bit in fp32; half precision adds with 0.4 % a micro-batch. Faults leave out a micro-batch or add a step.
+GRADIENT_ERROR = {False: 0.01, True: 0.2}
+# Steps at fault before it is said, of the last ones: a training step may drop one bad batch on purpose. Chosen, not
+# measured.
+GRADIENT_STEPS, GRADIENT_WINDOW = 2, 20
+# Times what clipping should leave; it is exact to rounding. Chosen, not measured.
+UNCLIPPED = 1.1
 
 # --- envelope.py
 
@@ -239,8 +259,12 @@ LEDGER_MIN_ROWS, LEDGER_MIN_TOKENS = 64, 16384
 INFO_SHARE, WARN_SHARE = 0.10, 0.25
 # Natural duplicates fall on the same place of two packed rows once in block_size times, and seldom lie within a few
 # micro-steps: one rank of 16 that reads another's rows is no accident at 6 %. They must be spread over half of the
-# recent tokens, so that one long document is not enough.
-ALIGNED_SHARE, ALIGNED_ROWS, ALIGNED_SPREAD = 0.05, 8, 0.5
+# recent tokens, so that one long document is not enough. Derived: with 25 % of the text doubled, rows of 64 tokens
+# agree by chance in 0.4 %; 5 % let a twentieth of the rows come again unseen (zoo, development).
+ALIGNED_SHARE, ALIGNED_ROWS, ALIGNED_SPREAD = 0.02, 8, 0.5
+# The same at any distance. Text that runs in loops meets itself at many places of a row (5 % of the rows of a Markov
+# source of 0.6 nats a token), so only where a token tells more. Chosen, not measured, but for that source.
+WHOLE_SHARE, WHOLE_NATS = 0.04, 1.0
 # Declared passes: in a new uniform order at most a tenth of the first documents lie within a tenth of a pass of their
 # last use, fewer later. The share is chosen, not measured, clear of that tenth.
 NEAR, WARN_SHARE_NEAR = 0.1, 0.30

@@ -5,7 +5,7 @@ Measurements stay on the device, in few small tensors, so that the caller can co
 
     before = sample_parameters(parameters)                 # on_pre_optimizer_step
     gradients = largest_gradients(parameters)
-    moved = have_moved(before, parameters)                 # after the step
+    moved = have_moved(before, sample_parameters(parameters))  # after the step
 """
 
 import math
@@ -30,6 +30,10 @@ from recipe.guards.thresholds import (
     PER_TENSOR,
     PLAIN_GRADIENT,
     RESUME_TOLERANCE,
+    SMALL_SHARE,
+    SMALL_UPDATE,
+    STOPPED_STEPS,
+    UNDONE_SHARE,
 )
 
 Parameters = list[tuple[str, torch.nn.Parameter]]
@@ -83,9 +87,35 @@ def _largest(parameter: torch.nn.Parameter, part: Callable[[torch.Tensor], torch
     return torch.linalg.vector_norm(part(parameter.grad), math.inf, dtype=torch.float32)
 
 
-def have_moved(before: dict[str, torch.Tensor], parameters: Parameters) -> torch.Tensor:
-    """Whether any sampled element of each parameter differs from `before`."""
-    return _stack([(_sample(parameter) != before[name]).any() for name, parameter in parameters])
+def have_moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Whether any sampled element of each parameter differs."""
+    return _stack([(after[name] != before[name]).any() for name in before])
+
+
+def count_kept(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], parameters: Parameters
+) -> torch.Tensor:
+    """`[kept, moved]` elements: those that a step moved, from `before` to `after`, and of these the ones that are now
+    at least half as far from `before`."""
+    counts = []
+    for name, parameter in parameters:
+        step, since = (after[name] - before[name]).abs(), (_sample(parameter) - before[name]).abs()
+        counts.append(torch.stack([((step > 0) & (2 * since >= step)).sum(), (step > 0).sum()]))
+    return _stack(counts).sum(0)
+
+
+def count_small(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor], rate: float
+) -> torch.Tensor:
+    """`[small, judged]` elements: those with a gradient, and of these the ones that a step did not move against it by
+    SMALL_UPDATE of its learning rate."""
+    counts = []
+    for name, gradient in gradients.items():
+        judged = gradient != 0
+        against = (before[name] - after[name]) * gradient.sign()
+        small = judged & (against < SMALL_UPDATE * rate)
+        counts.append(torch.stack([small.sum(), judged.sum()]))
+    return _stack(counts).sum(0)
 
 
 def count_moved(
@@ -204,6 +234,55 @@ def check_frozen(
         return _frozen_finding("warning", step, tokens_seen, f"{found} ({_first(cut)})", "none", causes, cut)
     causes = ("experts to which no token was routed",)
     return _frozen_finding("info", step, tokens_seen, f"{found} ({_first(idle)})", "few, in passing", causes, idle)
+
+
+def check_undone(step: int, tokens_seen: int, kept: int, moved: int) -> Finding | None:
+    """Of the elements that the first steps moved, `kept` were not put back before the next step."""
+    if moved == 0 or kept >= UNDONE_SHARE * moved:
+        return None
+    return Finding(
+        "lost_updates",
+        "warning",
+        step,
+        tokens_seen,
+        found=f"{1 - kept / moved:.0%} of the elements that a step moved were put back before the next step",
+        expected="none",
+        likely_causes=("weights are rounded or reset after each step", "another copy of the weights is written back"),
+        action="look for what writes to the parameters outside of the optimizer",
+        evidence={"kept": kept, "moved": moved},
+    )
+
+
+def check_small_updates(step: int, tokens_seen: int, small: int, judged: int) -> Finding | None:
+    """In the first steps of a new run Adam moves a weight by about its learning rate: of `judged` elements `small`
+    were not moved against their gradient by SMALL_UPDATE of it."""
+    if small <= SMALL_SHARE * judged:
+        return None
+    return Finding(
+        "lost_updates",
+        "warning",
+        step,
+        tokens_seen,
+        found=f"{small / judged:.0%} of the elements did not move against their gradient by {SMALL_UPDATE:.0%} of the "
+        "learning rate",
+        expected=f"under {SMALL_SHARE:.0%}: Adam's first steps are of that rate's size",
+        likely_causes=("Adam's epsilon is larger than the gradients", "weights are rounded or written over"),
+        action="compare the size of the gradients with adam_epsilon; look for what writes to the weights",
+        evidence={"small": small, "judged": judged},
+    )
+
+
+def check_stopped(step: int, tokens_seen: int, parameters: Parameters, stopped: list[str]) -> Finding:
+    """`stopped`: parameters that had a gradient before and have had none for STOPPED_STEPS steps."""
+    idle = [name for name in stopped if _is_idle_expert(name, stopped, parameters)]
+    cut = [name for name in stopped if name not in idle]
+    found = f"{len(cut or idle)} of {len(parameters)} parameters trained before, without gradient for {STOPPED_STEPS}"
+    found += f" steps ({_first(cut or idle)})"
+    if not cut:
+        causes = ("experts to which no token is routed any more",)
+        return _frozen_finding("info", step, tokens_seen, found, "few, in passing", causes, idle)
+    causes = ("requires_grad was set to False", "the forward pass no longer uses them")
+    return _frozen_finding("warning", step, tokens_seen, found, "so, if it is on purpose", causes, cut)
 
 
 def _should_move(parameter: torch.Tensor) -> bool:

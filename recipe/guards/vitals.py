@@ -257,6 +257,28 @@ def check_learning_rate(
     return Finding("learning_rate_off", "warning", step + 1, tokens_seen, found, expected, causes, action, evidence)
 
 
+def check_scheduled_rates(
+    step: int, tokens_seen: int, used: list[tuple[float | None, float | None]], scheduled: list[float | None]
+) -> Finding | None:
+    """A schedule of the user's own: the optimizer uses the rates that the scheduler says. One for each group."""
+    pairs = [(lr, says) for (lr, _), says in zip(used, scheduled, strict=False) if lr is not None and says is not None]
+    off = [number for number, (lr, says) in enumerate(pairs) if not _is_close(lr, says)]
+    if not off or len(used) != len(scheduled):
+        return None
+    lr, says = pairs[off[0]]
+    return Finding(
+        "learning_rate_off",
+        "warning",
+        step,
+        tokens_seen,
+        found=f"learning rate {lr:.4g} in parameter group {off[0]}",
+        expected=f"{says:.4g}, as the scheduler says",
+        likely_causes=("the scheduler was built for another optimizer", "the rate is set by hand after the scheduler"),
+        action="build the scheduler from the optimizer that the Trainer is given",
+        evidence={"used": used, "scheduled": scheduled},
+    )
+
+
 def _is_close(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=RATE_TOLERANCE, abs_tol=1e-12)
 

@@ -23,6 +23,7 @@ from recipe.guards.envelope import (
 from recipe.guards.evaluation import judge_evaluation
 from recipe.guards.facts import RunFacts
 from recipe.guards.finding import CannotJudge, Finding
+from recipe.guards.gradients import check_clipped, check_dropped, check_sum
 from recipe.guards.ledger import Ledger, Place, check_overlap, check_repetition
 from recipe.guards.probes.targets import in_rows, judge_row
 from recipe.guards.records import StepRecord, unfit
@@ -31,6 +32,8 @@ from recipe.guards.thresholds import (
     ABOVE_WINDOW,
     BELOW_WINDOW,
     BUDGET_STEPS,
+    GRADIENT_STEPS,
+    GRADIENT_WINDOW,
     HISTORY,
     JUMP_WINDOW,
     LABEL_CLEAR,
@@ -52,13 +55,16 @@ from recipe.guards.updates import check_ranks
 @dataclass
 class StepFacts:
     """One step. `micro_losses`: of each micro-batch, rank after rank. `seen`, `heard`: `(rank, micro_step, ...)`.
-    `learning_rates`: `(lr, initial_lr)` of each parameter group. `checksums`: of each parameter, by rank."""
+    `learning_rates`: `(lr, initial_lr)` of each parameter group; `scheduled_rates`: the scheduler's word for them.
+    `gradient`: of `GradientWatch.take`, on rank 0. `checksums`: of each parameter, by rank."""
 
     record: StepRecord
     micro_losses: list[float]
     learning_rates: list[tuple[float | None, float | None]]
     seen: list[tuple[int, int, SeenTokens]] = field(default_factory=list)
     heard: list[tuple[int, int, dict]] = field(default_factory=list)
+    scheduled_rates: list[float | None] = field(default_factory=list)
+    gradient: list[float] | None = None
     checksums: list[list[int]] | None = None
 
 
@@ -78,7 +84,8 @@ class Watch:
         self.passes = 1
         self.labels_are: str | None = None
         self.eval_digests: dict[str, int] = {}
-        self._uneven_steps = self._off_rate_steps = 0
+        self._uneven_steps = self._off_rate_steps = self._unclipped_steps = 0
+        self._off_gradients: list[bool] = []  # of the last steps
         self._floor_sums = [0, 0.0]
         self._rates = [0, 0.0]  # steps, and the sum of their learning rates
 
@@ -97,6 +104,7 @@ class Watch:
         yield from self._judge_tokens(*where)
         yield from self._judge_targets(step, *where)
         yield from self._judge_weights(step, *where)
+        yield from self._judge_gradient(step, *where)
         yield from self._judge_envelope()
         if step.seen:
             nats = self._nats_per_token()
@@ -117,6 +125,8 @@ class Watch:
         if self.facts.weights_are_scaled and norm is not None and not math.isfinite(norm):
             norm = None  # a step that the loss scaler skips, as it does now and then
         finding = vitals.check_finite(*where, step.micro_losses, norm, scored)
+        if finding is None and step.gradient is not None and not self.facts.weights_are_scaled:
+            return check_dropped(*where, step.gradient)
         if finding is not None and self.facts.world_size > 1 and (bad := finding.evidence["bad_micro_batches"]):
             rank, micro_step = divmod(bad[0], len(step.micro_losses) // self.facts.world_size)
             finding.evidence.update(rank=rank, micro_step=micro_step)
@@ -177,6 +187,10 @@ class Watch:
 
     def _judge_learning_rate(self, step: StepFacts, number: int, tokens: int) -> Iterator[tuple[str, Finding | None]]:
         if isinstance(self.facts.schedule, CannotJudge):
+            finding = vitals.check_scheduled_rates(number, tokens, step.learning_rates, step.scheduled_rates)
+            self._off_rate_steps = self._off_rate_steps + 1 if finding else 0
+            if self._off_rate_steps >= RATE_STEPS:
+                yield "learning_rate_off", finding
             self.cannot_judge.setdefault("learning_rate_off", str(self.facts.schedule))
             return
         finding = vitals.check_learning_rate(
@@ -274,6 +288,21 @@ class Watch:
         finding = check_weights(*where, counts, weights, self.facts)
         self._uneven_steps = self._uneven_steps + 1 if finding else 0
         yield "accumulation_mismatch", finding if self._uneven_steps >= WEIGHT_STEPS else None
+
+    def _judge_gradient(self, step: StepFacts, *where: int) -> Iterator[tuple[str, Finding | None]]:
+        """In passing: the step is taken with the sum of what its micro-batches gave, clipped as asked."""
+        facts, norms = self.facts, step.gradient
+        if norms is None or facts.weights_are_scaled:
+            return
+        if facts.world_size == 1:  # else ranks have averaged it
+            name, is_low = facts.followed
+            finding = check_sum(*where, name, norms, len(step.micro_losses), is_low)
+            self._off_gradients = [*self._off_gradients[1 - GRADIENT_WINDOW :], finding is not None]
+            yield "accumulation_mismatch", finding if sum(self._off_gradients) >= GRADIENT_STEPS else None
+        finding = check_clipped(*where, step.record["grad_norm"], facts.max_grad_norm, norms)
+        self._unclipped_steps = self._unclipped_steps + 1 if finding else 0
+        if self._unclipped_steps >= GRADIENT_STEPS:
+            yield "grad_norm_off", finding
 
     def _judge_envelope(self) -> Iterator[tuple[str, Finding | None]]:
         if self.envelope.stopped or not self.envelope_losses:
@@ -400,8 +429,9 @@ def check_weights(
     sums = {place: weights[place] * counts[place] for place in counts}
     factor = sum(sums.values()) / facts.world_size
     evidence = {"scored": list(counts.values()), "weights": list(weights.values()), "factor": factor}
-    k = facts.gradient_accumulation_steps
-    ratio = next((r for r in (k, 1 / k) if k > 1 and abs(factor / r - 1) < UNEVEN), None)
+    steps, ranks = facts.gradient_accumulation_steps, facts.world_size
+    wrong = {number for k in (steps, ranks, steps * ranks) for number in (k, 1 / k)} - {1}
+    ratio = next((r for r in wrong if abs(factor / r - 1) < UNEVEN), None)
     groups = [counts] if facts.averages_over_ranks else [{p: n for p, n in counts.items() if p[0] == 0}]
     uneven = max(groups[0].values()) > (1 + 2 * UNEVEN) * min(groups[0].values())
     spread = max(weights[place] for place in groups[0]) / min(weights[place] for place in groups[0])
@@ -416,7 +446,7 @@ def check_weights(
         if ratio is not None
         else f"a token weighs {spread:.2f} times as much in one micro-batch as in another",
         expected="1" if ratio is not None else f"the same in all: 1 of {total:,} scored tokens",
-        likely_causes=("the loss is not divided by the accumulation steps", "it is divided twice")
+        likely_causes=("the loss is not divided by the accumulation steps or ranks", "it is divided twice")
         if ratio is not None
         else ("means of micro-batches are averaged, and they hold different numbers of scored tokens",),
         action="divide the sum of the losses by num_items_in_batch, the scored tokens of the whole step",

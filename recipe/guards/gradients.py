@@ -1,0 +1,131 @@
+"""Follows one small parameter's gradient: what each micro-batch adds to it, and what the step is taken with."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from recipe.guards.finding import Finding
+from recipe.guards.thresholds import GRADIENT_ERROR, MOVING_ELEMENTS, UNCLIPPED
+from recipe.guards.updates import LOW_PRECISION, Parameters
+
+
+class GradientWatch:
+    """Hears a hook at the last of the smallest trainable parameters, mostly the norm before the head: a few hundred
+    numbers, which lie outside of layers that are computed again."""
+
+    def __init__(self, parameters: Parameters):
+        usable = [(n, p) for n, p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+        usable = [(n, p) for n, p in usable if p.numel() >= MOVING_ELEMENTS]
+        self.name, self.parameter = min(reversed(usable), key=lambda each: each[1].numel(), default=("", None))
+        self.is_listening = False
+        self._reset()
+        self._hook = self.parameter.register_hook(self._hear) if self.parameter is not None else None
+
+    @property
+    def is_low(self) -> bool:
+        return self.parameter is not None and self.parameter.dtype in LOW_PRECISION
+
+    def _reset(self) -> None:
+        self._sum: torch.Tensor | None = None
+        self._unclipped: torch.Tensor | None = None
+        self._heard = 0
+
+    def close(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _hear(self, gradient: torch.Tensor) -> None:
+        if self.is_listening:
+            gradient = gradient.detach().float()
+            self._sum = gradient.clone() if self._sum is None else self._sum + gradient
+            self._heard += 1
+
+    def before_clip(self) -> None:
+        self._unclipped = self._gradient().clone() if self.parameter is not None else None
+
+    def take(self, num_micro_batches: int) -> torch.Tensor | None:
+        """Norms on the device, float32 `[4]`: of the sum heard, of its difference from the gradient before clipping,
+        of that gradient, and of the one that the step is taken with. None where backward did not come once in each
+        micro-batch."""
+        heard, total, before = self._heard, self._sum, self._unclipped
+        self._reset()
+        if self.parameter is None or heard != num_micro_batches or total is None:
+            return None
+        now = self._gradient()
+        before = now if before is None else before
+        return torch.stack([torch.linalg.vector_norm(each) for each in (total, before - total, before, now)])
+
+    def _gradient(self) -> torch.Tensor:
+        gradient = self.parameter.grad
+        return torch.zeros_like(self.parameter, dtype=torch.float32) if gradient is None else gradient.detach().float()
+
+
+def check_sum(
+    step: int, tokens_seen: int, name: str, norms: Sequence[float], num_micro_batches: int, is_low: bool
+) -> Finding | None:
+    """`norms`: of `GradientWatch.take`. The gradient at the step is the sum of what its micro-batches gave, in fp32
+    bit for bit. `is_low`: summed in half precision, which rounds."""
+    total, error, before, _ = norms
+    largest = max(total, before)
+    limit = GRADIENT_ERROR[is_low]
+    if not math.isfinite(largest + error) or error <= limit * largest:  # other guards name what is not finite
+        return None
+    if num_micro_batches > 1:
+        cause = "zero_grad or an optimizer step between the micro-batches of one step"
+    else:
+        cause = "gradients of the step before were not set to zero" if before else "the gradient was dropped"
+    return Finding(
+        "accumulation_mismatch",
+        "warning",
+        step,
+        tokens_seen,
+        found=f"the gradient of {name} at the step differs from the sum of its {num_micro_batches} micro-batches by "
+        f"{error / largest:.0%}",
+        expected="the same",
+        likely_causes=(cause, "gradients are changed or dropped after backward"),
+        action="zero the gradients once, after each optimizer step, and step once in a window",
+        evidence={"sum": total, "difference": error, "at_step": before, "micro_batches": num_micro_batches},
+    )
+
+
+def check_dropped(step: int, tokens_seen: int, norms: Sequence[float]) -> Finding | None:
+    """A gradient that is not finite, and the step is taken without it."""
+    total, _, before, now = norms
+    if math.isfinite(total) or not (math.isfinite(before) and math.isfinite(now)):
+        return None
+    return Finding(
+        "loss_not_finite",
+        "error",
+        step,
+        tokens_seen,
+        found="a micro-batch's gradient is not finite, and it was dropped before the step",
+        expected="finite",
+        likely_causes=("a loss that is not finite, hidden by the training step",),
+        action="look at the batches of this step; the loss that is logged is not theirs",
+        evidence={"at_step": before},
+    )
+
+
+def check_clipped(
+    step: int, tokens_seen: int, norm: float | None, max_norm: float, norms: Sequence[float]
+) -> Finding | None:
+    """`norm`: of all gradients, as clipping measured it. Clipping scales every gradient by `max_norm / norm`."""
+    _, _, before, now = norms
+    if norm is None or max_norm <= 0 or not norm > UNCLIPPED * max_norm or not before > 0:
+        return None
+    wanted, done = max_norm / norm, now / before
+    if not done > UNCLIPPED * wanted:
+        return None
+    return Finding(
+        "grad_norm_off",
+        "warning",
+        step,
+        tokens_seen,
+        found=f"gradients of norm {norm:.3g} were scaled by {done:.3g}",
+        expected=f"by {wanted:.3g}, to max_grad_norm {max_norm:g}",
+        likely_causes=("clipping measures the norm and changes nothing", "another limit than the one asked for"),
+        action="compare a parameter's gradient before and after clip_grad_norm_",
+        evidence={"grad_norm": norm, "max_grad_norm": max_norm, "scaled_by": done},
+    )

@@ -1,0 +1,117 @@
+"""What micro-batches add to a gradient and what the step is taken with: on numbers, and on one small parameter."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from recipe.guards.gradients import GradientWatch, check_clipped, check_dropped, check_sum
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("norms", "is_low", "found"),
+    [
+        ([2.0, 0.0, 2.0, 1.0], False, False),
+        ([2.0, 1.5, 0.5, 0.5], False, True),  # only the last micro-batch
+        ([2.0, 2.0, 0.0, 0.0], False, True),  # nothing is left
+        ([2.0, 2.0, 4.0, 1.0], False, True),  # the step before is still there
+        ([2.0, 0.1, 2.0, 1.0], True, False),  # rounding of half precision
+        ([0.0, 0.0, 0.0, 0.0], False, False),  # every label masked
+        ([NAN, NAN, NAN, NAN], False, False),  # others name it
+    ],
+)
+def test_the_sum_of_the_micro_batches(norms, is_low, found):
+    finding = check_sum(7, 70, "norm", norms, 4, is_low)
+    assert (finding is not None) is found
+    assert not found or (finding.id, finding.severity) == ("accumulation_mismatch", "warning")
+
+
+@pytest.mark.parametrize(
+    ("num_micro_batches", "before", "cause"),
+    [(4, 0.5, "between the micro-batches"), (1, 4.0, "not set to zero"), (1, 0.0, "dropped")],
+)
+def test_the_likely_cause_follows_from_the_numbers(num_micro_batches, before, cause):
+    finding = check_sum(7, 70, "norm", [2.0, 2.0, before, before], num_micro_batches, False)
+    assert cause in finding.likely_causes[0]
+
+
+@pytest.mark.parametrize(
+    ("norms", "found"), [([NAN, NAN, 0.0, 0.0], True), ([NAN, NAN, NAN, NAN], False), ([1.0, 0.0, 1.0, 1.0], False)]
+)
+def test_a_gradient_that_is_not_finite_and_dropped(norms, found):
+    assert (check_dropped(7, 70, norms) is not None) is found
+
+
+@pytest.mark.parametrize(
+    ("norm", "max_norm", "norms", "found"),
+    [
+        (4.0, 1.0, [2.0, 0.0, 2.0, 0.5], False),
+        (4.0, 1.0, [2.0, 0.0, 2.0, 2.0], True),
+        (0.9, 1.0, [2.0, 0.0, 2.0, 2.0], False),  # nothing to clip
+        (4.0, 0.0, [2.0, 0.0, 2.0, 2.0], False),  # not asked for
+        (None, 1.0, [2.0, 0.0, 2.0, 2.0], False),
+        (NAN, 1.0, [NAN, NAN, NAN, NAN], False),
+    ],
+)
+def test_clipping_scales_as_it_says(norm, max_norm, norms, found):
+    finding = check_clipped(7, 70, norm, max_norm, norms)
+    assert (finding is not None) is found
+    assert not found or finding.id == "grad_norm_off"
+
+
+@pytest.fixture
+def watched():
+    model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32))
+    watch = GradientWatch(list(model.named_parameters()))
+    watch.is_listening = True
+    yield model, watch
+    watch.close()
+
+
+def backward(model):
+    model(torch.randn(3, 32)).square().sum().backward()
+
+
+def test_the_last_small_parameter_is_followed(watched):
+    assert watched[1].name == "1.bias"
+
+
+def test_a_step_is_the_sum_of_its_micro_batches_bit_for_bit(watched):
+    model, watch = watched
+    for _ in range(3):
+        backward(model)
+    watch.before_clip()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    total, error, before, now = watch.take(3).tolist()
+    assert error == 0 and total == before > now > 0
+    assert watch.take(1) is None  # nothing heard since
+
+
+def test_what_is_zeroed_in_between_is_missing(watched):
+    model, watch = watched
+    backward(model)
+    model.zero_grad()
+    backward(model)
+    total, error, before, _ = watch.take(2).tolist()
+    assert error > 0.1 * max(total, before)
+
+
+def test_probes_and_several_backward_passes_are_not_counted(watched):
+    model, watch = watched
+    watch.is_listening = False
+    backward(model)
+    assert watch.take(1) is None
+    watch.is_listening = True
+    backward(model)
+    backward(model)
+    assert watch.take(1) is None  # one micro-batch that went back twice
+
+
+def test_a_model_without_a_usable_parameter_is_not_followed():
+    watch = GradientWatch([("w", nn.Parameter(torch.zeros(4), requires_grad=False))])
+    watch.before_clip()
+    assert watch.take(1) is None
+    watch.close()

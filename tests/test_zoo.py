@@ -1,0 +1,176 @@
+"""The zoo: a tenth of it runs here and finds what RESULTS.md says; the scoring, on hand-written records."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from recipe.guards import FINDING_IDS
+from tests.zoo import __main__ as command
+from tests.zoo.bug import AREAS
+from tests.zoo.cases import PARTS, bugs_of, healthy_of, tenth
+from tests.zoo.results import format_results
+from tests.zoo.score import at_least, bounds, judged_shares, score_bug, score_healthy, share_of, summarize
+
+FOLDER = Path(command.__file__).parent
+RESULTS = json.loads((FOLDER / "results.json").read_text())
+BUGS = [bug for part in PARTS for bug in bugs_of(part)]
+HEALTHY = {name: setting for part in PARTS for name, setting in healthy_of(part).items()}
+
+
+# --- what there is
+
+
+def test_there_are_as_many_as_promised():
+    assert len(BUGS) >= 70 and len({bug.mechanism for bug in BUGS}) >= 45
+    assert len(HEALTHY) >= 80 and len({setting.key for setting in HEALTHY.values()}) == len(HEALTHY)
+    assert set(AREAS) == {bug.area for bug in BUGS}
+
+
+def test_names_are_unique_and_bugs_are_described():
+    names = Counter([*HEALTHY, *(bug.name for bug in BUGS)])
+    assert [name for name, count in names.items() if count > 1] == []
+    for bug in BUGS:
+        assert bug.what.endswith(".") and bug.source and bug.names and set(bug.names) <= set(FINDING_IDS), bug.name
+        assert 0 <= bug.onset < bug.setting.steps, bug.name
+
+
+def test_nothing_in_the_recipe_knows_of_the_zoo():
+    sources = (FOLDER.parents[1] / "recipe").rglob("*.py")
+    assert [path.name for path in sources if "zoo" in path.read_text(encoding="utf-8")] == []
+
+
+# --- a tenth of it
+
+
+@pytest.fixture(scope="module")
+def found():
+    return command.run_zoo({part: tenth(part) for part in PARTS})
+
+
+def test_a_tenth_of_the_bugs_is_caught_as_recorded(found):
+    assert found["problems"] == []
+    recorded = {row["name"]: row["first"] for part in PARTS for row in RESULTS["parts"][part]["bugs"]}
+    rows = [row for part in PARTS for row in found["parts"][part]["bugs"]]
+    assert {row["area"] for row in rows} == set(AREAS)
+    assert {row["name"]: row["first"] for row in rows} == {row["name"]: recorded[row["name"]] for row in rows}
+
+
+def test_a_tenth_of_the_healthy_runs_is_silent(found):
+    assert {
+        row["name"]: row["alarms"] for part in PARTS for row in found["parts"][part]["healthy"] if row["alarms"]
+    } == {}
+
+
+def test_the_recorded_results_are_those_of_all_bugs_and_runs():
+    for part in PARTS:
+        recorded = RESULTS["parts"][part]
+        assert [row["name"] for row in recorded["bugs"]] == [bug.name for bug in bugs_of(part)]
+        assert {*healthy_of(part)} <= {row["name"] for row in recorded["healthy"]}
+    assert RESULTS["problems"] == [] and RESULTS["seconds"] < 25 * 60
+    assert format_results(RESULTS) == (FOLDER / "RESULTS.md").read_text()
+
+
+# --- scoring
+
+
+def finding(id="repeated_data", step=12, severity="warning"):
+    return {"id": id, "step": step, "severity": severity, "tokens_seen": step * 10, "found": "something"}
+
+
+def record(*findings, losses=(3.0, 2.0, 1.0), learned=2.0, evals=(), effects=1, **others):
+    return {
+        "findings": list(findings),
+        "losses": list(losses),
+        "learned_loss": learned,
+        "eval_losses": list(evals),
+        "effects": effects,
+        "others": {"watchdog": [], **others},
+        "steps": 3,
+        "tokens": 30,
+        "judged_steps": {"loss_spike": 2},
+        "cannot_judge": {"row_leak": "one row"},
+        "not_applicable": {"rank_divergence": "one rank"},
+    }
+
+
+def test_a_bug_is_caught_from_its_onset_on():
+    early, late = finding(step=4), finding("loss_spike", step=12)
+    row = score_bug(("loss_spike",), 10, record(early, late), record())
+    assert (row["first"], row["latency"], row["is_named"], row["early"]) == ("loss_spike", 2, True, ["repeated_data"])
+    assert not score_bug(("repeated_data",), 10, record(early), record())["is_caught"]
+
+
+def test_what_is_only_information_is_no_catch():
+    row = score_bug(("init_loss_off",), 0, record(finding("init_loss_off", 0, "info")), record())
+    assert not row["is_caught"] and row["hints"] == ["init_loss_off"]
+
+
+def test_what_the_twin_says_too_is_no_catch_of_any_tool():
+    spike = [{"step": 5, "what": "spike"}]
+    both = record(finding(), watchdog=spike), record(finding(), watchdog=spike)
+    row = score_bug(("repeated_data",), 0, *both)
+    assert not row["is_caught"] and row["others"] == {"watchdog": None}
+    assert score_bug((), 0, both[0], record())["others"] == {"watchdog": 5}
+
+
+def test_another_name_is_a_catch_that_is_not_named():
+    row = score_bug(("repeated_data",), 0, record(finding("loss_spike", 1), finding()), record())
+    assert row["is_caught"] and not row["is_named"] and row["all"] == ["loss_spike", "repeated_data"]
+    assert row["loss_when_caught"] == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("learned", "matters"), [(2.019, False), (2.021, True), (1.979, True), (None, True), (float("inf"), True)]
+)
+def test_what_matters_changes_what_is_learned_by_more_than_two_hundredths(learned, matters):
+    assert score_bug((), 0, record(learned=learned), record())["matters"] is matters
+
+
+def test_a_run_that_is_its_twin_to_the_last_digit():
+    assert score_bug((), 0, record(), record())["is_same_as_twin"]
+    assert not score_bug((), 0, record(evals=[2.0]), record(evals=[1.0]))["is_same_as_twin"]
+    assert score_bug((), 0, record(evals=[2.0]), record(evals=[1.0]))["reported"] == 1
+
+
+def test_healthy_runs_count_warnings_and_errors():
+    assert score_healthy(record(finding(severity="info")))["alarms"] == []
+    assert [alarm[0] for alarm in score_healthy(record(finding()))["alarms"]] == ["repeated_data"]
+
+
+def test_bounds_are_exact():
+    assert bounds(0, 80) == pytest.approx((0, 1 - 0.05 ** (1 / 80)), abs=1e-9)
+    assert bounds(80, 80) == pytest.approx((0.05 ** (1 / 80), 1), abs=1e-9)
+    low, high = bounds(38, 40)
+    assert at_least(38, 40, low) == pytest.approx(0.05) and 1 - at_least(39, 40, high) == pytest.approx(0.05)
+    assert share_of([])["share"] is None
+
+
+def test_the_summary_counts():
+    rows = [score_bug(("repeated_data",), 0, record(finding(step=step)), record()) | {"onset": 0} for step in (0, 31)]
+    rows.append(score_bug((), 0, record(learned=9.0), record()) | {"onset": 0})
+    ours = summarize(rows, [score_healthy(record())], ["watchdog"])["guards"]
+    hits = {name: (share["hits"], share["of"]) for name, share in ours.items()}
+    assert hits == {
+        "recall": (2, 3),
+        "recall_matters": (0, 1),
+        "named_first": (2, 2),
+        "before_step_1": (1, 2),
+        "soon": (1, 2),
+        "false_alarms": (0, 1),
+    }
+
+
+def test_judged_shares_leave_out_what_is_not_there():
+    shares = judged_shares([record(), record()], ["loss_spike", "row_leak", "rank_divergence"])
+    assert (shares["loss_spike"]["runs"], shares["loss_spike"]["steps"]) == (1, pytest.approx(2 / 3))
+    assert shares["row_leak"]["runs"] == 0 and shares["row_leak"]["reasons"] == {"one row": 2}
+    assert shares["rank_divergence"]["meant"] == 0
+
+
+def test_an_unknown_name_is_one_clear_error(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["zoo", "--only", "original_no_shft"])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2 and "did you mean 'original_no_shift'" in capsys.readouterr().err
