@@ -14,4 +14,6 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tiny models are slower on more 
 
 "$env_python" -m ruff check .
 "$env_python" -m ruff format --check . || fail 1 "some files are not formatted: run \`ruff format\`"
+# All of them: one process a core. A few: without the seconds that it takes to start those.
+[ $# -gt 0 ] || set -- -n auto --dist worksteal
 exec "$env_python" -m pytest "$@"

@@ -99,7 +99,13 @@ THRESHOLDS = {
         *(t.FEW_MICRO_STEPS, t.ALIGNED_ROWS, percent(t.ALIGNED_SHARE), percent(t.WHOLE_SHARE), t.WHOLE_NATS),
         percent(t.WARN_SHARE_NEAR),
     ),
-    "train_eval_overlap": (t.OVERLAP_ROWS, percent(t.OVERLAP_WARN), percent(t.OVERLAP_ERROR)),
+    "train_eval_overlap": (
+        t.EVAL_ROWS_READ,
+        f"{t.EVAL_SECONDS:g} seconds",
+        t.OVERLAP_ROWS,
+        percent(t.OVERLAP_WARN),
+        percent(t.OVERLAP_ERROR),
+    ),
     "resume_replay": (t.REPLAY_ROWS,),
     "resume_jump": ("1e-3", "1e-2"),
     "learning_rate_off": ("1e-3",),
@@ -108,7 +114,7 @@ THRESHOLDS = {
     "token_budget_off": (t.BUDGET_STEPS, t.BUDGET_SHARE),
     "padding_is_target": (t.PADDING_SCORED, percent(t.PADDING_SHARE)),
     "eos_never_target": (t.EOS_SEEN, t.EOS_ABSENT_TOKENS),
-    "eval_not_repeatable": ("2e-5",),
+    "eval_not_repeatable": ("2e-5", "2e-6"),
     "eval_train_mismatch": (percent(t.EVALUATED), percent(t.REPORTED)),
     "train_eval_gap": (t.GAP_NATS, t.GAP_WARNING, t.GAP_RATIO, t.GAP_STEPS),
     "compiled_mismatch": [percent(limit) for limits in t.COMPILED.values() for limit in limits],
@@ -126,8 +132,8 @@ def test_the_thresholds_in_findings_are_those_of_the_code(name):
 
 def test_small_thresholds_are_written_as_in_the_code():
     """Those that `THRESHOLDS` has as text."""
-    small = (t.ROUNDING, t.RATE_TOLERANCE, t.MOVING_RATE, t.REPEATED)
-    assert small == (1e-5, 1e-3, 1e-6, 2e-5)
+    small = (t.ROUNDING, t.RATE_TOLERANCE, t.MOVING_RATE, t.REPEATED, t.REPEATED_FP32)
+    assert small == (1e-5, 1e-3, 1e-6, 2e-5, 2e-6)
     assert set(t.RESUME_TOLERANCE.values()) == {1e-3, 1e-2} and t.EVAL_ROWS == 2
 
 

@@ -11,7 +11,7 @@ from tests.zoo import __main__ as command
 from tests.zoo.bug import AREAS
 from tests.zoo.cases import PARTS, bugs_of, healthy_of, tenth
 from tests.zoo.results import format_results
-from tests.zoo.score import at_least, bounds, judged_shares, score_bug, score_healthy, share_of, summarize
+from tests.zoo.score import at_least, bounds, judged_shares, over_seeds, score_bug, score_healthy, share_of, summarize
 
 FOLDER = Path(command.__file__).parent
 RESULTS = json.loads((FOLDER / "results.json").read_text())
@@ -132,6 +132,13 @@ def test_a_run_that_is_its_twin_to_the_last_digit():
     assert score_bug((), 0, record(), record())["is_same_as_twin"]
     assert not score_bug((), 0, record(evals=[2.0]), record(evals=[1.0]))["is_same_as_twin"]
     assert score_bug((), 0, record(evals=[2.0]), record(evals=[1.0]))["reported"] == 1
+
+
+def test_what_was_missed_is_measured_over_seeds():
+    found = over_seeds([0.05, -0.03, 0.04, -0.02])
+    assert found["learned"] == pytest.approx(0.01) and not found["matters"] and found["seeds"] == 4
+    assert found["learned_error"] == pytest.approx(0.0204, abs=1e-4)
+    assert over_seeds([None]) == {} and over_seeds([0.5])["matters"]
 
 
 def test_healthy_runs_count_warnings_and_errors():

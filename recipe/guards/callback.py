@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from recipe.guards import preflight
 from recipe.guards.batches import OnItsWay, send_tokens
-from recipe.guards.evaluation import EvaluationWatch
+from recipe.guards.evaluation import EvaluationWatch, read_eval_rows
 from recipe.guards.facts import is_new, optimizer_name, plain_rate, reference_facts, run_facts, scheduled_rates
 from recipe.guards.finding import FINDING_IDS, CannotJudge, Finding, NotApplicable
 from recipe.guards.gradients import GradientWatch
@@ -31,7 +31,7 @@ from recipe.guards.ranks import Ranks
 from recipe.guards.records import StepRecord, append_line, as_finding, keep_until, read_steps
 from recipe.guards.state import read_state, say_damaged, write_state
 from recipe.guards.steps import PendingStep, StepClock, StepInProgress
-from recipe.guards.thresholds import CHECKSUM_STEPS, HISTORY, LISTEN_EVERY
+from recipe.guards.thresholds import ABOVE_MIN_STEPS, CHECKSUM_STEPS, HISTORY, LISTEN_EVERY
 from recipe.guards.trajectory import Reference, find_reference, load_reference
 from recipe.guards.updates import check_optimizer_groups, check_tied, parameter_checksums
 from recipe.guards.watch import StepFacts, Watch
@@ -357,9 +357,12 @@ class RegressionCallback(TrainerCallback):
             self.journal.give_up(["loss_off_reference"], reason)
         if args.world_size == 1:
             self.journal.give_up(["rank_divergence"], NotApplicable("one rank"))
-        if args.eval_strategy == "no" and not args.eval_on_start:
+        is_evaluated = args.eval_strategy != "no" or args.eval_on_start
+        if not is_evaluated:
             evaluating = ("train_eval_gap", "train_eval_overlap")
             self.journal.give_up(evaluating, NotApplicable("no evaluation during training"))
+        if trainer.state.max_steps < ABOVE_MIN_STEPS:
+            self.journal.give_up(["loss_above_envelope"], NotApplicable(f"fewer than {ABOVE_MIN_STEPS} steps"))
         if self.is_main:
             initial = {plain_rate(group.get("initial_lr")) for group in trainer.optimizer.param_groups}
             agrees = self._saved[0]["learning_rate_agrees"] if self._saved else args.learning_rate in initial
@@ -367,6 +370,19 @@ class RegressionCallback(TrainerCallback):
             followed = self._gradients
             self.watch = self._build_watch(run_facts(trainer, self._model, inputs, self.facts, agrees, followed))
             self.watch.history = self._history
+            if is_evaluated:
+                self._read_eval_rows()
+
+    def _read_eval_rows(self) -> None:
+        with preflight.undisturbed(self._model):  # a collator or dataset may draw random numbers
+            try:
+                self.watch.ledger.observe_eval(read_eval_rows(self._trainer))
+            except Exception as error:  # such as columns that Trainer would have dropped
+                logger.debug("eval rows are known when they are evaluated: %s: %s", type(error).__name__, error)
+
+    @property
+    def _is_exact(self) -> bool:
+        return preflight.precision_of(self._trainer, self._model).itemsize >= 4
 
     def _build_watch(self, facts) -> Watch:
         """With the checkpoint's memory, if there is one."""
@@ -469,7 +485,9 @@ class RegressionCallback(TrainerCallback):
             self._note_what_cannot_be_judged()
         with suppress(CannotJudge):  # said where it is pinned
             if (pair := self._pinned.losses(2)) and self.watch is not None:
-                self.journal.judge("eval_not_repeatable", check_repeated(*pair, step, self.tokens_seen), step)
+                self.journal.judge(
+                    "eval_not_repeatable", check_repeated(*pair, step, self.tokens_seen, self._is_exact), step
+                )
 
     def _note_what_cannot_be_judged(self) -> None:
         for guard, reason in self.watch.cannot_judge.items():

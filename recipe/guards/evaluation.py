@@ -1,15 +1,18 @@
 """Listens to evaluations: which rows they score, and whether the loss they report is that of their batches."""
 
 import hashlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sized
 from contextlib import suppress
 
 import numpy as np
 import torch
+from transformers import Trainer
 
 from recipe.guards.batches import SCORED, OnItsWay, TokensOnTheirWay, scored_part, send_tokens
 from recipe.guards.finding import CannotJudge, Finding
 from recipe.guards.probes.equivalence import check_eval_mean
+from recipe.guards.thresholds import EVAL_ROWS_READ, EVAL_SECONDS
 
 
 class EvaluationWatch:
@@ -41,6 +44,24 @@ class EvaluationWatch:
         losses = [loss.read().item() for loss in self._losses]
         self._tokens, self._losses = [], []
         return {"rows": rows, "learned": learned, "losses": losses, "counts": counts}
+
+
+def read_eval_rows(trainer: Trainer) -> list[np.ndarray]:
+    """What evaluations will score, so that training data can be held against it from the first step on: the first rows
+    of eval sets that can be indexed, through the collator. Streams are left alone: their rows are known when they have
+    been evaluated."""
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    until, rows = time.monotonic() + EVAL_SECONDS, []
+    for name, dataset in sets.items():
+        if "train" in name or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+            continue
+        for number in range(min(len(dataset), EVAL_ROWS_READ)):
+            batch = trainer.data_collator([dataset[number]])
+            tokens = send_tokens(batch, getattr(trainer.processing_class, "pad_token_id", None))
+            rows += [scored_part(*piece).astype(np.int32) for piece in tokens.read().rows()] if tokens else []
+            if time.monotonic() > until:
+                return rows
+    return rows
 
 
 def judge_evaluation(

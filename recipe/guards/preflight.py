@@ -189,7 +189,8 @@ def _probe_eval(twin, model, inputs, where) -> dict[str, Result]:
     def eval_loss(rows: dict) -> torch.Tensor:
         return twin.prediction_step(model, dict(rows), prediction_loss_only=True)[0]
 
-    return probe_eval(model, first_positions(first_rows(inputs, EVAL_ROWS)), train_loss, eval_loss, **where)
+    rows, exact = first_positions(first_rows(inputs, EVAL_ROWS)), precision_of(twin, model).itemsize >= 4
+    return probe_eval(model, rows, train_loss, eval_loss, **where, exact=exact)
 
 
 def _loss_of(twin: Trainer, model, inputs: dict, num_items_in_batch) -> Callable[[], torch.Tensor]:

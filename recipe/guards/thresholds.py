@@ -88,6 +88,8 @@ WEIGHTS = 0.05
 # Relative, of a loss. Most forward passes repeat bit for bit; all of bf16's rounding against fp32 moved the mean over
 # 512 tokens by 1.6e-5 (6-layer Llama), dropout of 0.1 that over 4,096 by 5e-5 to 4e-4 (4-layer GPT-2).
 REPEATED = 2e-5
+# In fp32: the mean of fp32 losses is good to 1e-7. Dropout of 0.1 moves an untrained model's by 1e-5 only.
+REPEATED_FP32 = 2e-6
 # Relative: an evaluation in bf16 of a model in fp32 rounds far less, the faults looked for are factors.
 EVALUATED = 0.01
 # Relative: mean of batch means instead of tokens, last batch not full: a few percent (transformers #39241).
@@ -160,6 +162,12 @@ GAP_NATS, GAP_WARNING, GAP_RATIO, GAP_STEPS = 1.2, 2.0, 1.5, 20
 # Losses that a place in the block needs, and standard errors by which the loss must fall from the first place to the
 # last: evidence beside a finding. Chosen, not measured.
 POSITION_LOSSES, POSITION_ERRORS = 30, 3
+
+# --- evaluation.py
+
+# Rows of each eval set that are read before step 1, and for how long. Chosen, not measured: 2 % of a set is reported,
+# which a thousand rows show.
+EVAL_ROWS_READ, EVAL_SECONDS = 1024, 2.0
 
 # --- updates.py, parameters.py
 

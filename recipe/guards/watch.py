@@ -113,7 +113,7 @@ class Watch:
                 yield "repeated_data", finding if finding is not None and finding.id == "repeated_data" else None
             if self.ledger.can_see_replay:
                 yield "resume_replay", finding if finding is not None and finding.id == "resume_replay" else None
-            if self.eval_digests:
+            if len(self.ledger.eval_rows):
                 yield "train_eval_overlap", check_overlap(self.ledger, *where, nats)
         if step.checksums is not None:
             yield "rank_divergence", check_ranks(*where, self.facts.parameter_names, step.checksums)

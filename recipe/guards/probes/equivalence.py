@@ -17,6 +17,7 @@ from recipe.guards.thresholds import (
     KEPT,
     LARGEST_FACTOR,
     REPEATED,
+    REPEATED_FP32,
     REPORTED,
     SMALL,
     SUM_ROOM,
@@ -129,16 +130,17 @@ def probe_eval(
     eval_loss: Callable[[dict], torch.Tensor],
     step: int = 0,
     tokens_seen: int = 0,
+    exact: bool = False,
 ) -> dict[str, Finding | CannotJudge | None]:
     """Evaluate a batch twice, and once by the way of training with the model in eval mode (`train_loss` must leave the
-    mode alone). All three give a mean over tokens. Returns what each of the two ids found."""
+    mode alone). All three give a mean over tokens. `exact`: in fp32. Returns what each of the two ids found."""
     losses = []
     with undisturbed(model, training=False), torch.no_grad():
         for compute in (eval_loss, eval_loss, train_loss):  # one draw after another: dropout that is left on differs
             losses.append(float(compute(dict(inputs)).mean()))
     first, second, trained = losses
     return {
-        "eval_not_repeatable": _result(check_repeated, first, second, step, tokens_seen),
+        "eval_not_repeatable": _result(check_repeated, first, second, step, tokens_seen, exact),
         "eval_train_mismatch": _result(check_eval_loss, (first + second) / 2, trained, step, tokens_seen),
     }
 
@@ -150,19 +152,21 @@ def _result(check: Callable, *numbers) -> Finding | CannotJudge | None:
         return reason
 
 
-def check_repeated(first: float, second: float, step: int = 0, tokens_seen: int = 0) -> Finding | None:
-    """Two evaluations of one batch by one model, nats per token."""
+def check_repeated(
+    first: float, second: float, step: int = 0, tokens_seen: int = 0, exact: bool = False
+) -> Finding | None:
+    """Two evaluations of one batch by one model, nats per token. `exact`: in fp32."""
     _need_finite(first, second)
-    difference = abs(first - second)
-    if difference <= REPEATED * max(abs(first), abs(second)):
+    difference, limit = abs(first - second), REPEATED_FP32 if exact else REPEATED
+    if difference <= limit * max(abs(first), abs(second)):
         return None
     return Finding(
         "eval_not_repeatable",
         "warning",
         step,
         tokens_seen,
-        found=f"two evaluations of the same rows give {first:.5f} and {second:.5f} nats",
-        expected=f"equal to {REPEATED:.0e} of the loss",
+        found=f"two evaluations of the same rows give {first:.6f} and {second:.6f} nats",
+        expected=f"equal to {limit:.0e} of the loss",
         likely_causes=(
             "dropout is on while evaluating",
             "the evaluation draws random numbers",

@@ -1,0 +1,1 @@
+"""Seeded bugs and healthy runs of tiny models: who sees what, and when."""

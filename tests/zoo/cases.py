@@ -1,0 +1,36 @@
+"""All bugs and healthy runs, by part.
+
+`development` was used to choose thresholds; `held_out` is only ever scored: it was written when they were frozen.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from tests.zoo import development, held_out
+from tests.zoo.bug import AREAS, Bug
+from tests.zoo.setting import Setting
+
+PARTS = {"development": development, "held_out": held_out}
+
+
+def bugs_of(part: str) -> list[Bug]:
+    return [value for module in _modules(part) for value in vars(module).values() if isinstance(value, Bug)]
+
+
+def healthy_of(part: str) -> dict[str, Setting]:
+    """Each module may have a table `HEALTHY`."""
+    return {name: setting for module in _modules(part) for name, setting in getattr(module, "HEALTHY", {}).items()}
+
+
+def _modules(part: str) -> list[ModuleType]:
+    package = PARTS[part]
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+
+
+def tenth(part: str) -> tuple[list[Bug], dict[str, Setting]]:
+    """Every tenth bug of each area, its first among them, and every tenth healthy run: what the tests run."""
+    bugs, healthy = bugs_of(part), list(healthy_of(part).items())
+    areas = {area: [bug for bug in bugs if bug.area == area] for area in AREAS}
+    return [bug for own in areas.values() for bug in own[::10]], dict(healthy[::10])
