@@ -18,7 +18,6 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from recipe.data.docstrings import build_docstring_corpus
-from tests.zoo.models import eos_of
 from tests.zoo.setting import Setting
 
 FOLDER = Path(__file__).with_name("texts")
@@ -86,7 +85,7 @@ def _drawn(setting: Setting, is_eval: bool) -> Iterator[np.ndarray]:
     """`random`: every token as likely as any other. `markov-N`: one of N tokens follows each, by chances that fall
     geometrically; the chain is the same for every seed, of entropy about 1.4 nats where N is large."""
     generator = np.random.default_rng([setting.seed, int(is_eval)])
-    vocabulary = min(setting.vocabulary, eos_of(setting.vocabulary))
+    vocabulary = setting.vocabulary - 1
     if setting.text == "random":
         while True:
             yield generator.integers(0, vocabulary, size=int(generator.integers(100, 400)))
