@@ -21,7 +21,7 @@ def test_check_judges_without_training(write_config, tmp_path, capsys):
     assert run(["check", write_config(), "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"missing_label_shift", "non_causal_attention", "row_leak", "eval_train_mismatch"} <= set(result["judged"])
-    assert result["findings"] == [] and "repeated_data" in result["needs_training"]
+    assert result["findings"] == [] and "learning_rate_off" in result["needs_training"]
     parts = [result["judged"], result["needs_training"], result["cannot_judge"], result["not_applicable"]]
     assert set().union(*parts) == set(FINDING_IDS)
     assert not (tmp_path / "run").exists()

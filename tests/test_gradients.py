@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from recipe.guards.gradients import GradientWatch, check_clipped, check_dropped, check_sum
+from recipe.guards.gradients import GradientWatch, check_clipped, check_dropped, check_sum, check_written
 
 NAN = math.nan
 
@@ -85,8 +85,8 @@ def test_a_step_is_the_sum_of_its_micro_batches_bit_for_bit(watched):
         backward(model)
     watch.before_clip()
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    total, error, before, now = watch.take(3).tolist()
-    assert error == 0 and total == before > now > 0
+    total, error, before, now, changed = watch.take(3).tolist()
+    assert error == changed == 0 and total == before > now > 0
     assert watch.take(1) is None  # nothing heard since
 
 
@@ -95,7 +95,7 @@ def test_what_is_zeroed_in_between_is_missing(watched):
     backward(model)
     model.zero_grad()
     backward(model)
-    total, error, before, _ = watch.take(2).tolist()
+    total, error, before, *_ = watch.take(2).tolist()
     assert error > 0.1 * max(total, before)
 
 
@@ -115,3 +115,27 @@ def test_a_model_without_a_usable_parameter_is_not_followed():
     watch.before_clip()
     assert watch.take(1) is None
     watch.close()
+
+
+def test_what_somebody_else_writes_between_steps_is_heard(watched):
+    model, watch = watched
+    watch.after_step()
+    with torch.no_grad():
+        watch.parameter.add_(0.5)
+    backward(model)
+    assert watch.take(1)[4].item() == pytest.approx(0.5 * math.sqrt(32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ([0.0] * 20 + [0.1], True),
+        ([0.0] * 20, False),
+        ([0.1] * 20, False),  # a projection after each step
+        ([0.0] * 4 + [0.1], False),  # too early to say
+    ],
+)
+def test_who_begins_to_write_to_the_weights_is_found(changes, found):
+    finding = check_written(41, 410, "norm", changes)
+    assert (finding is not None) is found
+    assert not found or finding.id == "lost_updates"

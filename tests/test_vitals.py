@@ -232,7 +232,7 @@ def test_short_last_batches_varying_batches_and_small_data_sets_are_silent():
 
 def counts(**changes):
     plain = dict(tokens=10_000, targets=9_000, eos_inputs=100, eos_targets=100, padding_targets=0)
-    return TokenCounts(**(plain | dict(min_id=0, max_id=99, embedding_rows=100) | changes))
+    return TokenCounts(**(plain | dict(rows=0, filled_rows=0, min_id=0, max_id=99, embedding_rows=100) | changes))
 
 
 @pytest.mark.parametrize("check", [check_token_range, check_padding_targets, check_eos_targets])

@@ -4,15 +4,17 @@ Nothing here waits for the device: tensors that live there are copied to pinned 
 when the next one ends.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from recipe.guards.probes.targets import IGNORE_INDEX
-from recipe.guards.thresholds import SHORTEST_PROMPT
+from recipe.guards.thresholds import FILLED_TOKENS, SHORTEST_PROMPT
 from recipe.guards.vitals import TokenCounts
+
+COUNTED = tuple(field.name for field in fields(TokenCounts) if field.name != "embedding_rows")
 
 VALID, SCORED, LABEL_IS_TOKEN, LABEL_IS_NEXT, STARTS = 1, 2, 4, 8, 16
 
@@ -116,7 +118,7 @@ class TokenCounter:
     def __init__(self, eos_token_ids: tuple[int, ...], embedding_rows: int, start: dict | None = None):
         self.eos_token_ids = eos_token_ids
         self.counts = TokenCounts(
-            **(start or dict(tokens=0, targets=0, eos_inputs=0, eos_targets=0, padding_targets=0, min_id=0, max_id=0)),
+            **(start or dict.fromkeys(COUNTED, 0)),
             embedding_rows=embedding_rows,
         )
 
@@ -132,9 +134,18 @@ class TokenCounter:
             eos_inputs=counts.eos_inputs + int(is_eos[:, 1:].sum()),
             eos_targets=counts.eos_targets + int((is_eos & scored).sum()),
             padding_targets=counts.padding_targets + int((scored & ~valid).sum()),
+            rows=counts.rows + len(seen.ids),
+            filled_rows=counts.filled_rows + self._count_filled(seen, scored),
             min_id=min(counts.min_id, int(seen.ids.min())),
             max_id=max(counts.max_id, int(seen.ids.max())),
         )
+
+    @staticmethod
+    def _count_filled(seen: SeenTokens, scored: np.ndarray) -> int:
+        if seen.ids.shape[1] < FILLED_TOKENS:
+            return 0
+        is_filled = (seen.ids[:, 0] == seen.ids[:, -1]) & scored[:, 1:].all(axis=1)
+        return sum(bool((seen.ids[row] == seen.ids[row, 0]).all()) for row in np.flatnonzero(is_filled))
 
     def state(self) -> dict:
         return {name: value for name, value in asdict(self.counts).items() if name != "embedding_rows"}

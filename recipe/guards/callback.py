@@ -31,7 +31,18 @@ from recipe.guards.ranks import Ranks
 from recipe.guards.records import StepRecord, append_line, as_finding, keep_until, read_steps
 from recipe.guards.state import read_state, say_damaged, write_state
 from recipe.guards.steps import PendingStep, StepClock, StepInProgress
-from recipe.guards.thresholds import ABOVE_MIN_STEPS, CHECKSUM_STEPS, HISTORY, LISTEN_EVERY
+from recipe.guards.thresholds import (
+    ABOVE_MIN_STEPS,
+    ASK_AGAIN,
+    BUDGET_STEPS,
+    CHECKSUM_STEPS,
+    GAP_STEPS,
+    HISTORY,
+    JUMP_WINDOW,
+    LEDGER_MIN_TOKENS,
+    LISTEN_EVERY,
+    RECENT,
+)
 from recipe.guards.trajectory import Reference, find_reference, load_reference
 from recipe.guards.updates import check_optimizer_groups, check_tied, parameter_checksums
 from recipe.guards.watch import StepFacts, Watch
@@ -39,6 +50,12 @@ from recipe.guards.watch import StepFacts, Watch
 logger = logging.getLogger("recipe.guards")
 
 NEED_TRAINING = tuple(name for name in FINDING_IDS if name not in preflight.PROBES)
+NEED_STEPS = {
+    ("loss_above_envelope",): ABOVE_MIN_STEPS,
+    ("loss_spike", "grad_norm_off"): JUMP_WINDOW + RECENT,
+    ("token_budget_off",): BUDGET_STEPS,
+    ("train_eval_gap",): GAP_STEPS,
+}
 OF_A_RESUME = ("resume_jump", "resume_replay")  # each resume has its own
 
 
@@ -92,6 +109,7 @@ class RegressionCallback(TrainerCallback):
 
     def _reset(self) -> None:
         self._is_first_micro_step = True
+        self._asked_at = 0  # the step at which the probes were last asked
         self._pending: PendingStep | None = None
         self._stop_asked = False
         self._saved: tuple[dict, dict] | None = None
@@ -185,6 +203,8 @@ class RegressionCallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self._parameters is not None:
             self._parameters.after_step(self._step.learning_rate)
+        if self._gradients is not None:
+            self._gradients.after_step()
 
     def on_step_end(self, args, state, control, **kwargs):
         self._flush(control)
@@ -297,10 +317,13 @@ class RegressionCallback(TrainerCallback):
             self.tokens_seen,
         )
         if not self._is_first_micro_step:
-            if self.journal.to_explain:
+            if self._trainer.state.global_step == ASK_AGAIN and self._trainer.state.global_step != self._asked_at:
+                self._ask_again(preflight.run_probes(*probe, only_curve=True))
+            elif self.journal.to_explain:
                 self._explain_waiting(preflight.run_probes(*probe, only_curve=True))
             return None
         self._is_first_micro_step = False
+        self._asked_at = self._trainer.state.global_step
         self._learn_facts(inputs)
         self._check_resume(inputs)
         results = preflight.run_probes(*probe, is_new_model=self.facts["is_new_model"])
@@ -312,6 +335,14 @@ class RegressionCallback(TrainerCallback):
         if self.only_check:
             raise PreflightDone
         return self._measure_eager(inputs, num_items_in_batch) if self._is_compiled else None
+
+    def _ask_again(self, results: dict[str, preflight.Result]) -> None:
+        """What begins at zero, such as an adapter, shows once it has been trained for a few steps."""
+        self._asked_at = self._trainer.state.global_step
+        for guard, result in sorted(results.items(), key=_worst_first):
+            if not isinstance(result, CannotJudge):
+                self.journal.conclude(guard, result)
+        self._explain_waiting(results)
 
     def _measure_eager(self, inputs: dict, num_items_in_batch) -> preflight.Eager | None:
         try:
@@ -361,8 +392,13 @@ class RegressionCallback(TrainerCallback):
         if not is_evaluated:
             evaluating = ("train_eval_gap", "train_eval_overlap")
             self.journal.give_up(evaluating, NotApplicable("no evaluation during training"))
-        if trainer.state.max_steps < ABOVE_MIN_STEPS:
-            self.journal.give_up(["loss_above_envelope"], NotApplicable(f"fewer than {ABOVE_MIN_STEPS} steps"))
+        steps = trainer.state.max_steps
+        for guards, least in NEED_STEPS.items():
+            if steps < least:
+                self.journal.give_up(guards, NotApplicable(f"the run has {steps} steps, it needs {least}"))
+        if steps * self.facts["tokens_per_step"] < LEDGER_MIN_TOKENS:
+            few = NotApplicable(f"the run has fewer than {LEDGER_MIN_TOKENS:,} tokens")
+            self.journal.give_up(["repeated_data"], few)
         if self.is_main:
             initial = {plain_rate(group.get("initial_lr")) for group in trainer.optimizer.param_groups}
             agrees = self._saved[0]["learning_rate_agrees"] if self._saved else args.learning_rate in initial

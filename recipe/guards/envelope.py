@@ -14,6 +14,9 @@ above what a model reaches. Smallest (model - floor) in windows of 10 steps, hon
     Python code, 4k vocabulary         1.98 (1.93)     Markov of order 1, 300 states    0.16 (-0.40)
     English, bytes, to 307k tokens     0.41 (0.41)     five sentences in random order   0.00 (0.00)
 
+And never above ln V, the loss of a guess that needs no counts: of random tokens of a large vocabulary the unigram says
+0.4 more, having seen few of them, and a model that has learned nothing was under it (found by the zoo).
+
 A model can pass it honestly where it shares statistics between tokens and counts cannot: bigrams of rank 3, -0.13 with
 300 tokens, -0.51 with 2,000. Such synthetic data trips the guard. So would a model of bytes or characters in time,
 since it sees further than 5 of them: judging ends after 1,000 tokens for each entry of the vocabulary.
@@ -51,7 +54,8 @@ ONE_TYPE = 1 << 32  # `followed` holds n(c) in its low half and t(c) in its high
 
 @dataclass(frozen=True)
 class EnvelopeLoss:
-    """Mean nats a token over the `tokens` scored in one call; `floor` is the mean of the order with the lowest."""
+    """Mean nats a token over the `tokens` scored in one call; `floor` is the mean of the order with the lowest, and at
+    most that of a uniform guess, which needs no counts."""
 
     tokens: int
     unigram: float
@@ -98,7 +102,9 @@ class Envelope:
         if losses is None or not num_scored:
             return None
         means = losses / num_scored
-        return EnvelopeLoss(num_scored, float(means[0]), float(means[1]), float(means.min()))
+        return EnvelopeLoss(
+            num_scored, float(means[0]), float(means[1]), min(float(means.min()), math.log(self.vocab_size))
+        )
 
     def stop(self, reason: str) -> None:
         if self.stopped is None:

@@ -33,6 +33,7 @@ class RunFacts:
     is_adam: bool = True
     parameter_names: tuple[str, ...] = ()
     max_grad_norm: float = 0.0
+    label_smoothing: float = 0.0
     followed: tuple[str, bool] = ("", False)
 
 
@@ -81,6 +82,7 @@ def run_facts(
         is_adam="adam" in optimizer_name(trainer.optimizer).lower(),
         parameter_names=tuple(name for name, _ in model.named_parameters()),
         max_grad_norm=args.max_grad_norm or 0.0,
+        label_smoothing=args.label_smoothing_factor,
         followed=(gradients.name, gradients.is_low) if gradients is not None else ("", False),
     )
 

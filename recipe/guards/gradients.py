@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from recipe.guards.finding import Finding
-from recipe.guards.thresholds import GRADIENT_ERROR, MOVING_ELEMENTS, UNCLIPPED
+from recipe.guards.thresholds import GRADIENT_ERROR, MOVING_ELEMENTS, QUIET_STEPS, UNCLIPPED
 from recipe.guards.updates import LOW_PRECISION, Parameters
 
 
@@ -20,6 +20,7 @@ class GradientWatch:
         usable = [(n, p) for n, p in usable if p.numel() >= MOVING_ELEMENTS]
         self.name, self.parameter = min(reversed(usable), key=lambda each: each[1].numel(), default=("", None))
         self.is_listening = False
+        self._left: torch.Tensor | None = None  # the parameter as the last step left it
         self._reset()
         self._hook = self.parameter.register_hook(self._hear) if self.parameter is not None else None
 
@@ -45,17 +46,22 @@ class GradientWatch:
     def before_clip(self) -> None:
         self._unclipped = self._gradient().clone() if self.parameter is not None else None
 
+    def after_step(self) -> None:
+        self._left = self.parameter.detach().clone() if self.parameter is not None else None
+
     def take(self, num_micro_batches: int) -> torch.Tensor | None:
-        """Norms on the device, float32 `[4]`: of the sum heard, of its difference from the gradient before clipping,
-        of that gradient, and of the one that the step is taken with. None where backward did not come once in each
-        micro-batch."""
+        """Norms on the device, float32 `[5]`: of the sum heard, of its difference from the gradient before clipping,
+        of that gradient, of the one that the step is taken with, and of what the parameter has changed since the last
+        step. None where backward did not come once in each micro-batch."""
         heard, total, before = self._heard, self._sum, self._unclipped
         self._reset()
         if self.parameter is None or heard != num_micro_batches or total is None:
             return None
         now = self._gradient()
         before = now if before is None else before
-        return torch.stack([torch.linalg.vector_norm(each) for each in (total, before - total, before, now)])
+        changed = torch.zeros_like(now) if self._left is None else (self.parameter.detach() - self._left).float()
+        parts = (total, before - total, before, now, changed)
+        return torch.stack([torch.linalg.vector_norm(part) for part in parts])
 
     def _gradient(self) -> torch.Tensor:
         gradient = self.parameter.grad
@@ -67,7 +73,7 @@ def check_sum(
 ) -> Finding | None:
     """`norms`: of `GradientWatch.take`. The gradient at the step is the sum of what its micro-batches gave, in fp32
     bit for bit. `is_low`: summed in half precision, which rounds."""
-    total, error, before, _ = norms
+    total, error, before, *_ = norms
     largest = max(total, before)
     limit = GRADIENT_ERROR[is_low]
     if not math.isfinite(largest + error) or error <= limit * largest:  # other guards name what is not finite
@@ -92,7 +98,7 @@ def check_sum(
 
 def check_dropped(step: int, tokens_seen: int, norms: Sequence[float]) -> Finding | None:
     """A gradient that is not finite, and the step is taken without it."""
-    total, _, before, now = norms
+    total, _, before, now, *_ = norms
     if math.isfinite(total) or not (math.isfinite(before) and math.isfinite(now)):
         return None
     return Finding(
@@ -108,11 +114,30 @@ def check_dropped(step: int, tokens_seen: int, norms: Sequence[float]) -> Findin
     )
 
 
+def check_written(step: int, tokens_seen: int, name: str, changes: Sequence[float]) -> Finding | None:
+    """`changes`: of the parameter between the last steps, this one last. Somebody who writes to the weights each time
+    (a projection) does so on purpose; one who begins to is at fault."""
+    earlier = changes[:-1]
+    if not changes[-1] > 0 or len(earlier) < QUIET_STEPS or sum(change > 0 for change in earlier) > 1:
+        return None
+    return Finding(
+        "lost_updates",
+        "warning",
+        step,
+        tokens_seen,
+        found=f"{name} was changed between steps {step - 1} and {step}, by something else than the optimizer",
+        expected="no change, as between the steps before",
+        likely_causes=("averaged or older weights were put into the model and left there",),
+        action="look for what writes to the weights when the run is saved or evaluated",
+        evidence={"change": changes[-1], "steps_before": len(earlier)},
+    )
+
+
 def check_clipped(
     step: int, tokens_seen: int, norm: float | None, max_norm: float, norms: Sequence[float]
 ) -> Finding | None:
     """`norm`: of all gradients, as clipping measured it. Clipping scales every gradient by `max_norm / norm`."""
-    _, _, before, now = norms
+    before, now = norms[2], norms[3]
     if norm is None or max_norm <= 0 or not norm > UNCLIPPED * max_norm or not before > 0:
         return None
     wanted, done = max_norm / norm, now / before

@@ -7,7 +7,7 @@ from transformers import Trainer
 from recipe.guards import preflight
 from recipe.guards.finding import CannotJudge, Finding
 from recipe.guards.ranks import Ranks
-from recipe.guards.updates import check_resume, count_optimizer_states
+from recipe.guards.updates import check_resume, count_optimizer_states, count_optimizer_steps
 
 PREFIX = "pinned."
 
@@ -28,14 +28,16 @@ class PinnedBatch:
 
     def check(self, saved: tuple[dict, dict] | None, step: int, tokens_seen: int) -> Finding | None:
         """After a resume, before the next step: `saved` are rank 0's numbers and arrays. Raises `CannotJudge`."""
-        told = self.ranks.share(saved and (_rows_of(saved[1]), saved[0]["pinned_loss"], saved[0]["optimizer_states"]))
+        names = ("pinned_loss", "optimizer_states", "optimizer_steps")
+        told = self.ranks.share(saved and (_rows_of(saved[1]), *(saved[0][name] for name in names)))
         if self._is_sharded:
             raise CannotJudge("the weights are sharded over ranks")
         if told is None:
             raise CannotJudge("the checkpoint holds no state of the guards")
-        self._rows, before, states = told
-        dtype, now = preflight.precision_of(self.trainer, self.model), count_optimizer_states(self.trainer.optimizer)
-        return check_resume(step, tokens_seen, before, self.loss(), dtype, states, now)
+        self._rows, before, states, steps = told
+        dtype, optimizer = preflight.precision_of(self.trainer, self.model), self.trainer.optimizer
+        now = (count_optimizer_states(optimizer), steps, count_optimizer_steps(optimizer))
+        return check_resume(step, tokens_seen, before, self.loss(), dtype, states, *now)
 
     def loss(self) -> float | None:
         return next(iter(self.losses(1)), None)
@@ -55,7 +57,9 @@ class PinnedBatch:
             loss = self.loss()
         except CannotJudge:
             loss = None
-        numbers = {"pinned_loss": loss, "optimizer_states": count_optimizer_states(self.trainer.optimizer)}
+        optimizer = self.trainer.optimizer
+        numbers = {"pinned_loss": loss, "optimizer_states": count_optimizer_states(optimizer)}
+        numbers["optimizer_steps"] = count_optimizer_steps(optimizer)
         return numbers, {
             PREFIX + name: value.numpy() for name, value in self._rows.items() if value.dtype != torch.bfloat16
         }

@@ -29,6 +29,8 @@ from recipe.guards.probes.targets import (
     IGNORE_INDEX,
     LossTargets,
     check_all_scored,
+    check_last_position,
+    check_logits,
     check_loss_targets,
     head_of,
     recover_loss_targets,
@@ -109,9 +111,16 @@ def _probe_targets(twin, model, inputs, num_items_in_batch, is_new_model, where)
     found = recover_loss_targets(model, _loss_of(twin, model, inputs, num_items_in_batch))
     results: dict[str, Result] = {"init_loss_off": _check_init_loss(found, model, is_new_model, where)}
     finding = check_loss_targets(inputs["input_ids"], found.targets, inputs["labels"], **where)
-    if finding is None:
-        with suppress(CannotJudge):  # the targets have been judged
-            finding = check_all_scored(found, inputs["labels"], **where)
+    labels = inputs["labels"]
+    for check in (
+        lambda: check_all_scored(found, labels, **where),
+        lambda: check_last_position(inputs["input_ids"], found, labels, **where),
+    ):
+        if finding is None:
+            with suppress(CannotJudge):  # the targets have been judged
+                finding = check()
+    if (bounded := check_logits(found, head_of(model).weight.shape[0], **where)) is not None:
+        results["loss_above_envelope"] = bounded
     return results | {name: finding if finding is not None and finding.id == name else None for name in TARGETS}
 
 

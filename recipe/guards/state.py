@@ -21,6 +21,7 @@ class SavedNumbers(TypedDict):
     step: int
     pinned_loss: float | None
     optimizer_states: int
+    optimizer_steps: int | None
     learning_rate_agrees: bool
     active: dict[str, Finding]
     judged_steps: dict[str, int]

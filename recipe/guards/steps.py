@@ -35,7 +35,7 @@ class StepInProgress:
         self.heard += [(rows, OnItsWay(as_one(rows))) for rows in heard]
 
     def values(self) -> OnItsWay:
-        """The loss, the gradient norm (NaN where it is not known), the four norms of `gradient`, then the loss of each
+        """The loss, the gradient norm (NaN where it is not known), the five norms of `gradient`, then the loss of each
         micro-batch."""
         losses = [loss.float().reshape(()) for loss in self.losses]
         total = losses[0]
@@ -43,7 +43,7 @@ class StepInProgress:
             total = total + loss
         norm = self.grad_norm if self.grad_norm is not None else math.nan
         norm = torch.as_tensor(norm, dtype=torch.float32, device=total.device).reshape(())
-        gradient = self.gradient if self.gradient is not None else torch.zeros(4)
+        gradient = self.gradient if self.gradient is not None else torch.zeros(5)
         return OnItsWay(torch.cat([torch.stack([total, norm]), gradient.to(total.device), torch.stack(losses)]))
 
 
@@ -63,8 +63,8 @@ class PendingStep:
         return {
             "loss": loss,
             "grad_norm": norm if self.heard_of.grad_norm is not None else None,
-            "gradient": values[:4] if self.heard_of.gradient is not None else None,
-            "losses": values[4:],
+            "gradient": values[:5] if self.heard_of.gradient is not None else None,
+            "losses": values[5:],
             "seen": [tokens.read() for tokens in self.heard_of.tokens],
             "heard": [as_plain(heard, values.read()) for heard, values in self.heard_of.heard],
             "checksums": self.checksums.read().tolist() if self.checksums is not None else None,

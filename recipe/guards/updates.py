@@ -155,6 +155,12 @@ def _is_partial(parameter: torch.Tensor) -> bool:
     return isinstance(parameter, DTensor) or parameter.is_meta or parameter.numel() == 0
 
 
+def count_optimizer_steps(optimizer) -> int | None:
+    """The steps that the optimizer itself has counted, as Adam does; None where it counts none."""
+    counts = [state["step"] for state in optimizer.state.values() if isinstance(state, dict) and "step" in state]
+    return int(counts[0]) if counts else None
+
+
 def count_optimizer_states(optimizer) -> int:
     """Parameters for which the optimizer keeps a state (plain SGD keeps none)."""
     return sum(bool(state) for state in optimizer.state.values())
@@ -171,7 +177,8 @@ def check_optimizer_groups(
     `parameters`: of the model as the optimizer got it. Raises `CannotJudge` where an optimizer that is not torch's
     holds none of them: it may keep copies, and `check_frozen` sees whether those come back.
     """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    in_groups = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    held, twice = set(in_groups), {each for each, count in Counter(in_groups).items() if count > 1}
     training = [(name, p) for name, p in parameters if p.requires_grad]
     missing = [name for name, p in training if id(p) not in held]
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
@@ -187,6 +194,12 @@ def check_optimizer_groups(
         action = "build the optimizer from the final model, or set requires_grad to False"
         evidence = {"missing": missing[:20], "num_missing": len(missing), "num_trainable": len(training)}
         return Finding("frozen_parameters", "error", step, tokens_seen, found, expected, causes, action, evidence)
+    if names := [name for name, p in parameters if id(p) in twice]:
+        found = f"{len(names)} parameters are in the optimizer more than once ({_first(names)})"
+        causes = ("a shared weight was given to the optimizer once for each module that holds it",)
+        action, evidence = "give each parameter once, as model.parameters() does", {"names": names[:20]}
+        expected = "once: each time it is there it is updated"
+        return Finding("learning_rate_off", "error", step, tokens_seen, found, expected, causes, action, evidence)
     return _check_frozen_on_purpose(step, tokens_seen, parameters, is_new_model)
 
 
@@ -392,11 +405,13 @@ def check_resume(
     dtype: torch.dtype,
     states_before: int | None,
     states_after: int | None,
+    steps_before: int | None = None,
+    steps_after: int | None = None,
 ) -> Finding | None:
     """After loading a checkpoint, before the next step: the model and the optimizer are those that were saved.
 
     The losses are of one pinned batch in eval mode, at `dtype` (autocast's, if on). `states_*`: from
-    `count_optimizer_states`. What is None was not kept and is not judged.
+    `count_optimizer_states`, `steps_*` from `count_optimizer_steps`. What is None was not kept and is not judged.
     """
     evidence = {"loss_before": loss_before, "loss_after": loss_after}
     evidence |= {"states_before": states_before, "states_after": states_after}
@@ -407,6 +422,10 @@ def check_resume(
             expected = f"{loss_before:.4f} as when it was saved, within {tolerance}"
             causes = ("weights are missing in the checkpoint or were not loaded", "weights untied on load")
             return _resume_finding("error", step, tokens_seen, found, expected, causes, evidence)
+    if steps_before is not None and steps_after is not None and steps_after != steps_before and states_after:
+        found, expected = f"an optimizer that has counted {steps_after} steps", f"{steps_before}, as when it was saved"
+        causes = ("the optimizer's step count was not saved or not loaded: Adam corrects its averages by it",)
+        return _resume_finding("warning", step, tokens_seen, found, expected, causes, evidence)
     if states_before is None or states_after is None or states_after >= states_before:
         return None
     found = f"optimizer state for {states_after} parameters"

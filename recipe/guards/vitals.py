@@ -22,6 +22,8 @@ from recipe.guards.thresholds import (
     EOS_SEEN,
     FALL_NATS,
     FALL_SHARE,
+    FILLED_ROWS,
+    FILLED_SHARE,
     GAP_NATS,
     GAP_RATIO,
     GAP_STEPS,
@@ -340,7 +342,8 @@ class TokenCounts:
     """What was counted over the run so far. Padding is where the attention mask is 0, whatever its id.
 
     `eos_inputs`: EOS in the text of a row (padding apart) after the row's first token, which may be a BOS of the same
-    id. `eos_targets`: scored targets that are EOS. `padding_targets`: scored targets that are padding.
+    id. `eos_targets`: scored targets that are EOS. `padding_targets`: scored targets that are padding. `filled_rows`:
+    of the `rows`, those of FILLED_TOKENS tokens or more that hold one token only and score it.
     """
 
     tokens: int
@@ -348,6 +351,8 @@ class TokenCounts:
     eos_inputs: int
     eos_targets: int
     padding_targets: int
+    rows: int
+    filled_rows: int
     min_id: int
     max_id: int
     embedding_rows: int
@@ -367,6 +372,11 @@ def check_token_range(step: int, tokens_seen: int, counts: TokenCounts) -> Findi
 
 
 def check_padding_targets(step: int, tokens_seen: int, counts: TokenCounts) -> Finding | None:
+    if counts.filled_rows >= max(FILLED_ROWS, FILLED_SHARE * counts.rows):
+        found, expected = f"{counts.filled_rows:,} of {counts.rows:,} rows hold one token only", "rows of text"
+        causes = ("files made at full length beforehand, whose ends were never written", "rows of padding alone")
+        action, evidence = "leave these rows out, or mask their labels", vars(counts).copy()
+        return Finding("padding_is_target", "warning", step, tokens_seen, found, expected, causes, action, evidence)
     if counts.padding_targets < max(PADDING_SCORED, PADDING_SHARE * counts.targets):
         return None
     found = f"{counts.padding_targets:,} of {counts.targets:,} scored targets are padding"
@@ -397,19 +407,27 @@ def check_eos_targets(step: int, tokens_seen: int, counts: TokenCounts) -> Findi
 
 
 def check_train_eval_gap(
-    step: int, tokens_seen: int, train_losses: list[float], eval_loss: float, is_first_pass: bool
+    step: int,
+    tokens_seen: int,
+    train_losses: list[float],
+    eval_loss: float,
+    is_first_pass: bool,
+    vocab_size: int = 0,
 ) -> Finding | None:
     """In the first pass nothing was memorised, so eval and train loss are close, unless the texts differ.
 
     `train_losses`: those of the last steps. Silent while the eval loss lies within them, which leaves out noisy
-    batches and the slope of early training.
+    batches and the slope of early training. An eval loss above that of a uniform guess over `vocab_size` needs no
+    ratio.
     """
     recent = train_losses[-GAP_STEPS:]
     if not is_first_pass or len(recent) < GAP_STEPS or not all(map(math.isfinite, [*recent, eval_loss])):
         return None
     train_loss = statistics.median(recent)
     low, high = sorted((train_loss, eval_loss))
-    if min(recent) <= eval_loss <= max(recent) or high - low < GAP_NATS or high < GAP_RATIO * low:
+    over_uniform = 0 < math.log(max(1, vocab_size)) < eval_loss
+    is_far = high >= GAP_RATIO * low or over_uniform
+    if min(recent) <= eval_loss <= max(recent) or high - low < GAP_NATS or not is_far:
         return None
     is_higher = eval_loss > train_loss
     severity = "warning" if high - low >= GAP_WARNING else "info"

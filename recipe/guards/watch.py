@@ -23,7 +23,7 @@ from recipe.guards.envelope import (
 from recipe.guards.evaluation import judge_evaluation
 from recipe.guards.facts import RunFacts
 from recipe.guards.finding import CannotJudge, Finding
-from recipe.guards.gradients import check_clipped, check_dropped, check_sum
+from recipe.guards.gradients import check_clipped, check_dropped, check_sum, check_written
 from recipe.guards.ledger import Ledger, Place, check_overlap, check_repetition
 from recipe.guards.probes.targets import in_rows, judge_row
 from recipe.guards.records import StepRecord, unfit
@@ -86,6 +86,7 @@ class Watch:
         self.eval_digests: dict[str, int] = {}
         self._uneven_steps = self._off_rate_steps = self._unclipped_steps = 0
         self._off_gradients: list[bool] = []  # of the last steps
+        self._changes: list[float] = []
         self._floor_sums = [0, 0.0]
         self._rates = [0, 0.0]  # steps, and the sum of their learning rates
 
@@ -279,13 +280,14 @@ class Watch:
     def _judge_weights(self, step: StepFacts, *where: int) -> Iterator[tuple[str, Finding | None]]:
         """In passing: what a scored position weighs in the gradient is the same in every micro-batch of a step, and
         all of them together weigh 1."""
-        if self.facts.weights_are_scaled or self.facts.gradient_accumulation_steps * self.facts.world_size == 1:
+        if self.facts.weights_are_scaled:
             return
         counts = {(rank, micro): int((seen.flags & SCORED != 0).sum()) for rank, micro, seen in step.seen}
         weights = {(rank, micro): _mean_weight(heard["weights"]) for rank, micro, heard in step.heard}
         if counts.keys() != weights.keys() or None in weights.values() or not all(counts.values()):
             return
-        finding = check_weights(*where, counts, weights, self.facts)
+        num_positions = sum(seen.ids[:, 1:].size for _, _, seen in step.seen)
+        finding = check_weights(*where, counts, weights, self.facts, num_positions)
         self._uneven_steps = self._uneven_steps + 1 if finding else 0
         yield "accumulation_mismatch", finding if self._uneven_steps >= WEIGHT_STEPS else None
 
@@ -299,6 +301,9 @@ class Watch:
             finding = check_sum(*where, name, norms, len(step.micro_losses), is_low)
             self._off_gradients = [*self._off_gradients[1 - GRADIENT_WINDOW :], finding is not None]
             yield "accumulation_mismatch", finding if sum(self._off_gradients) >= GRADIENT_STEPS else None
+        self._changes = [*self._changes[-GRADIENT_WINDOW:], norms[4]]
+        if (written := check_written(*where, facts.followed[0], self._changes)) is not None:
+            yield "lost_updates", written
         finding = check_clipped(*where, step.record["grad_norm"], facts.max_grad_norm, norms)
         self._unclipped_steps = self._unclipped_steps + 1 if finding else 0
         if self._unclipped_steps >= GRADIENT_STEPS:
@@ -339,7 +344,8 @@ class Watch:
         if "eval_loss" in metrics:
             losses = [record["loss"] for record in self.history]
             is_first = self.passes == 1
-            gap = vitals.check_train_eval_gap(step, tokens_seen, losses, metrics["eval_loss"], is_first)
+            known = (losses, metrics["eval_loss"], is_first, self.facts.vocab_size)
+            gap = vitals.check_train_eval_gap(step, tokens_seen, *known)
             yield "train_eval_gap", gap
         else:
             self.cannot_judge.setdefault("train_eval_gap", "several eval sets, which may be of other kinds of text")
@@ -418,10 +424,15 @@ def _mean_weight(weights: list[list[float]]) -> float | None:
 
 
 def check_weights(
-    step: int, tokens_seen: int, counts: dict[tuple, int], weights: dict[tuple, float], facts: RunFacts
+    step: int,
+    tokens_seen: int,
+    counts: dict[tuple, int],
+    weights: dict[tuple, float],
+    facts: RunFacts,
+    num_positions: int = 0,
 ) -> Finding | None:
     """`counts`: scored positions of each micro-batch `(rank, micro_step)` of one step; `weights`: what one of them
-    weighs in the gradient of its rank.
+    weighs in the gradient of its rank; `num_positions`: all of the step, masked or not.
 
     Gradients are averaged over ranks, so a position should weigh world_size / (scored positions of the step).
     """
@@ -430,8 +441,10 @@ def check_weights(
     factor = sum(sums.values()) / facts.world_size
     evidence = {"scored": list(counts.values()), "weights": list(weights.values()), "factor": factor}
     steps, ranks = facts.gradient_accumulation_steps, facts.world_size
-    wrong = {number for k in (steps, ranks, steps * ranks) for number in (k, 1 / k)} - {1}
-    ratio = next((r for r in wrong if abs(factor / r - 1) < UNEVEN), None)
+    wrong = {number for k in (steps, ranks, steps * ranks) for number in (k, 1 / k)}
+    if num_positions and not facts.label_smoothing:  # divided by masked positions too
+        wrong.add(total / num_positions)
+    ratio = next((r for r in wrong if abs(r - 1) > 2 * UNEVEN and abs(factor / r - 1) < UNEVEN), None)
     groups = [counts] if facts.averages_over_ranks else [{p: n for p, n in counts.items() if p[0] == 0}]
     uneven = max(groups[0].values()) > (1 + 2 * UNEVEN) * min(groups[0].values())
     spread = max(weights[place] for place in groups[0]) / min(weights[place] for place in groups[0])
@@ -446,7 +459,11 @@ def check_weights(
         if ratio is not None
         else f"a token weighs {spread:.2f} times as much in one micro-batch as in another",
         expected="1" if ratio is not None else f"the same in all: 1 of {total:,} scored tokens",
-        likely_causes=("the loss is not divided by the accumulation steps or ranks", "it is divided twice")
+        likely_causes=(
+            "the loss is not divided by the accumulation steps or ranks",
+            "it is divided twice",
+            "it is divided by all positions, masked ones too",
+        )
         if ratio is not None
         else ("means of micro-batches are averaged, and they hold different numbers of scored tokens",),
         action="divide the sum of the losses by num_items_in_batch, the scored tokens of the whole step",

@@ -9,6 +9,10 @@ PART_TITLES = {
     "held_out": "Held out: written when the thresholds were frozen, only scored",
     "development": "Development: what thresholds were chosen on",
 }
+NOT_HERE = ("source_exhausted",)
+NOTE = """Probes judge before step 1, before step 21 and when a curve finding asks them: their share of steps is small.
+No run here is one for which a reference was recorded (`tests/test_demo.py` has one), and none is compiled (`pytest -m
+slow` has some). `source_exhausted` is no judgment: the recipe's stream reports it."""
 HEADER = """# The zoo
 
 Written by `python -m tests.zoo`, which runs all of it again. What bugs, twins and columns are: docs/zoo.md."""
@@ -161,9 +165,9 @@ def _judged(judged: dict[str, dict]) -> list[str]:
             or "-",
         }
         for name in FINDING_IDS
+        if name not in NOT_HERE
     ]
-    note = "Probes judge once, before step 1, and again when a curve finding asks them: their share of steps is small."
-    return [format_table(rows), note]
+    return [format_table(rows), NOTE]
 
 
 def _percent(share: float | None) -> str:

@@ -1,6 +1,7 @@
 """What records are worth: pure functions over plain values."""
 
 import math
+import re
 import statistics
 from collections.abc import Iterable
 
@@ -154,13 +155,15 @@ def _summarize_other(tool: str, bugs: list[dict], matter: list[dict], healthy: l
 
 def judged_shares(records: list[dict], ids: Iterable[str]) -> dict[str, dict]:
     """Over healthy runs. `runs`: of the runs in which there was something to judge; `steps`: of those runs' steps,
-    the median share on which a guard that looks at steps judged. Reasons are counted."""
+    the median share on which a guard that looks at steps judged. `reasons` of those that did not are counted, with
+    their numbers left out."""
     shares = {}
     for name in ids:
-        meant = [record for record in records if name not in record["not_applicable"]]
+        meant = [r for r in records if name not in r["not_applicable"] or r["judged_steps"].get(name)]
         judged = [record for record in meant if record["judged_steps"].get(name)]
         by_step = sorted(record["judged_steps"][name] / record["steps"] for record in judged)
-        reasons = [record["cannot_judge"][name] for record in meant if name in record["cannot_judge"]]
+        without = [record for record in meant if not record["judged_steps"].get(name)]
+        reasons = [re.sub(r"\d[\d,]*", "N", record["cannot_judge"].get(name, "too short")) for record in without]
         shares[name] = {
             "meant": len(meant),
             "runs": len(judged) / len(meant) if meant else None,

@@ -1,6 +1,7 @@
 """Exact tests of what the loss is computed on. They run the trainer's own loss on a real micro-batch and know no model
 class."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from recipe.guards.thresholds import (
     MAX_UNSCORED,
     MIN_POSITIONS,
     NEGATIVE_SHARE,
+    SHARES_ERROR,
     SURE,
 )
 
@@ -28,12 +30,14 @@ IGNORE_INDEX = -100
 class LossTargets:
     """All `[rows, positions]`. `targets` int64: the token that each position is really scored on, IGNORE_INDEX where
     it is not scored or was not looked at. `weights` float32: how much it counts in the loss. `losses` float32: its
-    cross entropy, nats. `is_silent` bool: the loss does not depend on its logits at all."""
+    cross entropy, nats. `is_silent` bool: the loss does not depend on its logits at all. `are_shares`: the logits of
+    each position are probabilities."""
 
     targets: torch.Tensor
     weights: torch.Tensor
     losses: torch.Tensor
     is_silent: torch.Tensor
+    are_shares: bool = False
 
 
 # --- recovering
@@ -70,8 +74,15 @@ def recover_loss_targets(model: torch.nn.Module, compute_loss: Callable[[], torc
     if gradient is None:
         raise CannotJudge("the loss does not depend on the head's output")
     if heard["logits"]:
-        return targets_from_gradient(seen.detach(), gradient)
+        found = targets_from_gradient(seen.detach(), gradient)
+        return replace(found, are_shares=_are_shares(seen.detach()[0]))
     return targets_from_hidden(seen.detach(), gradient, head)
+
+
+def _are_shares(logits: torch.Tensor) -> bool:
+    """Whether they are at least 0 and add up to 1 at each position, which logits do by no chance."""
+    sums = logits.float().sum(dim=-1)
+    return bool((logits >= 0).all()) and bool(((sums - 1).abs() < SHARES_ERROR).all())
 
 
 @contextmanager
@@ -227,6 +238,48 @@ def check_all_scored(found: LossTargets, labels: torch.Tensor, step: int = 0, to
         likely_causes=("a mask inside the loss that is wrong", "logits or labels cut before the loss"),
         action="if it is on purpose, set their labels to -100; else count what your loss function averages over",
         evidence={"unscored": silent, "positions": count},
+    )
+
+
+def check_logits(found: LossTargets, vocab_size: int, step: int = 0, tokens_seen: int = 0) -> Finding | None:
+    """Cross entropy takes softmax itself. Of probabilities it cannot get under that of a 1 among zeros."""
+    if not found.are_shares:
+        return None
+    lowest = math.log(1 + (vocab_size - 1) / math.e)
+    return Finding(
+        "loss_above_envelope",
+        "error",
+        step,
+        tokens_seen,
+        found=f"the model's logits are probabilities: the loss cannot fall below {lowest:.2f}",
+        expected="logits, of which the loss takes softmax itself",
+        likely_causes=("softmax in the model's head, and once more in the loss",),
+        action="return what the head gives, without softmax",
+        evidence={"lowest": lowest},
+    )
+
+
+def check_last_position(
+    input_ids: torch.Tensor, found: LossTargets, labels: torch.Tensor, step: int = 0, tokens_seen: int = 0
+) -> Finding | None:
+    """A row's last position has no next token in it. With labels that are the tokens themselves nothing says what it
+    should be scored on. All `[rows, positions]`."""
+    if labels.shape != input_ids.shape or found.targets.shape != input_ids.shape:
+        raise CannotJudge("labels or logits of another shape than input_ids")
+    own = (labels == input_ids).float().mean() > MAJORITY
+    scored = found.targets[:, -1] != IGNORE_INDEX
+    if not own or int(scored.sum()) <= MAJORITY * len(scored):
+        return None
+    return Finding(
+        "wrong_loss_target",
+        "warning",
+        step,
+        tokens_seen,
+        found=f"the last position of {int(scored.sum())} of {len(scored)} rows is scored, and has no next token",
+        expected="no target there",
+        likely_causes=("labels are rolled over the batch: a row's last target is the first token of the next",),
+        action="shift within each row, and leave its last position out",
+        evidence={"rows": int(scored.sum()), "of": len(scored), "targets": found.targets[:, -1].tolist()},
     )
 
 
