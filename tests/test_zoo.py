@@ -46,7 +46,7 @@ def test_nothing_in_the_recipe_knows_of_the_zoo():
 
 @pytest.fixture(scope="module")
 def found():
-    return command.run_zoo({part: tenth(part) for part in PARTS})
+    return command.run_zoo(tenth(), more_seeds=False)
 
 
 def test_a_tenth_of_the_bugs_is_caught_as_recorded(found):
@@ -155,13 +155,15 @@ def test_bounds_are_exact():
 
 
 def test_the_summary_counts():
-    rows = [score_bug(("repeated_data",), 0, record(finding(step=step)), record()) | {"onset": 0} for step in (0, 31)]
-    rows.append(score_bug((), 0, record(learned=9.0), record()) | {"onset": 0})
+    names, about = ("repeated_data",), {"onset": 0}
+    rows = [score_bug(names, 0, record(finding(step=step)), record()) | {"names": names, **about} for step in (0, 31)]
+    rows.append(score_bug((), 0, record(learned=9.0), record()) | {"names": (), **about})
     ours = summarize(rows, [score_healthy(record())], ["watchdog"])["guards"]
     hits = {name: (share["hits"], share["of"]) for name, share in ours.items()}
     assert hits == {
         "recall": (2, 3),
         "recall_matters": (0, 1),
+        "recall_with_id": (2, 2),
         "named_first": (2, 2),
         "before_step_1": (1, 2),
         "soon": (1, 2),

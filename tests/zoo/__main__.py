@@ -73,8 +73,11 @@ def chosen(part: str, bugs: list[Bug], healthy: dict[str, Setting], names: set[s
     return kept, {name: setting for name, setting in healthy.items() if name in names}
 
 
-def run_zoo(parts: dict[str, tuple[list[Bug], dict[str, Setting]]], processes: int | None = None) -> dict:
-    """Every bug, its healthy twin (one for all bugs of a setting) and every healthy run of the parts, scored."""
+def run_zoo(
+    parts: dict[str, tuple[list[Bug], dict[str, Setting]]], processes: int | None = None, more_seeds: bool = True
+) -> dict:
+    """Every bug, its healthy twin (one for all bugs of a setting) and every healthy run of the parts, scored.
+    `more_seeds`: see `measure_missed`."""
     start = time.perf_counter()
     tasks = [task for bugs, healthy in parts.values() for task in tasks_of(bugs, healthy)]
     records, problems = run_all(list({task.key: task for task in tasks}.values()), processes)
@@ -85,7 +88,8 @@ def run_zoo(parts: dict[str, tuple[list[Bug], dict[str, Setting]]], processes: i
         silent = score_all_healthy(bugs, healthy, records)
         results["parts"][part] = {"bugs": rows, "healthy": silent}
     healthy_records = [records[task.key] for task in tasks if task.bug is None and "error" not in records[task.key]]
-    results["runs"] += measure_missed(parts, results, records, processes)
+    if more_seeds:
+        results["runs"] += measure_missed(parts, results, records, processes)
     for part in results["parts"].values():
         part["summary"] = summarize(part["bugs"], part["healthy"], TOOLS)
     results["judged"] = judged_shares(healthy_records, FINDING_IDS)

@@ -29,8 +29,15 @@ def _modules(part: str) -> list[ModuleType]:
     return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
 
 
-def tenth(part: str) -> tuple[list[Bug], dict[str, Setting]]:
-    """Every tenth bug of each area, its first among them, and every tenth healthy run: what the tests run."""
-    bugs, healthy = bugs_of(part), list(healthy_of(part).items())
-    areas = {area: [bug for bug in bugs if bug.area == area] for area in AREAS}
-    return [bug for own in areas.values() for bug in own[::10]], dict(healthy[::10])
+def tenth() -> dict[str, tuple[list[Bug], dict[str, Setting]]]:
+    """By part: every tenth bug of each area, its first among them, and every tenth healthy run. What the tests run."""
+    bugs = [bug for part in PARTS for bug in bugs_of(part)]
+    chosen = [bug for area in AREAS for bug in [bug for bug in bugs if bug.area == area][::10]]
+    runs = [name for part in PARTS for name in healthy_of(part)][::10]
+    return {
+        part: (
+            [bug for bug in bugs_of(part) if bug in chosen],
+            {name: setting for name, setting in healthy_of(part).items() if name in runs},
+        )
+        for part in PARTS
+    }

@@ -6,7 +6,8 @@ from tests.zoo.score import MATTERS, OURS, SOON
 
 TOOLS = {"trainproof": "trainproof 0.22.0", "losslint": "losslint 0.4.1", "watchdog": "loss watchdog"}
 PART_TITLES = {
-    "held_out": "Held out: written when the thresholds were frozen, only scored",
+    "held_out_2": "Held out: written when the guards were frozen, without sight of them",
+    "held_out": "Held out at first, then used: guards were mended by its first score (held_out/first_score.json)",
     "development": "Development: what thresholds were chosen on",
 }
 NOT_HERE = ("source_exhausted",)
@@ -19,6 +20,7 @@ Written by `python -m tests.zoo`, which runs all of it again. What bugs, twins a
 MEASURES = {
     "recall": "bugs caught",
     "recall_matters": f"of those that change what is learned by more than {MATTERS} nat",
+    "recall_with_id": "of those whose cause has a finding id",
     "named_first": "caught: the first finding names the cause",
     "before_step_1": "caught before the first step that it spoils",
     "soon": f"caught within {SOON} steps of the onset",

@@ -125,24 +125,26 @@ def _root(rising) -> float:
 
 def summarize(bugs: list[dict], healthy: list[dict], tools: Iterable[str]) -> dict:
     """`bugs`, `healthy`: scored rows. By tool: recall (all bugs, and those that matter), latency, false alarms."""
-    matter = [row for row in bugs if row["matters"]]
+    matter, with_id = [row for row in bugs if row["matters"]], [row for row in bugs if row["names"]]
     caught = [row for row in bugs if row["is_caught"]]
     ours = {
         "recall": share_of(row["is_caught"] for row in bugs),
         "recall_matters": share_of(row["is_caught"] for row in matter),
+        "recall_with_id": share_of(row["is_caught"] for row in with_id),
         "named_first": share_of(row["is_named"] for row in caught),
         "before_step_1": share_of(row["latency"] == 0 for row in caught),
         "soon": share_of(row["latency"] <= SOON for row in caught),
         "false_alarms": share_of(bool(row["alarms"]) for row in healthy),
     }
-    return {OURS: ours, **{tool: _summarize_other(tool, bugs, matter, healthy) for tool in tools}}
+    return {OURS: ours, **{tool: _summarize_other(tool, bugs, matter, with_id, healthy) for tool in tools}}
 
 
-def _summarize_other(tool: str, bugs: list[dict], matter: list[dict], healthy: list[dict]) -> dict:
+def _summarize_other(tool: str, bugs: list[dict], matter: list[dict], with_id: list[dict], healthy: list[dict]):
     caught = [row for row in bugs if row["others"].get(tool) is not None]
     return {
         "recall": share_of(row["others"].get(tool) is not None for row in bugs),
         "recall_matters": share_of(row["others"].get(tool) is not None for row in matter),
+        "recall_with_id": share_of(row["others"].get(tool) is not None for row in with_id),
         "named_first": None,
         "before_step_1": share_of(row["others"][tool] <= row["onset"] for row in caught),
         "soon": share_of(row["others"][tool] - row["onset"] <= SOON for row in caught),
