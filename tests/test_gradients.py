@@ -85,9 +85,9 @@ def test_a_step_is_the_sum_of_its_micro_batches_bit_for_bit(watched):
         backward(model)
     watch.before_clip()
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    total, error, before, now, changed = watch.take(3).tolist()
+    total, error, before, now, changed = watch.take(3, 0).tolist()
     assert error == changed == 0 and total == before > now > 0
-    assert watch.take(1) is None  # nothing heard since
+    assert watch.take(1, 0) is None  # nothing heard since
 
 
 def test_what_is_zeroed_in_between_is_missing(watched):
@@ -95,7 +95,7 @@ def test_what_is_zeroed_in_between_is_missing(watched):
     backward(model)
     model.zero_grad()
     backward(model)
-    total, error, before, *_ = watch.take(2).tolist()
+    total, error, before, *_ = watch.take(2, 0).tolist()
     assert error > 0.1 * max(total, before)
 
 
@@ -103,27 +103,28 @@ def test_probes_and_several_backward_passes_are_not_counted(watched):
     model, watch = watched
     watch.is_listening = False
     backward(model)
-    assert watch.take(1) is None
+    assert watch.take(1, 0) is None
     watch.is_listening = True
     backward(model)
     backward(model)
-    assert watch.take(1) is None  # one micro-batch that went back twice
+    assert watch.take(1, 0) is None  # one micro-batch that went back twice
 
 
 def test_a_model_without_a_usable_parameter_is_not_followed():
     watch = GradientWatch([("w", nn.Parameter(torch.zeros(4), requires_grad=False))])
     watch.before_clip()
-    assert watch.take(1) is None
+    assert watch.take(1, 0) is None
     watch.close()
 
 
 def test_what_somebody_else_writes_between_steps_is_heard(watched):
     model, watch = watched
-    watch.after_step()
-    with torch.no_grad():
-        watch.parameter.add_(0.5)
-    backward(model)
-    assert watch.take(1)[4].item() == pytest.approx(0.5 * math.sqrt(32))
+    for step, heard in ((1, 0.5 * math.sqrt(32)), (9, 0.0)):  # steps 2 to 9 were taken unheard
+        watch.after_step(0)
+        with torch.no_grad():
+            watch.parameter.add_(0.5)
+        backward(model)
+        assert watch.take(1, step)[4].item() == pytest.approx(heard)
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ class RegressionCallback(TrainerCallback):
         self._step.learning_rates = rates
         self._step.scheduled_rates = scheduled_rates(lr_scheduler)
         if self._gradients is not None:
-            self._step.gradient = self._gradients.take(len(self._step.losses))
+            self._step.gradient = self._gradients.take(len(self._step.losses), state.global_step)
         if self._parameters is not None:
             self._parameters.before_step(self._step.learning_rate)
 
@@ -204,7 +204,7 @@ class RegressionCallback(TrainerCallback):
         if self._parameters is not None:
             self._parameters.after_step(self._step.learning_rate)
         if self._gradients is not None:
-            self._gradients.after_step()
+            self._gradients.after_step(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         self._flush(control)

@@ -20,7 +20,8 @@ class GradientWatch:
         usable = [(n, p) for n, p in usable if p.numel() >= MOVING_ELEMENTS]
         self.name, self.parameter = min(reversed(usable), key=lambda each: each[1].numel(), default=("", None))
         self.is_listening = False
-        self._left: torch.Tensor | None = None  # the parameter as the last step left it
+        self._left: torch.Tensor | None = None  # the parameter as the last step left it ...
+        self._next_step = -1  # ... and the step that is to find it so
         self._reset()
         self._hook = self.parameter.register_hook(self._hear) if self.parameter is not None else None
 
@@ -46,10 +47,12 @@ class GradientWatch:
     def before_clip(self) -> None:
         self._unclipped = self._gradient().clone() if self.parameter is not None else None
 
-    def after_step(self) -> None:
+    def after_step(self, step: int) -> None:
+        """`step`: optimizer steps before this one."""
         self._left = self.parameter.detach().clone() if self.parameter is not None else None
+        self._next_step = step + 1
 
-    def take(self, num_micro_batches: int) -> torch.Tensor | None:
+    def take(self, num_micro_batches: int, step: int) -> torch.Tensor | None:
         """Norms on the device, float32 `[5]`: of the sum heard, of its difference from the gradient before clipping,
         of that gradient, of the one that the step is taken with, and of what the parameter has changed since the last
         step. None where backward did not come once in each micro-batch."""
@@ -59,7 +62,8 @@ class GradientWatch:
             return None
         now = self._gradient()
         before = now if before is None else before
-        changed = torch.zeros_like(now) if self._left is None else (self.parameter.detach() - self._left).float()
+        is_next = self._left is not None and step == self._next_step
+        changed = (self.parameter.detach() - self._left).float() if is_next else torch.zeros_like(now)
         parts = (total, before - total, before, now, changed)
         return torch.stack([torch.linalg.vector_norm(part) for part in parts])
 
