@@ -43,7 +43,7 @@ class StepInProgress:
             total = total + loss
         norm = self.grad_norm if self.grad_norm is not None else math.nan
         norm = torch.as_tensor(norm, dtype=torch.float32, device=total.device).reshape(())
-        gradient = self.gradient if self.gradient is not None else torch.zeros(5)
+        gradient = self.gradient if self.gradient is not None else torch.zeros(5, device=total.device)
         return OnItsWay(torch.cat([torch.stack([total, norm]), gradient.to(total.device), torch.stack(losses)]))
 
 

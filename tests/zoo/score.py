@@ -163,7 +163,7 @@ def judged_shares(records: list[dict], ids: Iterable[str]) -> dict[str, dict]:
     for name in ids:
         meant = [r for r in records if name not in r["not_applicable"] or r["judged_steps"].get(name)]
         judged = [record for record in meant if record["judged_steps"].get(name)]
-        by_step = sorted(record["judged_steps"][name] / record["steps"] for record in judged)
+        by_step = sorted(min(1.0, record["judged_steps"][name] / record["steps"]) for record in judged)
         without = [record for record in meant if not record["judged_steps"].get(name)]
         reasons = [re.sub(r"\d[\d,]*", "N", record["cannot_judge"].get(name, "too short")) for record in without]
         shares[name] = {
