@@ -215,12 +215,14 @@ class RegressionCallback(TrainerCallback):
         self._step = StepInProgress()
 
     def on_save(self, args, state, control, **kwargs):
+        self._step.was_saved = True
         self._flush(control)  # a run killed after this checkpoint must find its last step's record
         if self._trainer is not None:
             self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self._clock.restart()
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._step.was_saved = True
         self._flush(control)
         if metrics and self._trainer is not None:
             self._judge_evaluation(metrics, state.global_step)
@@ -367,7 +369,7 @@ class RegressionCallback(TrainerCallback):
         # As the optimizer got them: FSDP and DeepSpeed put others into the model.
         named = list(self._trainer.model_wrapped.named_parameters())
         is_first_run = self._trainer.state.global_step == 0
-        self._parameters = ParameterWatch(named, optimizer_name(optimizer), is_first_run)
+        self._parameters = ParameterWatch(named, optimizer_name(optimizer), is_first_run, optimizer.param_groups)
         sharded = self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled
         if not sharded and "layerwise" not in self._trainer.args.optim:  # those step within backward
             self._gradients = GradientWatch(named)
@@ -502,6 +504,7 @@ class RegressionCallback(TrainerCallback):
             pending.heard_of.learning_rates,
             scheduled_rates=pending.heard_of.scheduled_rates,
             gradient=ranks[0]["gradient"],
+            was_saved=pending.heard_of.was_saved,
             seen=[(rank, micro, seen) for rank, told in enumerate(ranks) for micro, seen in enumerate(told["seen"])],
             heard=[(rank, micro, rows) for rank, told in enumerate(ranks) for micro, rows in enumerate(told["heard"])],
             checksums=None if None in checksums else checksums,

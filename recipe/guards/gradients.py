@@ -22,6 +22,7 @@ class GradientWatch:
         self.is_listening = False
         self._left: torch.Tensor | None = None  # the parameter as the last step left it ...
         self._next_step = -1  # ... and the step that is to find it so
+        self._taken: torch.Tensor | None = None  # the gradient that the last step was taken with
         self._reset()
         self._hook = self.parameter.register_hook(self._hear) if self.parameter is not None else None
 
@@ -53,10 +54,11 @@ class GradientWatch:
         self._next_step = step + 1
 
     def take(self, num_micro_batches: int, step: int) -> torch.Tensor | None:
-        """Norms on the device, float32 `[5]`: of the sum heard, of its difference from the gradient before clipping,
-        of that gradient, of the one that the step is taken with, and of what the parameter has changed since the last
-        step. None where backward did not come once in each micro-batch."""
-        heard, total, before = self._heard, self._sum, self._unclipped
+        """Norms on the device, float32 `[6]`: of the sum heard, of its difference from the gradient before clipping,
+        of that gradient, of the one that the step is taken with, of what the parameter has changed since the last
+        step, and of the difference less the gradient of the last step. None where backward did not come once in each
+        micro-batch."""
+        heard, total, before, last = self._heard, self._sum, self._unclipped, self._taken
         self._reset()
         if self.parameter is None or heard != num_micro_batches or total is None:
             return None
@@ -64,7 +66,9 @@ class GradientWatch:
         before = now if before is None else before
         is_next = self._left is not None and step == self._next_step
         changed = (self.parameter.detach() - self._left).float() if is_next else torch.zeros_like(now)
-        parts = (total, before - total, before, now, changed)
+        self._taken = now.clone()
+        rest = before - total if last is None else before - total - last
+        parts = (total, before - total, before, now, changed, rest)
         return torch.stack([torch.linalg.vector_norm(part) for part in parts])
 
     def _gradient(self) -> torch.Tensor:
@@ -76,19 +80,25 @@ def check_sum(
     step: int, tokens_seen: int, name: str, norms: Sequence[float], num_micro_batches: int, is_low: bool
 ) -> Finding | None:
     """`norms`: of `GradientWatch.take`. The gradient at the step is the sum of what its micro-batches gave, in fp32
-    bit for bit. `is_low`: summed in half precision, which rounds."""
-    total, error, before, *_ = norms
+    bit for bit. `is_low`: summed in half precision, which rounds.
+
+    Information where it may be on purpose: one micro-batch's gradient, changed into something else than nothing or
+    its sum with the last step's (a filter); or all of it scaled.
+    """
+    total, error, before, _, _, rest = norms
     largest = max(total, before)
     limit = GRADIENT_ERROR[is_low]
     if not math.isfinite(largest + error) or error <= limit * largest:  # other guards name what is not finite
         return None
+    is_scaled = before > 0 and abs(error - abs(before - total)) <= limit * largest
+    is_filtered = num_micro_batches == 1 and before > 0 and rest > limit * largest
     if num_micro_batches > 1:
         cause = "zero_grad or an optimizer step between the micro-batches of one step"
     else:
         cause = "gradients of the step before were not set to zero" if before else "the gradient was dropped"
     return Finding(
         "accumulation_mismatch",
-        "warning",
+        "info" if is_scaled or is_filtered else "warning",
         step,
         tokens_seen,
         found=f"the gradient of {name} at the step differs from the sum of its {num_micro_batches} micro-batches by "
@@ -118,15 +128,16 @@ def check_dropped(step: int, tokens_seen: int, norms: Sequence[float]) -> Findin
     )
 
 
-def check_written(step: int, tokens_seen: int, name: str, changes: Sequence[float]) -> Finding | None:
-    """`changes`: of the parameter between the last steps, this one last. Somebody who writes to the weights each time
-    (a projection) does so on purpose; one who begins to is at fault."""
+def check_written(step: int, tokens_seen: int, name: str, changes: Sequence[float], was_saved: bool) -> Finding | None:
+    """`changes`: of the parameter between the last steps, this one last. Somebody who writes to the weights now and
+    then (a projection, slow weights) does so on purpose; weights that changed while the run was saved or evaluated,
+    `was_saved`, were put there and not put back."""
     earlier = changes[:-1]
     if not changes[-1] > 0 or len(earlier) < QUIET_STEPS or sum(change > 0 for change in earlier) > 1:
         return None
     return Finding(
         "lost_updates",
-        "warning",
+        "warning" if was_saved else "info",
         step,
         tokens_seen,
         found=f"{name} was changed between steps {step - 1} and {step}, by something else than the optimizer",

@@ -1,8 +1,11 @@
 """Follows the parameters over the steps and hands what it measured to the checks of `updates.py`, a step late."""
 
+from collections.abc import Iterable
+
 import torch
 
 from recipe.guards.batches import OnItsWay
+from recipe.guards.facts import plain_rate
 from recipe.guards.finding import Finding
 from recipe.guards.thresholds import FROZEN_STEPS, LOST_STEPS, MOVING_RATE, STOPPED_STEPS
 from recipe.guards.updates import (
@@ -33,7 +36,9 @@ class ParameterWatch:
     the first steps that have a rate, those that get no gradient any more always, lost updates over and over in windows
     of `LOST_STEPS`."""
 
-    def __init__(self, parameters: Parameters, optimizer_name: str, is_first_run: bool = True):
+    def __init__(
+        self, parameters: Parameters, optimizer_name: str, is_first_run: bool = True, groups: Iterable[dict] = ()
+    ):
         self.parameters = parameters
         self.training = [(name, p) for name, p in parameters if p.requires_grad]
         # How far a step should move a weight is known for optimizers whose steps are of the size of their rate.
@@ -42,6 +47,8 @@ class ParameterWatch:
         self.in_low_precision = [(n, p) for n, p in self.training if p.dtype in LOW_PRECISION and is_known]
         # Later the steps of Adam are smaller, as its averages are of older and larger gradients
         self._is_adam = is_first_run and "adam" in optimizer_name.lower()
+        group_of = {id(parameter): group for group in groups for parameter in group["params"]}
+        self._group_of = {name: group_of[id(p)] for name, p in parameters if id(p) in group_of}
         self._gradients: dict[str, torch.Tensor] = {}
         self._small: torch.Tensor | None = None  # [elements moved by far less than the rate, elements judged]
         self._rates: list[float] = []
@@ -59,7 +66,8 @@ class ParameterWatch:
         self._keep_moved()
         if len(self._rates) < FROZEN_STEPS and rate > MOVING_RATE and self.training:
             self._before = sample_parameters(self.training)
-            self._gradients = sample_gradients(self.in_full_precision) if self._is_adam else {}
+            judged = [(name, p) for name, p in self.in_full_precision if name in self._group_of]
+            self._gradients = sample_gradients(judged) if self._is_adam else {}
             largest = largest_gradients(self.training)
             self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
         if self.in_low_precision:
@@ -71,7 +79,8 @@ class ParameterWatch:
         if self._before is not None:
             self._after = sample_parameters(self.training)
             if self._gradients:
-                small = count_small(self._before, self._after, self._gradients, rate)
+                rates = {name: plain_rate(self._group_of[name]["lr"]) for name in self._gradients}
+                small = count_small(self._before, self._after, self._gradients, rates)
                 self._small = small if self._small is None else self._small + small
             self._rates.append(rate)
         if len(self._window_rates) == LOST_STEPS:

@@ -113,7 +113,7 @@ def _probe_targets(twin, model, inputs, num_items_in_batch, is_new_model, where)
     finding = check_loss_targets(inputs["input_ids"], found.targets, inputs["labels"], **where)
     labels = inputs["labels"]
     for check in (
-        lambda: check_all_scored(found, labels, **where),
+        lambda: check_all_scored(found, labels, **where, is_own_loss=_has_own_loss(twin)),
         lambda: check_last_position(inputs["input_ids"], found, labels, **where),
     ):
         if finding is None:
@@ -122,6 +122,12 @@ def _probe_targets(twin, model, inputs, num_items_in_batch, is_new_model, where)
     if (bounded := check_logits(found, head_of(model).weight.shape[0], **where)) is not None:
         results["loss_above_envelope"] = bounded
     return results | {name: finding if finding is not None and finding.id == name else None for name in TARGETS}
+
+
+def _has_own_loss(trainer: Trainer) -> bool:
+    """A loss of the user's own beside the model's: it may choose its positions."""
+    is_own = type(trainer).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(trainer)
+    return is_own or trainer.compute_loss_func is not None
 
 
 def _check_init_loss(found: LossTargets, model, is_new_model: bool, where: dict) -> Result:

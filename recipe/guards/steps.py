@@ -25,6 +25,7 @@ class StepInProgress:
     learning_rates: Rates = field(default_factory=lambda: [(0.0, None)])
     scheduled_rates: list[float | None] = field(default_factory=list)
     gradient: torch.Tensor | None = None
+    was_saved: bool = False  # or evaluated, since the step before
     num_tokens: int = 0
 
     @property
@@ -35,7 +36,7 @@ class StepInProgress:
         self.heard += [(rows, OnItsWay(as_one(rows))) for rows in heard]
 
     def values(self) -> OnItsWay:
-        """The loss, the gradient norm (NaN where it is not known), the five norms of `gradient`, then the loss of each
+        """The loss, the gradient norm (NaN where it is not known), the six norms of `gradient`, then the loss of each
         micro-batch."""
         losses = [loss.float().reshape(()) for loss in self.losses]
         total = losses[0]
@@ -43,7 +44,7 @@ class StepInProgress:
             total = total + loss
         norm = self.grad_norm if self.grad_norm is not None else math.nan
         norm = torch.as_tensor(norm, dtype=torch.float32, device=total.device).reshape(())
-        gradient = self.gradient if self.gradient is not None else torch.zeros(5, device=total.device)
+        gradient = self.gradient if self.gradient is not None else torch.zeros(6, device=total.device)
         return OnItsWay(torch.cat([torch.stack([total, norm]), gradient.to(total.device), torch.stack(losses)]))
 
 
@@ -63,8 +64,8 @@ class PendingStep:
         return {
             "loss": loss,
             "grad_norm": norm if self.heard_of.grad_norm is not None else None,
-            "gradient": values[:5] if self.heard_of.gradient is not None else None,
-            "losses": values[5:],
+            "gradient": values[:6] if self.heard_of.gradient is not None else None,
+            "losses": values[6:],
             "seen": [tokens.read() for tokens in self.heard_of.tokens],
             "heard": [as_plain(heard, values.read()) for heard, values in self.heard_of.heard],
             "checksums": self.checksums.read().tolist() if self.checksums is not None else None,

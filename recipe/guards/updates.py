@@ -105,12 +105,17 @@ def count_kept(
 
 
 def count_small(
-    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor], rate: float
+    before: dict[str, torch.Tensor],
+    after: dict[str, torch.Tensor],
+    gradients: dict[str, torch.Tensor],
+    rates: dict[str, float | None],
 ) -> torch.Tensor:
     """`[small, judged]` elements: those with a gradient, and of these the ones that a step did not move against it by
-    SMALL_UPDATE of its learning rate."""
-    counts = []
+    SMALL_UPDATE of their learning rate. `rates`: by parameter; 0 and None (on a device) are not judged."""
+    counts = [torch.zeros(2, dtype=torch.int64, device=next(iter(before.values())).device)]
     for name, gradient in gradients.items():
+        if not (rate := rates[name]):
+            continue
         judged = gradient != 0
         against = (before[name] - after[name]) * gradient.sign()
         small = judged & (against < SMALL_UPDATE * rate)
@@ -255,7 +260,7 @@ def check_undone(step: int, tokens_seen: int, kept: int, moved: int) -> Finding 
         return None
     return Finding(
         "lost_updates",
-        "warning",
+        "info",  # weights that are masked or projected after each step are so on purpose
         step,
         tokens_seen,
         found=f"{1 - kept / moved:.0%} of the elements that a step moved were put back before the next step",
@@ -295,7 +300,9 @@ def check_stopped(step: int, tokens_seen: int, parameters: Parameters, stopped: 
         causes = ("experts to which no token is routed any more",)
         return _frozen_finding("info", step, tokens_seen, found, "few, in passing", causes, idle)
     causes = ("requires_grad was set to False", "the forward pass no longer uses them")
-    return _frozen_finding("warning", step, tokens_seen, found, "so, if it is on purpose", causes, cut)
+    share = sum(p.numel() for name, p in parameters if name in cut) / sum(p.numel() for _, p in parameters)
+    severity = "warning" if share > FROZEN_SHARE else "info"  # a few may be frozen on purpose
+    return _frozen_finding(severity, step, tokens_seen, found, "so, if it is on purpose", causes, cut)
 
 
 def _should_move(parameter: torch.Tensor) -> bool:

@@ -56,7 +56,8 @@ from recipe.guards.updates import check_ranks
 class StepFacts:
     """One step. `micro_losses`: of each micro-batch, rank after rank. `seen`, `heard`: `(rank, micro_step, ...)`.
     `learning_rates`: `(lr, initial_lr)` of each parameter group; `scheduled_rates`: the scheduler's word for them.
-    `gradient`: of `GradientWatch.take`, on rank 0. `checksums`: of each parameter, by rank."""
+    `gradient`: of `GradientWatch.take`, on rank 0. `was_saved`: or evaluated, since the step
+    before. `checksums`: of each parameter, by rank."""
 
     record: StepRecord
     micro_losses: list[float]
@@ -65,6 +66,7 @@ class StepFacts:
     heard: list[tuple[int, int, dict]] = field(default_factory=list)
     scheduled_rates: list[float | None] = field(default_factory=list)
     gradient: list[float] | None = None
+    was_saved: bool = False
     checksums: list[list[int]] | None = None
 
 
@@ -302,7 +304,7 @@ class Watch:
             self._off_gradients = [*self._off_gradients[1 - GRADIENT_WINDOW :], finding is not None]
             yield "accumulation_mismatch", finding if sum(self._off_gradients) >= GRADIENT_STEPS else None
         self._changes = [*self._changes[-GRADIENT_WINDOW:], norms[4]]
-        if (written := check_written(*where, facts.followed[0], self._changes)) is not None:
+        if (written := check_written(*where, facts.followed[0], self._changes, step.was_saved)) is not None:
             yield "lost_updates", written
         finding = check_clipped(*where, step.record["grad_norm"], facts.max_grad_norm, norms)
         self._unclipped_steps = self._unclipped_steps + 1 if finding else 0

@@ -216,10 +216,13 @@ def check_loss_targets(
     return finding
 
 
-def check_all_scored(found: LossTargets, labels: torch.Tensor, step: int = 0, tokens_seen: int = 0) -> Finding | None:
+def check_all_scored(
+    found: LossTargets, labels: torch.Tensor, step: int = 0, tokens_seen: int = 0, is_own_loss: bool = False
+) -> Finding | None:
     """Hold the positions that the loss does not depend on against the `labels` `[rows, positions]`: those whose next
     label is a token are meant to be scored. Positions that are sure of their target (softmax rounds to 1) are silent
-    too, so raises `CannotJudge` where the model is."""
+    too, so raises `CannotJudge` where the model is. `is_own_loss`: the trainer's loss is the user's own, which may
+    leave positions out on purpose: information."""
     scored = found.targets != IGNORE_INDEX
     if labels.shape != scored.shape or not scored.any() or float(found.losses[scored].mean()) < SURE:
         raise CannotJudge("no position's loss is large enough to tell silence from certainty")
@@ -230,7 +233,7 @@ def check_all_scored(found: LossTargets, labels: torch.Tensor, step: int = 0, to
         return None
     return Finding(
         "wrong_loss_target",
-        "warning",
+        "info" if is_own_loss else "warning",
         step,
         tokens_seen,
         found=f"{silent} of {count} positions with a label are not scored",
