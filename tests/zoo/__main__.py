@@ -1,7 +1,7 @@
 """`python -m tests.zoo [--only NAME ...] [--json]`: runs the zoo and writes RESULTS.md and results.json beside this.
 
-`--only`: bugs or healthy runs by name, a part (development, held_out), or an area such as `data`; prints what they
-found and writes nothing. `--json`: the last thing on stdout is one object, all else goes to stderr.
+`--only`: bugs or healthy runs by name, a part (development, held_out, held_out_2), or an area such as `data`; prints
+what they found and writes nothing. `--json`: the last thing on stdout is one object, all else goes to stderr.
 """
 
 import argparse
@@ -38,6 +38,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--processes", type=int, help="runs at the same time; default: one a core")
     arguments = parser.parse_args()
+    if arguments.processes is not None and arguments.processes < 1:
+        parser.error(f"--processes {arguments.processes}: at least 1")
     parts = {part: (bugs_of(part), healthy_of(part)) for part in PARTS}
     if arguments.only:
         check_names(arguments.only, parts, parser)
@@ -61,7 +63,9 @@ def check_names(names: list[str], parts: dict, parser: argparse.ArgumentParser) 
     known |= {name for _, healthy in parts.values() for name in healthy}
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
+            close = [each for each in known if each.startswith(name)][:3] or difflib.get_close_matches(
+                name, known, n=3
+            )
             hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
             parser.error(f"--only {name!r}: no bug, healthy run, part or area is called so{hint}")
 
@@ -175,4 +179,8 @@ def finite(value):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        say("interrupted; nothing was written")
+        sys.exit(130)

@@ -45,10 +45,16 @@ def run_tasks(tasks: list[Task], processes: int | None = None) -> Iterator[tuple
     os.environ.update(ENVIRONMENT)  # inherited by the fork server, which imports torch after that
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.zoo.run"])  # imports once what takes seconds to import
-    with ThreadPoolExecutor(processes or os.cpu_count() or 1) as pool:
-        waiting = {pool.submit(_run, context, task): task for task in sorted(tasks, key=lambda task: -task.cost)}
+    pool = ThreadPoolExecutor(processes or os.cpu_count() or 1)
+    waiting = {pool.submit(_run, context, task): task for task in sorted(tasks, key=lambda task: -task.cost)}
+    try:
         for future in as_completed(waiting):
             yield waiting[future], future.result()
+    finally:  # all are done, or the user has interrupted
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()
+        pool.shutdown()
 
 
 def _run(context, task: Task) -> dict:
@@ -96,6 +102,6 @@ def _child(connection: Connection, task: Task, rank: int, folder: str) -> None:
         if task.setting.ranks > 1:
             connection.send(execute_rank(task.setting, apply, rank, folder))
         else:
-            connection.send(execute(task.setting, apply))
+            connection.send(execute(task.setting, apply, folder=folder))
     except BaseException:
         connection.send({"error": traceback.format_exc()})

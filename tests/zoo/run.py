@@ -212,7 +212,7 @@ def execute(
     _quiet()
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a user's run; `pool` sets forkserver
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="zoo-") as own:
+    with tempfile.TemporaryDirectory(prefix="zoo-", dir=folder) as own:
         record, trainer = _phases(setting, bug, rank, Path(folder or own))
         record["learned_loss"] = learned_loss(trainer.model, setting)
     record["seconds"] = time.perf_counter() - start
