@@ -107,8 +107,7 @@ def skip_divided_by_ranks(run: Run):
 
 @bug("repeated_data", "data", "epoch seed never changes", "accelerate#3556", ENGLISH, onset=25)
 def set_epoch_ignored(run: Run):
-    """An epoch is a quarter of the rows, drawn by the epoch's number, which never reaches the sampler: always the
-    same quarter."""
+    """The epoch's number never reaches the sampler: each epoch is the same quarter of the rows."""
 
     class Quarter(Sampler):
         def __init__(self, dataset):
