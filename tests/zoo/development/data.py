@@ -191,8 +191,7 @@ def recipe_reads_hold_out(run: Run):
 
 @bug("train_eval_overlap", "data", "hold-out read in training", "datasets#5435", RECIPE)
 def recipe_reads_hold_out_rarely(run: Run):
-    """The same in a source five times as large, so that few held-out documents are met, and one evaluation, at the
-    end."""
+    """The same in a source five times as large: few held-out documents are met, and one evaluation is made."""
     forget_hold_out(run)
 
 
