@@ -47,6 +47,7 @@ class Journal:
     def judge(self, guard: str, finding: Finding | None, step: int) -> None:
         """What a guard that judges every step makes of this one: said at an onset, and once when it is over."""
         self.judged_steps[guard] += 1
+        self.not_applicable.pop(guard, None)  # to its probe, and it judges in passing
         if finding is None:
             self._is_silent(guard, step)
             return

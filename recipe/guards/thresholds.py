@@ -56,8 +56,8 @@ FOLLOWED = 0.95
 # large as all the positive ones together; what label smoothing leaves once a model is sure is shared among many.
 NEGATIVE_SHARE = 0.5
 # Of the positions with a label: the loss depends on none of their logits. Chosen, not measured: a mask inside the loss
-# that is wrong takes a large part, one at the ends of four shards 2.4 % of 128 positions (held out). A healthy loss
-# leaves out none.
+# that is wrong takes a large part, one at the ends of four shards 2.4 % of 128 positions (zoo). A model's own loss
+# leaves out none; one that a user wrote may choose its positions, and is told of it as information.
 MAX_UNSCORED = 0.01
 # Of the sum of probabilities from 1: bf16 rounds each to 0.4 %.
 SHARES_ERROR = 0.01

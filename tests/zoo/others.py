@@ -27,7 +27,6 @@ from pathlib import Path
 
 from losslint.checks import run_all_checks
 from losslint.parsing import load_run
-from trainproof.compare import check_compare
 from trainproof.epoch import check_epoch
 from trainproof.integrations import hf
 from trainproof.objective import TargetCoverage, check_ignore_index, check_label_alignment
@@ -233,20 +232,6 @@ class Objective:
     @property
     def _step(self) -> int:
         return self._trainer.state.global_step
-
-
-def compare(history: list[dict], baseline: list[dict]) -> list[dict]:
-    """`trainproof compare`, for a user who has the log of a good run of the same task: alarms at the last step.
-
-    `history`, `baseline`: `trainer.state.log_history`.
-    """
-    with log_file(history) as run, log_file(baseline) as base:
-        findings = check_compare(run, base, fmt="hf")["findings"]
-    return [
-        {"step": history[-1]["step"], "what": finding["id"], "said": f"{finding['message']} {finding['evidence']}"}
-        for finding in findings
-        if finding["level"] in ("WARN", "FAIL") and finding["id"] != "TP-BAD-BASELINE"  # speaks of the other run
-    ]
 
 
 @contextmanager
