@@ -148,6 +148,8 @@ def conclude(
     }
     if trainer.is_world_process_zero():
         write_results(config, output_dir, data, guards, result, is_whole)
+    if config.training.world_size > 1:
+        torch.distributed.barrier()  # a rank that leaves with 3 has torchrun kill rank 0 over the results
     return Outcome(code, {"run_dir": str(output_dir), **result}, trainer.is_world_process_zero())
 
 

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from recipe.errors import UserError
 
 STREAM_STATE = "stream_state.json"
+CONSEQUENCES = (1, 130, 143)  # exit codes that another rank's failure gives to this one
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", STREAM_STATE)
 PACKAGES = (
     "torch", "transformers", "datasets", "accelerate", "tokenizers", "sentencepiece", "evaluate", "pyarrow", "numpy",
@@ -114,13 +115,17 @@ def _missing_files(path: Path) -> list[str]:
 def write_exit(code: int, reason: str, output_dir: Path | None) -> None:
     """`exit.json` in the run directory, and where `run_clm.sh` asks for it: torchrun turns every child's code into 1.
 
-    Rank 0 has the last word; another rank that dies first, and has rank 0 killed, says why.
+    Rank 0 has the last word, unless it only says that it was ended or lost its peers after another rank had said why.
     """
-    is_main, asked = os.environ.get("RANK", "0") == "0", os.environ.get("RECIPE_EXIT_FILE")
-    if is_main and output_dir is not None and output_dir.is_dir():
-        write_json(output_dir / "exit.json", {"code": code, "reason": reason})
-    if asked and (is_main or not Path(asked).exists() or Path(asked).stat().st_size == 0):
-        write_json(Path(asked), {"code": code, "reason": reason})
+    rank, asked = int(os.environ.get("RANK", "0")), os.environ.get("RECIPE_EXIT_FILE")
+    word = {"code": code, "reason": reason, **({"rank": rank} if rank else {})}
+    earlier = json.loads(Path(asked).read_text(encoding="utf-8") or "{}") if asked and Path(asked).exists() else {}
+    if earlier and (rank or ("rank" in earlier and code in CONSEQUENCES)):
+        word = earlier
+    if rank == 0 and output_dir is not None and output_dir.is_dir():
+        write_json(output_dir / "exit.json", word)
+    if asked and word is not earlier:
+        write_json(Path(asked), word)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import pytest
 
 from recipe.__main__ import run
 from recipe.guards.records import read_lines
+from recipe.rundir import write_exit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +61,28 @@ def test_a_guard_that_stops_two_ranks_gives_3(write_config, tmp_path):
     found = launch(tmp_path, write_config(), "--per_device_train_batch_size", "2", *words)
     assert found["code"] == 3 and "loss_off_reference" in found["reason"]
     assert list((tmp_path / "run").glob("checkpoint-*/stream_state.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ([(1, 4, "truncated file"), (0, 143, "interrupted")], 4),  # torchrun ended rank 0 for rank 1's failure
+        ([(1, 4, "truncated file"), (0, 1, "connection closed")], 4),  # and so did a collective that lost its peer
+        ([(1, 1, "unexpected error"), (0, 2, "no such file")], 2),
+        ([(0, 3, "stopped"), (1, 143, "interrupted")], 3),
+        ([(0, 143, "SIGTERM"), (0, 143, "interrupted while not training")], 143),
+    ],
+)
+def test_the_rank_that_failed_first_says_why(monkeypatch, tmp_path, words, kept):
+    monkeypatch.setenv("RECIPE_EXIT_FILE", str(tmp_path / "asked.json"))
+    (tmp_path / "asked.json").touch()  # as mktemp leaves it
+    for rank, code, reason in words:
+        monkeypatch.setenv("RANK", str(rank))
+        write_exit(code, reason, tmp_path)
+    for name in ("asked.json", "exit.json"):
+        found = json.loads((tmp_path / name).read_text())
+        last = [reason for _, code, reason in words if code == kept][-1]
+        assert (found["code"], found["reason"]) == (kept, last)
 
 
 def test_a_users_mistake_on_two_ranks_gives_2(write_config, tmp_path):
