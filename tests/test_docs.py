@@ -93,7 +93,15 @@ THRESHOLDS = {
         *(load_reference(TRAJECTORIES / f"{name}.json").window for name in ("cpu_demo", "original_180m")),
     ],
     "loss_spike": (t.JUMP_WINDOW, t.RECENT, t.JUMP_WINDOW + t.RECENT, t.JUMP_SDS, t.RISE_NATS),
-    "grad_norm_off": (t.JUMP_WINDOW, t.RECENT, t.JUMP_WINDOW + t.RECENT, t.NORM_FACTOR, t.UNCLIPPED),
+    "grad_norm_off": (
+        t.JUMP_WINDOW,
+        t.RECENT,
+        t.JUMP_WINDOW + t.RECENT,
+        t.NORM_FACTOR,
+        t.UNCLIPPED,
+        t.CLIPPED_AWAY,
+        *t.CHECKSUM_STEPS,
+    ),
     "repeated_data": (
         *(t.LEDGER_WINDOW, t.LEDGER_EVERY, t.LEDGER_MIN_ROWS, t.LEDGER_MIN_TOKENS, t.RECENT_ROWS, t.RECENT_TOKENS),
         *(t.FEW_MICRO_STEPS, t.ALIGNED_ROWS, percent(t.ALIGNED_SHARE), percent(t.WHOLE_SHARE), t.WHOLE_NATS),
@@ -109,6 +117,11 @@ THRESHOLDS = {
     "resume_replay": (t.REPLAY_ROWS,),
     "resume_jump": ("1e-3", "1e-2"),
     "learning_rate_off": ("1e-3",),
+    "wrong_gradient": (
+        *(percent(t.GRADIENT_OFF), percent(t.GRADIENT_FAR_OFF), percent(t.CHECKPOINTED), percent(t.SMALL_MOVE)),
+        *(t.GRADIENT_STEP, t.SAME_SLOPE),
+    ),
+    "optimizer_off": (t.ADAM_STEPS, t.ADAM_EVERY, t.PER_TENSOR, percent(t.ADAM_ERROR)),
     "frozen_parameters": (t.FROZEN_STEPS, "1e-6", t.PER_TENSOR, t.STOPPED_STEPS),
     "lost_updates": (
         t.FROZEN_STEPS,
@@ -118,8 +131,11 @@ THRESHOLDS = {
         t.LOST_SPACINGS,
         t.LOST_SHARE,
         t.LOST_ELEMENTS,
+        t.CAST_COLUMNS,
+        percent(t.STALE_SHARE),
     ),
     "token_budget_off": (t.BUDGET_STEPS, t.BUDGET_SHARE),
+    "double_bos": (t.BOS_TEXTS, t.BOS_SHARE),
     "padding_is_target": (
         t.FILLED_ROWS,
         t.FILLED_TOKENS,

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from recipe.guards.gradients import GradientWatch, check_clipped, check_dropped, check_sum, check_written
+from recipe.guards.gradients import (
+    GradientWatch,
+    check_clipped,
+    check_clipped_norm,
+    check_dropped,
+    check_sum,
+    check_written,
+)
 
 NAN = math.nan
 
@@ -72,6 +79,25 @@ def test_clipping_scales_as_it_says(norm, max_norm, norms, found):
     assert not found or finding.id == "grad_norm_off"
 
 
+@pytest.mark.parametrize(
+    ("norm", "max_norm", "clipped_norm", "found"),
+    [
+        (4.0, 1.0, 1.0, False),
+        (0.5, 1.0, 0.5, False),
+        (4.0, 1.0, 0.2, False),  # a limit for each parameter besides
+        (4e4, 1.0, 1.5e-5, True),  # divided by a loss scale afterwards
+        (4.0, 0.0, 0.0, False),  # not asked for
+        (0.0, 1.0, 0.0, False),
+        (NAN, 1.0, NAN, False),
+        (None, 1.0, 1e-5, False),
+    ],
+)
+def test_clipping_leaves_what_it_says(norm, max_norm, clipped_norm, found):
+    finding = check_clipped_norm(1, 10, norm, max_norm, clipped_norm)
+    assert (finding is not None) is found
+    assert not found or (finding.id, finding.severity) == ("grad_norm_off", "warning")
+
+
 @pytest.fixture
 def watched():
     model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32))
@@ -124,6 +150,23 @@ def test_a_model_without_a_usable_parameter_is_not_followed():
     watch = GradientWatch([("w", nn.Parameter(torch.zeros(4), requires_grad=False))])
     watch.before_clip()
     assert watch.take(1, 0) is None
+    watch.close()
+
+
+def test_a_matrix_that_keeps_its_first_micro_batch_is_heard():
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32), nn.LayerNorm(32))
+    watch = GradientWatch(list(model.named_parameters()), of_matrices=True)
+    assert watch.name == "1.weight"
+    watch.is_listening = True
+    for keeps, found in ((False, False), (True, True)):
+        model.zero_grad()
+        backward(model)
+        first = model[1].weight.grad.clone()
+        backward(model)
+        if keeps:
+            model[1].weight.grad.copy_(first)
+        norms = watch.take(2, 0).tolist()
+        assert (check_sum(1, 10, watch.name, norms, 2, False) is not None) is found
     watch.close()
 
 

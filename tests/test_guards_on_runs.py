@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
@@ -37,7 +38,7 @@ LOSS = ("init_loss_off", "missing_label_shift", "double_label_shift", "wrong_los
 ATTENTION = ("non_causal_attention", "row_leak")
 COUNTED = ("repeated_data", "token_budget_off", "token_out_of_range", "padding_is_target", "eos_never_target")
 EVALUATION = ("eval_not_repeatable", "eval_train_mismatch", "train_eval_overlap", "train_eval_gap")
-OPTIMIZED = ("learning_rate_off", "frozen_parameters", "untied_weights")
+OPTIMIZED = ("optimizer_off", "learning_rate_off", "frozen_parameters", "untied_weights")
 CURVES = ("loss_spike", "grad_norm_off", "loss_below_envelope")
 
 
@@ -420,6 +421,59 @@ def test_a_jump_of_the_gradient_norm(tmp_path):
     check_first(train(tmp_path, model=model, steps=66, more={"callbacks": [bug]}), "grad_norm_off", 57, 62)
 
 
+def test_gradients_clipped_before_they_are_unscaled(tmp_path, monkeypatch):
+    clip = Accelerator.clip_grad_norm_
+
+    def clip_scaled(accelerator, parameters, *args, **kwargs):
+        parameters = list(parameters)
+        gradients = [parameter.grad for parameter in parameters]
+        torch._foreach_mul_(gradients, 2.0**16)
+        norm = clip(accelerator, parameters, *args, **kwargs)
+        torch._foreach_div_(gradients, 2.0**16)
+        return norm
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip_scaled)
+    check_first(train(tmp_path, max_grad_norm=1.0), "grad_norm_off", 1)
+
+
+class FirstMicroBatchOfMatrices(Trainer):
+    def training_step(self, model, *args, **kwargs):
+        weights = [p for p in model.model.layers.parameters() if p.dim() == 2]
+        first = [None if weight.grad is None else weight.grad.clone() for weight in weights]
+        loss = super().training_step(model, *args, **kwargs)
+        for weight, gradient in zip(weights, first, strict=True):
+            weight.grad = weight.grad if gradient is None else gradient
+        return loss
+
+
+def test_matrices_that_keep_their_first_micro_batch(tmp_path):
+    run = {"trainer_class": FirstMicroBatchOfMatrices, "gradient_accumulation_steps": 2}
+    check_first(train(tmp_path, steps=6, **run), "accumulation_mismatch", 3)
+
+
+class Optimizes(TrainerCallback):
+    def __init__(self, change):
+        self.change = change
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            group.update(self.change)
+
+
+@pytest.mark.parametrize(
+    ("change", "step"), [({"decoupled_weight_decay": False, "weight_decay": 0.1}, 1), ({"betas": (0.99, 0.9)}, 0)]
+)
+def test_an_optimizer_that_is_not_what_it_is_called(tmp_path, change, step):
+    guards = train(tmp_path, more={"callbacks": [Optimizes(change)]}, optim="adamw_torch")
+    check_first(guards, "optimizer_off", step)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor", "rmsprop"])
+def test_other_optimizers_are_not_held_against_adam(tmp_path, optim):
+    guards = train(tmp_path, optim=optim)
+    assert not alarms(guards) and "optimizer_off" in guards.not_applicable
+
+
 # --- the data
 
 
@@ -485,6 +539,41 @@ def padded(count: int) -> list[dict]:
 @pytest.fixture
 def padding_tokenizer(tokenizer_dir):
     return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+def beginning_with(bos: tuple[int, ...], every: int = 1) -> list[dict]:
+    """Of each of these numbers of rows the first begins with `bos`, the others with one BOS."""
+    ids = text(80)
+    begins = [bos if number % every == 0 else bos[:1] for number in range(len(ids))]
+    return as_rows([torch.tensor([*begin, *row.tolist()])[:LENGTH] for begin, row in zip(begins, ids, strict=True)])
+
+
+def test_two_bos_before_each_text(tmp_path):
+    """Four texts a step: known with the sixteenth. A Trainer without tokenizer has the config's BOS."""
+    guards = train(tmp_path, model=make_model(bos_token_id=255), train=beginning_with((255, 255)), steps=20)
+    check_first(guards, "double_bos", 4)
+
+
+@pytest.mark.parametrize("model, judged", [({"bos_token_id": 255}, True), ({"bos_token_id": 1}, True), ({}, False)])
+def test_one_bos_empty_texts_ordinary_tokens_and_no_bos_are_no_fault(tmp_path, model, judged):
+    guards = train(tmp_path, model=make_model(**model), train=beginning_with((255, 255), every=20), steps=20)
+    check_healthy(guards, *["double_bos"] * judged)
+    assert ("double_bos" in guards.not_applicable) == (not judged)
+
+
+@pytest.mark.parametrize("added, severity", [([], None), (["<a>"], "info")])
+def test_a_tokenizer_as_large_as_the_embedding_and_larger(tmp_path, padding_tokenizer, added, severity):
+    padding_tokenizer.add_tokens(added)
+    guards = train(tmp_path, more={"processing_class": padding_tokenizer, "data_collator": default_data_collator})
+    check_healthy(guards, "token_out_of_range")
+    found = [finding.severity for finding in guards.findings if finding.id == "token_out_of_range"]
+    assert found == [severity] * bool(added)
+
+
+def test_a_tokenizer_of_another_model_hidden_by_a_modulo(tmp_path, padding_tokenizer):
+    more = {"processing_class": padding_tokenizer, "data_collator": default_data_collator}
+    guards = train(tmp_path, model=make_model(vocab_size=250, eos_token_id=249), more=more)
+    check_first(guards, "token_out_of_range", 0)
 
 
 def test_a_pad_token_that_is_eos(tmp_path, padding_tokenizer):
@@ -609,6 +698,16 @@ def test_a_damaged_state_is_said_once_and_ends_nothing(saved, name, damage, capl
     assert trainer.state.global_step == 42 and alarms(guards) == []
 
 
+def test_a_state_from_before_bos_was_counted_is_read(saved, caplog):
+    checkpoint, make = saved
+    state = json.loads((checkpoint / "guards.json").read_text())
+    before = state["watch"]["counts"]["tokens"]
+    del state["watch"]["counts"]["bos_texts"], state["watch"]["counts"]["double_bos"]
+    (checkpoint / "guards.json").write_text(json.dumps(state))
+    guards = watch(make(max_steps=42), checkpoint)
+    assert "damaged" not in caplog.text and guards.watch.counter.counts.tokens > before > 0
+
+
 def test_what_is_active_at_the_save_is_not_said_again(tmp_path):
     run = dict(train=as_rows(text(16 * ROWS), shifted(text(16 * ROWS))), steps=16)
     check_first(watch(make_trainer(tmp_path, **run, save_strategy="steps", save_steps=8)), "double_label_shift", 0)
@@ -657,6 +756,61 @@ def test_updates_that_bf16_rounds_away(tmp_path, learning_rate, lost):
         check_first(guards, "lost_updates", 64)
     else:
         check_healthy(guards, "lost_updates")
+
+
+def under_autocast(tmp_path, *callbacks: TrainerCallback, **autocast) -> RegressionCallback:
+    trainer, guards = make_trainer(tmp_path, steps=12), RegressionCallback()
+    for callback in (guards, *callbacks):
+        trainer.add_callback(callback)
+    with torch.autocast("cpu", dtype=torch.bfloat16, **autocast):
+        trainer.train()
+    return guards
+
+
+def test_a_training_within_one_autocast_context(tmp_path):
+    """Its forward passes use the first cast of each weight to the end."""
+    guards = under_autocast(tmp_path)
+    check_first(guards, "lost_updates", 2)
+    assert guards.findings[0].severity == "error"
+
+
+def test_a_context_around_ten_steps_each(tmp_path):
+    class Outer(TrainerCallback):
+        context = None
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step % 10 == 0:
+                self.on_train_end(args, state, control)
+                self.context = torch.autocast("cpu", dtype=torch.bfloat16)
+                self.context.__enter__()
+
+        def on_train_end(self, args, state, control, **kwargs):
+            if self.context is not None:
+                self.context.__exit__(None, None, None)
+
+    guards = train(tmp_path, steps=12, bf16=True, more={"callbacks": [Outer()]})
+    check_first(guards, "lost_updates", 2)
+
+
+class OwnAutocast(Trainer):
+    def compute_loss(self, *arguments, **kwargs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().compute_loss(*arguments, **kwargs)
+
+
+class ClearsTheCache(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        torch.clear_autocast_cache()
+
+
+def test_autocast_around_the_loss_alone_or_without_a_cache_is_no_fault(tmp_path):
+    check_healthy(train(tmp_path / "loss", steps=12, trainer_class=OwnAutocast), "lost_updates")
+    check_healthy(train(tmp_path / "bf16", steps=12, bf16=True), "lost_updates")
+    uncached = under_autocast(tmp_path / "uncached", cache_enabled=False)
+    cleared = under_autocast(tmp_path / "cleared", ClearsTheCache())
+    for guards in (uncached, cleared):
+        check_healthy(guards, "lost_updates")
+        assert guards.judged_steps["lost_updates"] >= 12  # every step's casts
 
 
 def test_a_head_that_is_no_longer_tied(tmp_path):

@@ -3,14 +3,19 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from recipe.guards.batches import VALID, SeenTokens, TokenCounter
+from recipe.guards.facts import bos_token_id_of, tokenizer_sizes_of
 from recipe.guards.finding import CannotJudge
-from recipe.guards.thresholds import BUDGET_STEPS, EOS_SEEN, JUMP_WINDOW, NORM_FACTOR, RECENT
+from recipe.guards.thresholds import BOS_SHARE, BOS_TEXTS, BUDGET_STEPS, EOS_SEEN, JUMP_WINDOW, NORM_FACTOR, RECENT
 from recipe.guards.vitals import (
     TokenCounts,
     add_losses_by_position,
+    check_double_bos,
     check_eos_targets,
     check_finite,
     check_grad_norm_level,
@@ -18,6 +23,7 @@ from recipe.guards.vitals import (
     check_loss_spike,
     check_padding_targets,
     check_token_range,
+    check_tokenizer_size,
     check_tokens,
     check_train_eval_gap,
     expected_learning_rates,
@@ -235,7 +241,7 @@ def counts(**changes):
     return TokenCounts(**(plain | dict(rows=0, filled_rows=0, min_id=0, max_id=99, embedding_rows=100) | changes))
 
 
-@pytest.mark.parametrize("check", [check_token_range, check_padding_targets, check_eos_targets])
+@pytest.mark.parametrize("check", [check_token_range, check_padding_targets, check_eos_targets, check_double_bos])
 def test_healthy_counts_are_silent(check):
     nothing = counts(tokens=0, targets=0, eos_inputs=0, eos_targets=0)
     prompts_masked = counts(targets=2_000, eos_inputs=200, eos_targets=100)
@@ -252,6 +258,80 @@ def test_special_tokens():
     assert check_eos_targets(9, 9, counts(eos_inputs=EOS_SEEN, eos_targets=0)).severity == "warning"
     assert check_eos_targets(9, 9, counts(eos_inputs=0, eos_targets=0)) is None
     assert check_eos_targets(9, 9, counts(eos_inputs=0, eos_targets=0, tokens=2_000_000)).severity == "info"
+
+
+@pytest.mark.parametrize(
+    ("row", "texts", "doubled"),
+    [
+        ([1, 1, 7, 8, 9], 1, 1),
+        ([7, 1, 1, 8, 1, 1, 9], 2, 2),  # packed
+        ([1, 7, 8, 1, 9, 9], 2, 0),
+        ([1, 1, 1, 7, 7, 7], 1, 0),  # no template does this; an ordinary token may
+        ([7, 7, 7, 1, 1], 0, 0),  # the row ends too soon to tell
+        ([7, 7], 0, 0),
+    ],
+)
+def test_texts_that_begin_with_bos_are_counted(row, texts, doubled):
+    counter = TokenCounter((), 10, bos_token_id=1)
+    counter.add(SeenTokens(np.array([row]), np.full((1, len(row)), VALID)))
+    assert (counter.counts.bos_texts, counter.counts.double_bos) == (texts, doubled)
+    padded = SeenTokens(np.array([[1, 1, 1, 1, 5, 6]]), VALID * np.array([[0, 0, 1, 1, 1, 1]]))  # on the left, by BOS
+    counter.add(padded)
+    assert (counter.counts.bos_texts, counter.counts.double_bos) == (texts + 1, doubled + 1)
+
+
+def test_most_texts_begin_with_two_bos():
+    enough = dict(bos_texts=BOS_TEXTS, double_bos=BOS_TEXTS)
+    assert check_double_bos(9, 9, counts(**enough)).severity == "warning"
+    for few in ({"bos_texts": BOS_TEXTS - 1, "double_bos": BOS_TEXTS - 1}, {"double_bos": int(BOS_SHARE * BOS_TEXTS)}):
+        assert check_double_bos(9, 9, counts(**{**enough, **few})) is None
+
+
+@pytest.mark.parametrize("tokens", [3, 64])
+def test_an_ordinary_token_taken_for_bos_is_silent(tokens):
+    counter, ids = TokenCounter((), 64, bos_token_id=1), np.random.default_rng(0).integers(tokens, size=(500, 8, 32))
+    for rows in ids:
+        counter.add(SeenTokens(rows, np.full(rows.shape, VALID)))
+        assert check_double_bos(9, 9, counter.counts) is None
+
+
+def test_bos_is_the_tokenizers_or_the_configs_unless_it_ends_documents_or_pads():
+    def bos(tokenizer, **config):
+        return bos_token_id_of(SimpleNamespace(config=SimpleNamespace(**config)), tokenizer)
+
+    tokenizer = SimpleNamespace(bos_token_id=5, eos_token_id=6, pad_token_id=None)
+    assert bos(tokenizer, bos_token_id=1) == bos(SimpleNamespace(tokenizer=tokenizer)) == 5
+    assert bos(None, bos_token_id=1) == bos(SimpleNamespace(bos_token_id=None), bos_token_id=1) == 1
+    for config in ({"eos_token_id": [5, 7]}, {"pad_token_id": 5}):
+        assert bos(tokenizer, **config) is None
+    assert bos(None) is bos(object(), bos_token_id=None) is bos_token_id_of(object(), None) is None
+
+
+class Vocabulary:
+    vocab_size = 100
+
+    def __len__(self):
+        return 104
+
+
+@pytest.mark.parametrize(
+    ("rows", "severity"), [(99, "warning"), (100, "info"), (103, "info"), (104, None), (128, None)]
+)
+def test_a_tokenizer_larger_than_the_embedding(rows, severity):
+    for processor in (Vocabulary(), SimpleNamespace(tokenizer=Vocabulary())):
+        finding = check_tokenizer_size(9, 9, tokenizer_sizes_of(processor), rows)
+        assert (finding and finding.severity) == severity
+
+
+def test_what_is_no_tokenizer_has_no_size():
+    others = (
+        None,
+        object(),
+        SimpleNamespace(vocab_size=3),
+        SimpleNamespace(vocab_size="all"),
+        SimpleNamespace(size=3),
+    )
+    assert [tokenizer_sizes_of(other) for other in others] == [None] * len(others)
 
 
 # --- evaluation, positions

@@ -10,8 +10,19 @@ from recipe.guards import FINDING_IDS
 from tests.zoo import __main__ as command
 from tests.zoo.bug import AREAS
 from tests.zoo.cases import PARTS, bugs_of, healthy_of, tenth
-from tests.zoo.results import format_results
-from tests.zoo.score import at_least, bounds, judged_shares, over_seeds, score_bug, score_healthy, share_of, summarize
+from tests.zoo.remains import WHY_MISSED
+from tests.zoo.results import MEASURES, TARGETS, format_results
+from tests.zoo.score import (
+    at_least,
+    bounds,
+    judged_shares,
+    over_seeds,
+    score_bug,
+    score_healthy,
+    share_of,
+    summarize,
+    summarize_all,
+)
 
 FOLDER = Path(command.__file__).parent
 RESULTS = json.loads((FOLDER / "results.json").read_text())
@@ -70,6 +81,12 @@ def test_the_recorded_results_are_those_of_all_bugs_and_runs():
         assert {*healthy_of(part)} <= {row["name"] for row in recorded["healthy"]}
     assert RESULTS["problems"] == [] and RESULTS["seconds"] < 25 * 60
     assert format_results(RESULTS) == (FOLDER / "RESULTS.md").read_text()
+
+
+def test_what_was_not_caught_has_a_reason_and_nothing_else_has_one():
+    missed = {row["name"] for part in PARTS for row in RESULTS["parts"][part]["bugs"] if not row["is_caught"]}
+    assert missed == WHY_MISSED.keys()
+    assert all(why.endswith(".") and len(why) <= 140 for why in WHY_MISSED.values())
 
 
 # --- scoring
@@ -169,6 +186,16 @@ def test_the_summary_counts():
         "soon": (1, 2),
         "false_alarms": (0, 1),
     }
+
+
+def test_all_parts_together_count_a_shared_twin_once():
+    about = {"names": ("repeated_data",), "onset": 0}
+    caught = score_bug(about["names"], 0, record(finding(step=0)), record()) | about
+    twin, other = ({"setting": name, **score_healthy(record())} for name in ("the default", "padded"))
+    parts = [{"bugs": [caught], "healthy": [twin]}, {"bugs": [caught], "healthy": [twin, other]}]
+    ours = summarize_all(parts, ["watchdog"])["guards"]
+    assert [ours[name]["of"] for name in ("recall", "named_first", "false_alarms")] == [2, 2, 2]
+    assert TARGETS.keys() < MEASURES.keys() == ours.keys()
 
 
 def test_judged_shares_leave_out_what_is_not_there():

@@ -5,8 +5,9 @@
     listener.py      how it reaches the Trainer; listens to methods and to the head's gradient
     facts.py         what the Trainer can say of its run before the first step
     preflight.py     every probe on one real micro-batch, leaving no trace
-    probes/          the exact tests: targets, attention, equivalence
+    probes/          the exact tests: targets, attention, gradient, equivalence
     pinned.py        one batch whose loss is computed again after a resume
+    precision.py     whether a forward pass uses the weights as they are now
     gradients.py     what micro-batches add to a gradient, and what the step is taken with
     steps.py         a step as it is heard, its numbers on their way to the host
     batches.py       token ids and flags of what the model was given
@@ -14,6 +15,7 @@
     watch.py         rank 0's memory: makes of each step what the guards below see in it
         vitals.py        loss, gradient norm, learning rate, tokens
         updates.py       parameters (measured over steps by parameters.py)
+        adam.py          the optimizer's step, where it is torch's Adam
         envelope.py      n-gram ceiling and floor of the loss
         trajectory.py    reference curves
         ledger.py        fingerprints: repetition, replay, contamination

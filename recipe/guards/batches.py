@@ -115,8 +115,14 @@ def flags_of(ids, labels, attention_mask, position_ids, pad_token_id: int | None
 class TokenCounter:
     """Counts over a run; `counts` has them as the checks want them."""
 
-    def __init__(self, eos_token_ids: tuple[int, ...], embedding_rows: int, start: dict | None = None):
-        self.eos_token_ids = eos_token_ids
+    def __init__(
+        self,
+        eos_token_ids: tuple[int, ...],
+        embedding_rows: int,
+        bos_token_id: int | None = None,
+        start: dict | None = None,
+    ):
+        self.eos_token_ids, self.bos_token_id = eos_token_ids, bos_token_id
         self.counts = TokenCounts(
             **(start or dict.fromkeys(COUNTED, 0)),
             embedding_rows=embedding_rows,
@@ -127,6 +133,7 @@ class TokenCounter:
         is_eos = np.zeros_like(valid)
         for token_id in self.eos_token_ids:  # one or two; np.isin takes ten times as long
             is_eos |= (seen.ids == token_id) & valid
+        bos_texts, double_bos = self._count_bos((seen.ids == self.bos_token_id) & valid)
         self.counts = replace(
             counts,
             tokens=counts.tokens + int(valid.sum()),
@@ -138,6 +145,8 @@ class TokenCounter:
             filled_rows=counts.filled_rows + self._count_filled(seen, scored),
             min_id=min(counts.min_id, int(seen.ids.min())),
             max_id=max(counts.max_id, int(seen.ids.max())),
+            bos_texts=counts.bos_texts + bos_texts,
+            double_bos=counts.double_bos + double_bos,
         )
 
     @staticmethod
@@ -146,6 +155,14 @@ class TokenCounter:
             return 0
         is_filled = (seen.ids[:, 0] == seen.ids[:, -1]) & scored[:, 1:].all(axis=1)
         return sum(bool((seen.ids[row] == seen.ids[row, 0]).all()) for row in np.flatnonzero(is_filled))
+
+    @staticmethod
+    def _count_bos(is_bos: np.ndarray) -> tuple[int, int]:
+        """Texts that begin with BOS, in mid-row too, and those that begin with exactly two. The last two positions of
+        a row do not tell."""
+        begins = is_bos[:, :-2].copy()
+        begins[:, 1:] &= ~is_bos[:, :-3]
+        return int(begins.sum()), int((begins & is_bos[:, 1:-1] & ~is_bos[:, 2:]).sum())
 
     def state(self) -> dict:
         return {name: value for name, value in asdict(self.counts).items() if name != "embedding_rows"}

@@ -13,8 +13,15 @@ LEAKS = (
     "wrong_loss_target",
 )
 REPETITION = ("resume_replay", "repeated_data", "train_eval_overlap", "source_exhausted")
-SCALE = ("accumulation_mismatch", "eval_train_mismatch", "token_budget_off")
-OPTIMIZATION = ("frozen_parameters", "lost_updates", "learning_rate_off", "untied_weights", "rank_divergence")
+SCALE = ("accumulation_mismatch", "wrong_gradient", "eval_train_mismatch", "token_budget_off")
+OPTIMIZATION = (
+    "frozen_parameters",
+    "lost_updates",
+    "optimizer_off",
+    "learning_rate_off",
+    "untied_weights",
+    "rank_divergence",
+)
 BREAKDOWN = ("loss_not_finite", "learning_rate_off", "grad_norm_off", "resume_jump", "rank_divergence")
 
 # Symptom -> what can cause it, the most telling first. The guards of a symptom ask the probes again when they fire.
@@ -23,9 +30,21 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "loss_off_reference": (*LEAKS, *REPETITION, "double_label_shift", *SCALE, *OPTIMIZATION),
     "loss_above_envelope": ("double_label_shift", "wrong_loss_target", *OPTIMIZATION, *SCALE, "compiled_mismatch"),
     "loss_spike": (*BREAKDOWN, *LEAKS, "wrong_loss_target", "token_out_of_range"),
-    "loss_not_finite": ("learning_rate_off", "grad_norm_off", "lost_updates", "accumulation_mismatch"),
+    "loss_not_finite": (
+        "learning_rate_off",
+        "grad_norm_off",
+        "wrong_gradient",
+        "lost_updates",
+        "accumulation_mismatch",
+    ),
     "init_loss_off": ("missing_label_shift", "non_causal_attention", "accumulation_mismatch"),
-    "grad_norm_off": ("accumulation_mismatch", "learning_rate_off", "loss_not_finite", "frozen_parameters"),
+    "grad_norm_off": (
+        "accumulation_mismatch",
+        "wrong_gradient",
+        "learning_rate_off",
+        "loss_not_finite",
+        "frozen_parameters",
+    ),
     "train_eval_gap": (*LEAKS, *REPETITION, "eval_train_mismatch", "eval_not_repeatable"),
     "eval_train_mismatch": ("missing_label_shift", "double_label_shift", "wrong_loss_target", "accumulation_mismatch"),
     "resume_jump": ("resume_replay", "untied_weights", "learning_rate_off"),

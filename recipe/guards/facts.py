@@ -1,6 +1,6 @@
 """What a Trainer can say of its run before the first step: the facts that references and guards go by."""
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ class RunFacts:
     """What does not change in a run. `schedule`: factor on the initial learning rate by optimizer step, or why there
     is none to hold the rate against. `planned_rows`: of one step, all ranks; None where batches are not counted in
     rows. `rows_in_pass`: of the data, where it is known. `weights_are_scaled`: gradients carry an unknown factor
-    (fp16 loss scaling). `followed`: the parameter whose gradient is followed, and whether it is in half precision."""
+    (fp16 loss scaling). `followed`: the parameters whose gradients are followed, and whether they are in
+    half precision."""
 
     vocab_size: int
     embedding_rows: int
@@ -28,13 +29,14 @@ class RunFacts:
     learning_rate: float | None
     schedule: Callable[[int], float] | CannotJudge
     rows_in_pass: int | None = None
+    bos_token_id: int | None = None
     averages_over_ranks: bool = True
     weights_are_scaled: bool = False
     is_adam: bool = True
     parameter_names: tuple[str, ...] = ()
     max_grad_norm: float = 0.0
     label_smoothing: float = 0.0
-    followed: tuple[str, bool] = ("", False)
+    followed: tuple[tuple[str, bool], ...] = ()
 
 
 def reference_facts(trainer: Trainer, model: torch.nn.Module, inputs: dict) -> dict:
@@ -57,7 +59,7 @@ def run_facts(
     inputs: dict,
     facts: dict,
     rate_agrees: bool,
-    gradients: GradientWatch | None = None,
+    gradients: Sequence[GradientWatch] = (),
 ) -> RunFacts:
     """`facts`: those of `reference_facts`, and what the user gave. `rate_agrees`: the optimizer was built with the
     learning rate of the arguments."""
@@ -70,6 +72,7 @@ def run_facts(
         vocab_size=facts["vocab_size"] or embedding_rows,
         embedding_rows=embedding_rows,
         eos_token_ids=eos_token_ids_of(model, trainer.processing_class),
+        bos_token_id=bos_token_id_of(model, trainer.processing_class),
         world_size=args.world_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         num_workers=args.dataloader_num_workers,
@@ -83,7 +86,7 @@ def run_facts(
         parameter_names=tuple(name for name, _ in model.named_parameters()),
         max_grad_norm=args.max_grad_norm or 0.0,
         label_smoothing=args.label_smoothing_factor,
-        followed=(gradients.name, gradients.is_low) if gradients is not None else ("", False),
+        followed=tuple((each.name, each.is_low) for each in gradients),
     )
 
 
@@ -97,9 +100,30 @@ def optimizer_name(optimizer) -> str:
 
 def eos_token_ids_of(model, tokenizer) -> tuple[int, ...]:
     """What the model's config and the tokenizer call EOS."""
-    named = [getattr(getattr(model, "config", None), "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    flat = [i for ids in named for i in (ids if isinstance(ids, (list, tuple)) else [ids])]
-    return tuple(sorted({int(i) for i in flat if i is not None}))
+    return tuple(sorted({*_ids(getattr(model, "config", None), "eos_token_id"), *_ids(tokenizer, "eos_token_id")}))
+
+
+def bos_token_id_of(model, processor) -> int | None:
+    """What the tokenizer calls BOS, else the config. None for one that is EOS or padding too: two in a row are then an
+    empty document."""
+    config, tokenizer = getattr(model, "config", None), getattr(processor, "tokenizer", processor)
+    named = [*_ids(tokenizer, "bos_token_id"), *_ids(config, "bos_token_id")]
+    others = [*eos_token_ids_of(model, tokenizer), *_ids(tokenizer, "pad_token_id"), *_ids(config, "pad_token_id")]
+    return named[0] if named and named[0] not in others else None
+
+
+def tokenizer_sizes_of(processor) -> tuple[int, int] | None:
+    """Tokens without and with those that were added; None for what is no tokenizer and holds none."""
+    try:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        return int(tokenizer.vocab_size), len(tokenizer)
+    except Exception:  # an image processor, a tokenizer of the user's own
+        return None
+
+
+def _ids(owner, name: str) -> list[int]:
+    ids = getattr(owner, name, None)
+    return [int(i) for i in (ids if isinstance(ids, (list, tuple)) else [ids]) if i is not None]
 
 
 def schedule_of(trainer: Trainer) -> Callable[[int], float] | CannotJudge:

@@ -1,4 +1,4 @@
-"""Follows one small parameter's gradient: what each micro-batch adds to it, and what the step is taken with."""
+"""Follows the gradient of one parameter or two: what each micro-batch adds to it, and what the step is taken with."""
 
 import math
 from collections.abc import Sequence
@@ -7,17 +7,19 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from recipe.guards.finding import Finding
-from recipe.guards.thresholds import GRADIENT_ERROR, MOVING_ELEMENTS, QUIET_STEPS, UNCLIPPED
-from recipe.guards.updates import LOW_PRECISION, Parameters
+from recipe.guards.thresholds import CLIPPED_AWAY, GRADIENT_ERROR, MOVING_ELEMENTS, QUIET_STEPS, UNCLIPPED
+from recipe.guards.updates import LOW_PRECISION, Parameters, sample
 
 
 class GradientWatch:
     """Hears a hook at the last of the smallest trainable parameters, mostly the norm before the head: a few hundred
-    numbers, which lie outside of layers that are computed again."""
+    numbers, which lie outside of layers that are computed again. `of_matrices`: at a sample of the smallest matrix,
+    which other code may accumulate (fused kernels, gradients in fp32)."""
 
-    def __init__(self, parameters: Parameters):
+    def __init__(self, parameters: Parameters, of_matrices: bool = False):
         usable = [(n, p) for n, p in parameters if p.requires_grad and not isinstance(p, DTensor)]
-        usable = [(n, p) for n, p in usable if p.numel() >= MOVING_ELEMENTS]
+        usable = [(n, p) for n, p in usable if p.numel() >= MOVING_ELEMENTS and (p.dim() > 1 or not of_matrices)]
+        self.of_matrices = of_matrices
         self.name, self.parameter = min(reversed(usable), key=lambda each: each[1].numel(), default=("", None))
         self.is_listening = False
         self._left: torch.Tensor | None = None  # the parameter as the last step left it ...
@@ -41,7 +43,7 @@ class GradientWatch:
 
     def _hear(self, gradient: torch.Tensor) -> None:
         if self.is_listening:
-            gradient = gradient.detach().float()
+            gradient = sample(gradient).float()
             self._sum = gradient.clone() if self._sum is None else self._sum + gradient
             self._heard += 1
 
@@ -50,7 +52,7 @@ class GradientWatch:
 
     def after_step(self, step: int) -> None:
         """`step`: optimizer steps before this one."""
-        self._left = self.parameter.detach().clone() if self.parameter is not None else None
+        self._left = sample(self.parameter).clone() if self.parameter is not None else None
         self._next_step = step + 1
 
     def take(self, num_micro_batches: int, step: int) -> torch.Tensor | None:
@@ -65,7 +67,7 @@ class GradientWatch:
         now = self._gradient()
         before = now if before is None else before
         is_next = self._left is not None and step == self._next_step
-        changed = (self.parameter.detach() - self._left).float() if is_next else torch.zeros_like(now)
+        changed = (sample(self.parameter) - self._left).float() if is_next else torch.zeros_like(now)
         self._taken = now.clone()
         rest = before - total if last is None else before - total - last
         parts = (total, before - total, before, now, changed, rest)
@@ -73,7 +75,7 @@ class GradientWatch:
 
     def _gradient(self) -> torch.Tensor:
         gradient = self.parameter.grad
-        return torch.zeros_like(self.parameter, dtype=torch.float32) if gradient is None else gradient.detach().float()
+        return sample(self.parameter if gradient is None else gradient).float() * (gradient is not None)
 
 
 def check_sum(
@@ -168,4 +170,24 @@ def check_clipped(
         likely_causes=("clipping measures the norm and changes nothing", "another limit than the one asked for"),
         action="compare a parameter's gradient before and after clip_grad_norm_",
         evidence={"grad_norm": norm, "max_grad_norm": max_norm, "scaled_by": done},
+    )
+
+
+def check_clipped_norm(
+    step: int, tokens_seen: int, norm: float | None, max_norm: float, clipped_norm: float
+) -> Finding | None:
+    """`clipped_norm`: of all gradients after clipping, which leaves the smaller of `norm` and `max_norm`. Somewhat
+    less may be on purpose (a limit for each parameter besides); next to nothing is no step."""
+    if norm is None or max_norm <= 0 or not clipped_norm < CLIPPED_AWAY * min(norm, max_norm):
+        return None
+    return Finding(
+        "grad_norm_off",
+        "warning",
+        step,
+        tokens_seen,
+        found=f"gradients of norm {norm:.3g} were clipped to {clipped_norm:.3g}",
+        expected=f"to {min(norm, max_norm):.3g}",
+        likely_causes=("gradients were clipped while they were multiplied by a loss scale, and divided by it after",),
+        action="unscale the gradients before clip_grad_norm_",
+        evidence={"grad_norm": norm, "max_grad_norm": max_norm, "clipped_norm": clipped_norm},
     )

@@ -19,12 +19,13 @@ import torch
 from transformers import Trainer
 
 from recipe.guards.batches import SeenTokens, TokenCounter, flags_of
-from recipe.guards.facts import eos_token_ids_of
+from recipe.guards.facts import bos_token_id_of, eos_token_ids_of, tokenizer_sizes_of
 from recipe.guards.finding import CannotJudge, Finding, NotApplicable
 from recipe.guards.journal import Result
 from recipe.guards.listener import is_compiled
 from recipe.guards.probes.attention import probe_attention
 from recipe.guards.probes.equivalence import check_compiled, probe_accumulation, probe_eval
+from recipe.guards.probes.gradient import probe_gradient
 from recipe.guards.probes.targets import (
     IGNORE_INDEX,
     LossTargets,
@@ -42,13 +43,19 @@ from recipe.guards.thresholds import (
     PREFLIGHT_MIN_ROWS,
     SHORT,
 )
-from recipe.guards.vitals import check_init_loss, check_padding_targets, check_token_range
+from recipe.guards.vitals import (
+    check_double_bos,
+    check_init_loss,
+    check_padding_targets,
+    check_token_range,
+    check_tokenizer_size,
+)
 
 TARGETS = ("missing_label_shift", "double_label_shift", "wrong_loss_target")
 ATTENTION = ("non_causal_attention", "row_leak", "cross_document_attention")
 EVALUATION = ("eval_not_repeatable", "eval_train_mismatch")
 TOKENS = ("token_out_of_range", "padding_is_target")
-PROBES = (*TARGETS, "init_loss_off", *ATTENTION, *TOKENS, "accumulation_mismatch", *EVALUATION)
+PROBES = (*TARGETS, "init_loss_off", *ATTENTION, *TOKENS, "wrong_gradient", "accumulation_mismatch", *EVALUATION)
 DATASETS = ("train_dataset", "eval_dataset")
 MAX_COPIED = 1 << 20  # elements of a tensor that the trainer keeps
 
@@ -89,6 +96,7 @@ def run_probes(
             results.pop("init_loss_off", None)
             return results
         results |= _guarded(TOKENS, lambda: _probe_tokens(twin, model, prepared, where))
+        results |= _guarded(("wrong_gradient",), lambda: _probe_gradient(twin, model, prepared, where))
         results |= _guarded(
             ("accumulation_mismatch",), lambda: _probe_accumulation(twin, model, prepared, own_step, where)
         )
@@ -144,14 +152,20 @@ def _check_init_loss(found: LossTargets, model, is_new_model: bool, where: dict)
 def _probe_tokens(twin, model, inputs, where) -> dict[str, Result]:
     """Of this batch alone; over the run they are counted on."""
     rows = model.get_input_embeddings().weight.shape[0]
-    counter = TokenCounter(eos_token_ids_of(model, twin.processing_class), rows)
+    tokenizer, sizes = twin.processing_class, tokenizer_sizes_of(twin.processing_class)
+    counter = TokenCounter(eos_token_ids_of(model, tokenizer), rows, bos_token_id_of(model, tokenizer))
     names = ("input_ids", "labels", "attention_mask", "position_ids")
-    flags = flags_of(*map(inputs.get, names), getattr(twin.processing_class, "pad_token_id", None))
+    flags = flags_of(*map(inputs.get, names), getattr(tokenizer, "pad_token_id", None))
     counter.add(SeenTokens(inputs["input_ids"].cpu().numpy(), flags.cpu().numpy()))
-    return {
-        "token_out_of_range": check_token_range(**where, counts=counter.counts),
+    out_of_range = check_token_range(**where, counts=counter.counts)
+    if out_of_range is None and sizes is not None:
+        out_of_range = check_tokenizer_size(**where, sizes=sizes, embedding_rows=rows)
+    results = {
+        "token_out_of_range": out_of_range,
         "padding_is_target": check_padding_targets(**where, counts=counter.counts),
     }
+    double_bos = check_double_bos(**where, counts=counter.counts)  # these rows hold enough texts only if packed
+    return results if double_bos is None else results | {"double_bos": double_bos}
 
 
 def _probe_attention(twin, model, inputs, num_items_in_batch, where) -> dict[str, Result]:
@@ -193,6 +207,32 @@ def _probe_accumulation(twin, model, inputs, own_step, where) -> dict[str, Resul
         return scaled_loss_of(twin, model, inputs, num_items_in_batch, num_micro_batches)
 
     return {"accumulation_mismatch": probe_accumulation(model, first_positions(inputs), scaled_loss, **where)}
+
+
+def _probe_gradient(twin, model, inputs, where) -> dict[str, Result]:
+    rows, generators = first_positions(first_rows(inputs, EVAL_ROWS)), _generators()
+    _, num_items_in_batch = twin.get_batch_samples(iter([rows]), 1, twin.args.device)
+
+    def loss_of() -> torch.Tensor:
+        _restore_generators(generators)
+        return twin.compute_loss(model, dict(rows), num_items_in_batch=num_items_in_batch).mean()
+
+    model.train()
+    with _without_autocast(model):
+        return {"wrong_gradient": probe_gradient(model, loss_of, where, is_alone=twin.args.world_size == 1)}
+
+
+@contextmanager
+def _without_autocast(model: torch.nn.Module) -> Iterator[None]:
+    """accelerate puts a forward with autocast in the place of the model's own, and keeps that."""
+    wrapped, original = vars(model).get("forward"), vars(model).get("_original_forward")
+    try:
+        if original is not None:
+            model.forward = original
+        yield
+    finally:
+        if original is not None:
+            model.forward = wrapped
 
 
 def _probe_eval(twin, model, inputs, where) -> dict[str, Result]:

@@ -16,7 +16,8 @@ Rates = list[tuple[float | None, float | None]]
 @dataclass
 class StepInProgress:
     """What is heard between two optimizer steps on this rank. `learning_rates`: `(lr, initial_lr)` of each group;
-    `scheduled_rates`: what the scheduler says they are. `gradient`: of `GradientWatch.take`."""
+    `scheduled_rates`: what the scheduler says they are. `gradients`: of `GradientWatch.take`, for each parameter that
+    is followed. `clipped_norm`: of all gradients after clipping, where it was measured."""
 
     losses: list[torch.Tensor] = field(default_factory=list)
     tokens: list[TokensOnTheirWay] = field(default_factory=list)
@@ -24,7 +25,8 @@ class StepInProgress:
     grad_norm: torch.Tensor | float | None = None
     learning_rates: Rates = field(default_factory=lambda: [(0.0, None)])
     scheduled_rates: list[float | None] = field(default_factory=list)
-    gradient: torch.Tensor | None = None
+    gradients: list[torch.Tensor | None] = field(default_factory=list)
+    clipped_norm: torch.Tensor | None = None
     was_saved: bool = False  # or evaluated, since the step before
     num_tokens: int = 0
 
@@ -36,16 +38,16 @@ class StepInProgress:
         self.heard += [(rows, OnItsWay(as_one(rows))) for rows in heard]
 
     def values(self) -> OnItsWay:
-        """The loss, the gradient norm (NaN where it is not known), the six norms of `gradient`, then the loss of each
-        micro-batch."""
+        """The loss, the gradient norm before and after clipping (NaN where it is not known), the loss of each
+        micro-batch, then the six norms of each of `gradients`."""
         losses = [loss.float().reshape(()) for loss in self.losses]
         total = losses[0]
         for loss in losses[1:]:  # in the order and precision in which Trainer adds them
             total = total + loss
-        norm = self.grad_norm if self.grad_norm is not None else math.nan
-        norm = torch.as_tensor(norm, dtype=torch.float32, device=total.device).reshape(())
-        gradient = self.gradient if self.gradient is not None else torch.zeros(6, device=total.device)
-        return OnItsWay(torch.cat([torch.stack([total, norm]), gradient.to(total.device), torch.stack(losses)]))
+        norms = [math.nan if norm is None else norm for norm in (self.grad_norm, self.clipped_norm)]
+        norms = [torch.as_tensor(norm, dtype=torch.float32, device=total.device).reshape(()) for norm in norms]
+        gradients = [gradient.to(total.device) for gradient in self.gradients if gradient is not None]
+        return OnItsWay(torch.cat([torch.stack([total, *norms, *losses]), *gradients]))
 
 
 @dataclass
@@ -57,15 +59,20 @@ class PendingStep:
     values: OnItsWay
     checksums: OnItsWay | None
     measured: list[Measured]
+    adam: OnItsWay | None = None
 
     def read(self) -> dict:
         """What this rank has to tell of the step."""
-        loss, norm, *values = self.values.read().tolist()
+        loss, norm, clipped_norm, *values = self.values.read().tolist()
+        count = len(self.heard_of.losses)
+        norms = iter(values[count:])
+        gradients = [None if each is None else [next(norms) for _ in each] for each in self.heard_of.gradients]
         return {
             "loss": loss,
             "grad_norm": norm if self.heard_of.grad_norm is not None else None,
-            "gradient": values[:6] if self.heard_of.gradient is not None else None,
-            "losses": values[6:],
+            "clipped_norm": clipped_norm if self.heard_of.clipped_norm is not None else None,
+            "gradients": gradients,
+            "losses": values[:count],
             "seen": [tokens.read() for tokens in self.heard_of.tokens],
             "heard": [as_plain(heard, values.read()) for heard, values in self.heard_of.heard],
             "checksums": self.checksums.read().tolist() if self.checksums is not None else None,

@@ -114,6 +114,26 @@ SMALL = 0.01
 # about as large as their norm; three times that is allowed.
 SUM_ROOM = 3
 
+# --- probes/gradient.py
+
+# Share of the loss by which a step along the gradient should change it. Measured (21 families of the zoo in fp32, new
+# and after 30 steps on one batch, losses of 0.1 to 6.2): curvature and rounding then take 0.23 % at most, 0.9 % after
+# 1,000 steps; routing 0.9 and 10 %. Under bf16 autocast rounding takes 13 %, so it is done in fp32.
+GRADIENT_STEP = 5e-4
+# From 1, of what the change is to the one foretold: eight times the 0.23 % above.
+GRADIENT_OFF = 0.02
+# More is no auxiliary loss of small weight put into backward only. Chosen, not measured; one layer's backward that is
+# wrong for half of its elements is off by 0.06 to 0.2 (3-layer Llama).
+GRADIENT_FAR_OFF = 0.05
+# Of that distance, between steps of three sizes: else the loss is not smooth. 30 of 31 bugs that were off had 0.05 and
+# less (the other 0.5), routing (Mixtral) and rounded weights 0.3 to 10; they are known by their operations besides.
+SAME_SLOPE = 0.1
+# Share of the weights' norm that a step may move them. Healthy ones need 1e-3 and less. Chosen, not measured.
+SMALL_MOVE = 0.02
+# Relative, of a parameter's gradient with and without activation checkpointing. The same operations on the same
+# numbers: equal bit for bit on CPU (Mixtral's routers, reentrant: 0.006). Dropout of 0.1 drawn anew: 0.6.
+CHECKPOINTED = 0.1
+
 # --- batches.py
 
 # Tokens that are not scored: fewer are no prompt, such as the first token of a document. Chosen, not measured.
@@ -161,6 +181,10 @@ RATE_TOLERANCE = 1e-3  # of the rate: learning rates kept as fp32 tensors are wi
 BUDGET_STEPS, BUDGET_SHARE = 20, 0.8
 EOS_SEEN = 32  # documents that ended without EOS as target, before it is said. Chosen, not measured
 EOS_ABSENT_TOKENS = 1_000_000  # longer than one document of any usual corpus, a hundred times over. Not measured
+# Texts that begin with BOS, and the share of them that begin with exactly two. Derived: where the id is an ordinary
+# token of share p, runs of two are p(1 - p) of all, a quarter at most: 13 of 16 by chance once in 260,000 times. Empty
+# documents are a few per cent.
+BOS_TEXTS, BOS_SHARE = 16, 0.8
 PADDING_SCORED, PADDING_SHARE = 100, 0.01  # of the scored positions; less does no harm. Chosen, not measured
 # Known faults start at 1.5 nats at the usual loss of 3 (eval divided by 2 steps of accumulation, torchtitan#1758; no
 # causal mask: 2.7, entrenar#310). Code and web text differ by 1.8, so up to 2 nats it is information. Ratio and steps
@@ -217,6 +241,12 @@ LOST_SHARE, LOST_ELEMENTS = 0.4, 1000  # between the two; of 1,000 elements a sh
 # bf16 logits are good to 2^-8 of themselves, 1e-3 after the mean over a batch. Ten times that and more is no rounding.
 RESUME_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
+# --- precision.py
+
+# Columns of a weight whose casts are looked at, and the share of these elements that are not the weight's. Derived:
+# casts are exact but for what a device flushes to zero; in fp16 that is 0.24 % of weights of sd 0.02.
+CAST_COLUMNS, STALE_SHARE = 8, 0.01
+
 # --- gradients.py
 
 # Of the larger of two gradients: the sum of what micro-batches gave, and what the step is taken with. Equal bit for
@@ -230,6 +260,17 @@ GRADIENT_STEPS, GRADIENT_WINDOW = 2, 20
 QUIET_STEPS = 16
 # Times what clipping should leave; it is exact to rounding. Chosen, not measured.
 UNCLIPPED = 1.1
+# And of what clipping should leave. Chosen, not measured: loss scales are 2^10 and more, limits of one's own seldom.
+CLIPPED_AWAY = 0.01
+
+# --- adam.py
+
+# Steps of a training that are looked at, and then every so many. Chosen, not measured: the first have rates near zero
+# where they warm up, and a look at a few thousand elements is a fraction of a millisecond.
+ADAM_STEPS, ADAM_EVERY = 12, 100
+# Of the change. Derived: fp32 leaves 1e-6 of it, and ADAM_ROUNDING of the size (16 units in the last place of 6e-8);
+# what is another algorithm (decay in the gradient, no correction of the bias) is off by 5 % and more (zoo).
+ADAM_ERROR, ADAM_ROUNDING = 0.01, 1e-6
 
 # --- envelope.py
 

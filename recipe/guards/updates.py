@@ -50,7 +50,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Up to PER_TENSOR strided elements, not copied."""
     values = _local(tensor).flatten()
     stride = -(-values.numel() // PER_TENSOR) | 1  # odd: does not fall on one column of a matrix again and again
     return values[::stride]
@@ -62,12 +63,12 @@ def _stack(values: list[torch.Tensor]) -> torch.Tensor:
 
 def sample_parameters(parameters: Parameters) -> dict[str, torch.Tensor]:
     """Up to PER_TENSOR strided elements of each parameter, copied, on its device."""
-    return {name: _sample(parameter).clone() for name, parameter in parameters}
+    return {name: sample(parameter).clone() for name, parameter in parameters}
 
 
 def sample_gradients(parameters: Parameters) -> dict[str, torch.Tensor]:
     """The gradients of the elements in `sample_parameters`; parameters without one are missing."""
-    return {name: _sample(parameter.grad).clone() for name, parameter in parameters if parameter.grad is not None}
+    return {name: sample(parameter.grad).clone() for name, parameter in parameters if parameter.grad is not None}
 
 
 def largest_gradients(parameters: Parameters) -> torch.Tensor:
@@ -76,7 +77,7 @@ def largest_gradients(parameters: Parameters) -> torch.Tensor:
     Where the sampled ones have none (an embedding of which they are rows not seen) it is that of all elements, cut to
     PLAIN_GRADIENT: reached, but the sample need not move. Over steps and over ranks with shards, take the maximum.
     """
-    sampled = _stack([_largest(parameter, _sample) for _, parameter in parameters])
+    sampled = _stack([_largest(parameter, sample) for _, parameter in parameters])
     anywhere = _stack([_largest(parameter, _local) for _, parameter in parameters])
     return torch.where(sampled > 0, sampled, anywhere.clamp(max=PLAIN_GRADIENT))
 
@@ -85,6 +86,11 @@ def _largest(parameter: torch.nn.Parameter, part: Callable[[torch.Tensor], torch
     if parameter.grad is None or part(parameter.grad).numel() == 0:
         return torch.zeros((), device=parameter.device)
     return torch.linalg.vector_norm(part(parameter.grad), math.inf, dtype=torch.float32)
+
+
+def norm_of_gradients(parameters: Parameters) -> torch.Tensor:
+    """A float32 scalar, over all parameters."""
+    return torch.nn.utils.get_total_norm([p.grad for _, p in parameters if p.grad is not None]).float()
 
 
 def have_moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -99,7 +105,7 @@ def count_kept(
     at least half as far from `before`."""
     counts = []
     for name, parameter in parameters:
-        step, since = (after[name] - before[name]).abs(), (_sample(parameter) - before[name]).abs()
+        step, since = (after[name] - before[name]).abs(), (sample(parameter) - before[name]).abs()
         counts.append(torch.stack([((step > 0) & (2 * since >= step)).sum(), (step > 0).sum()]))
     return _stack(counts).sum(0)
 
@@ -136,7 +142,7 @@ def count_moved(
         if parameter.dtype in LOW_PRECISION and name in gradients:
             old = before[name]
             judged = (gradients[name] != 0) & (_spacing(old) * LOST_SPACINGS <= rate_sum)
-            counts.append(torch.stack([(judged & (_sample(parameter) != old)).sum(), judged.sum()]))
+            counts.append(torch.stack([(judged & (sample(parameter) != old)).sum(), judged.sum()]))
     return _stack(counts).sum(0)
 
 

@@ -16,6 +16,8 @@ from transformers.trainer_utils import SchedulerType
 
 from recipe.guards.finding import CannotJudge, Finding
 from recipe.guards.thresholds import (
+    BOS_SHARE,
+    BOS_TEXTS,
     BUDGET_SHARE,
     BUDGET_STEPS,
     EOS_ABSENT_TOKENS,
@@ -343,7 +345,8 @@ class TokenCounts:
 
     `eos_inputs`: EOS in the text of a row (padding apart) after the row's first token, which may be a BOS of the same
     id. `eos_targets`: scored targets that are EOS. `padding_targets`: scored targets that are padding. `filled_rows`:
-    of the `rows`, those of FILLED_TOKENS tokens or more that hold one token only and score it.
+    of the `rows`, those of FILLED_TOKENS tokens or more that hold one token only and score it. `bos_texts`: runs of
+    BOS, as texts begin with; `double_bos`: those of exactly two.
     """
 
     tokens: int
@@ -356,6 +359,8 @@ class TokenCounts:
     min_id: int
     max_id: int
     embedding_rows: int
+    bos_texts: int = 0
+    double_bos: int = 0
 
 
 def check_token_range(step: int, tokens_seen: int, counts: TokenCounts) -> Finding | None:
@@ -369,6 +374,32 @@ def check_token_range(step: int, tokens_seen: int, counts: TokenCounts) -> Findi
     action = "take the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer))"
     evidence = vars(counts).copy()
     return Finding("token_out_of_range", severity, step, tokens_seen, found, expected, causes, action, evidence)
+
+
+def check_tokenizer_size(step: int, tokens_seen: int, sizes: tuple[int, int], embedding_rows: int) -> Finding | None:
+    """Ids that the tokenizer can give have a row in the embedding. A clamp or a modulo hides them in the batches.
+
+    `sizes`: tokens without and with those that were added, which may never be used. More rows than tokens is usual.
+    """
+    base, total = sizes
+    if max(sizes) <= embedding_rows:
+        return None
+    severity, size = ("warning", base) if base > embedding_rows else ("info", total)
+    found = f"a tokenizer of {size:,} tokens{' with the added ones' if severity == 'info' else ''}"
+    expected = f"{embedding_rows:,} at most, the rows of the embedding"
+    causes = ("the tokenizer belongs to another model", "tokens were added and the embedding not resized")
+    action = "take the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer))"
+    evidence = {"base": base, "total": total, "embedding_rows": embedding_rows}
+    return Finding("token_out_of_range", severity, step, tokens_seen, found, expected, causes, action, evidence)
+
+
+def check_double_bos(step: int, tokens_seen: int, counts: TokenCounts) -> Finding | None:
+    if counts.bos_texts < BOS_TEXTS or counts.double_bos < BOS_SHARE * counts.bos_texts:
+        return None
+    found = f"{counts.double_bos:,} of {counts.bos_texts:,} texts begin with two BOS"
+    causes = ("the chat template writes BOS and the tokenizer adds another", "BOS is in the text and added again")
+    action, evidence = "tokenize the template's text with add_special_tokens=False", vars(counts).copy()
+    return Finding("double_bos", "warning", step, tokens_seen, found, "one", causes, action, evidence)
 
 
 def check_padding_targets(step: int, tokens_seen: int, counts: TokenCounts) -> Finding | None:

@@ -23,7 +23,7 @@ from recipe.guards.envelope import (
 from recipe.guards.evaluation import judge_evaluation
 from recipe.guards.facts import RunFacts
 from recipe.guards.finding import CannotJudge, Finding
-from recipe.guards.gradients import check_clipped, check_dropped, check_sum, check_written
+from recipe.guards.gradients import check_clipped, check_clipped_norm, check_dropped, check_sum, check_written
 from recipe.guards.ledger import Ledger, Place, check_overlap, check_repetition
 from recipe.guards.probes.targets import in_rows, judge_row
 from recipe.guards.records import StepRecord, unfit
@@ -56,7 +56,7 @@ from recipe.guards.updates import check_ranks
 class StepFacts:
     """One step. `micro_losses`: of each micro-batch, rank after rank. `seen`, `heard`: `(rank, micro_step, ...)`.
     `learning_rates`: `(lr, initial_lr)` of each parameter group; `scheduled_rates`: the scheduler's word for them.
-    `gradient`: of `GradientWatch.take`, on rank 0. `was_saved`: or evaluated, since the step
+    `gradients`: of `GradientWatch.take`, and `clipped_norm`, on rank 0. `was_saved`: or evaluated, since the step
     before. `checksums`: of each parameter, by rank."""
 
     record: StepRecord
@@ -65,7 +65,8 @@ class StepFacts:
     seen: list[tuple[int, int, SeenTokens]] = field(default_factory=list)
     heard: list[tuple[int, int, dict]] = field(default_factory=list)
     scheduled_rates: list[float | None] = field(default_factory=list)
-    gradient: list[float] | None = None
+    gradients: list[list[float] | None] = field(default_factory=list)
+    clipped_norm: float | None = None
     was_saved: bool = False
     checksums: list[list[int]] | None = None
 
@@ -79,7 +80,7 @@ class Watch:
         self.cannot_judge: dict[str, str] = {}
         self.ledger = Ledger()
         self.envelope = Envelope(facts.vocab_size)
-        self.counter = TokenCounter(facts.eos_token_ids, facts.embedding_rows)
+        self.counter = TokenCounter(facts.eos_token_ids, facts.embedding_rows, facts.bos_token_id)
         self.losses_by_position: list[list[float]] = []
         self.envelope_losses: list[dict] = []
         self.rows_by_step: list[int] = []
@@ -87,7 +88,7 @@ class Watch:
         self.labels_are: str | None = None
         self.eval_digests: dict[str, int] = {}
         self._uneven_steps = self._off_rate_steps = self._unclipped_steps = 0
-        self._off_gradients: list[bool] = []  # of the last steps
+        self._off_gradients: dict[str, list[bool]] = {}  # by parameter, of the last steps
         self._changes: list[float] = []
         self._floor_sums = [0, 0.0]
         self._rates = [0, 0.0]  # steps, and the sum of their learning rates
@@ -128,8 +129,9 @@ class Watch:
         if self.facts.weights_are_scaled and norm is not None and not math.isfinite(norm):
             norm = None  # a step that the loss scaler skips, as it does now and then
         finding = vitals.check_finite(*where, step.micro_losses, norm, scored)
-        if finding is None and step.gradient is not None and not self.facts.weights_are_scaled:
-            return check_dropped(*where, step.gradient)
+        if finding is None and not self.facts.weights_are_scaled:
+            for norms in filter(None, step.gradients):
+                finding = finding or check_dropped(*where, norms)
         if finding is not None and self.facts.world_size > 1 and (bad := finding.evidence["bad_micro_batches"]):
             rank, micro_step = divmod(bad[0], len(step.micro_losses) // self.facts.world_size)
             finding.evidence.update(rank=rank, micro_step=micro_step)
@@ -213,6 +215,8 @@ class Watch:
         if counts.tokens == 0:
             return
         yield "token_out_of_range", vitals.check_token_range(*where, counts)
+        if self.facts.bos_token_id is not None:
+            yield "double_bos", vitals.check_double_bos(*where, counts)
         yield "padding_is_target", vitals.check_padding_targets(*where, counts)
         if self.facts.eos_token_ids:
             yield "eos_never_target", vitals.check_eos_targets(*where, counts)
@@ -295,16 +299,23 @@ class Watch:
 
     def _judge_gradient(self, step: StepFacts, *where: int) -> Iterator[tuple[str, Finding | None]]:
         """In passing: the step is taken with the sum of what its micro-batches gave, clipped as asked."""
-        facts, norms = self.facts, step.gradient
-        if norms is None or facts.weights_are_scaled:
+        facts = self.facts
+        if facts.weights_are_scaled:
             return
-        if facts.world_size == 1:  # else ranks have averaged it
-            name, is_low = facts.followed
+        if step.clipped_norm is not None:
+            limits = step.record["grad_norm"], facts.max_grad_norm, step.clipped_norm
+            yield "grad_norm_off", check_clipped_norm(*where, *limits)
+        heard = [(*each, norms) for each, norms in zip(facts.followed, step.gradients, strict=True) if norms]
+        for name, is_low, norms in heard if facts.world_size == 1 else []:  # several ranks have averaged it
             finding = check_sum(*where, name, norms, len(step.micro_losses), is_low)
-            self._off_gradients = [*self._off_gradients[1 - GRADIENT_WINDOW :], finding is not None]
-            yield "accumulation_mismatch", finding if sum(self._off_gradients) >= GRADIENT_STEPS else None
+            off = [*self._off_gradients.get(name, [])[1 - GRADIENT_WINDOW :], finding is not None]
+            self._off_gradients[name] = off
+            yield "accumulation_mismatch", finding if sum(off) >= GRADIENT_STEPS else None
+        if not heard or heard[0][0] != facts.followed[0][0]:
+            return
+        name, _, norms = heard[0]
         self._changes = [*self._changes[-GRADIENT_WINDOW:], norms[4]]
-        if (written := check_written(*where, facts.followed[0], self._changes, step.was_saved)) is not None:
+        if (written := check_written(*where, name, self._changes, step.was_saved)) is not None:
             yield "lost_updates", written
         finding = check_clipped(*where, step.record["grad_norm"], facts.max_grad_norm, norms)
         self._unclipped_steps = self._unclipped_steps + 1 if finding else 0
@@ -376,11 +387,13 @@ class Watch:
         fresh, like = self.state()
         wrong = unfit(numbers, {**KEPT, "counts": dict[str, int]})
         wrong += [name for name, value in like.items() if name not in arrays or not _is_alike(arrays[name], value)]
-        if wrong or numbers["counts"].keys() != fresh["counts"].keys():
+        counts = {**dict.fromkeys(LATER_COUNTS, 0), **numbers["counts"]} if not wrong else {}
+        if wrong or counts.keys() != fresh["counts"].keys():
             raise ValueError(f"missing, or of another type: {', '.join(wrong or ['counts'])}")
         for name in KEPT:
             setattr(self, name, numbers[name])
-        self.counter = TokenCounter(self.facts.eos_token_ids, self.facts.embedding_rows, numbers["counts"])
+        facts = self.facts
+        self.counter = TokenCounter(facts.eos_token_ids, facts.embedding_rows, facts.bos_token_id, counts)
         self.ledger = Ledger.from_state(_part_of(arrays, "ledger."))
         self.envelope = Envelope.from_state(_part_of(arrays, "envelope."))
 
@@ -406,6 +419,7 @@ KEPT = {
     "_floor_sums": tuple[int, float],
     "_rates": tuple[int, float],
 }
+LATER_COUNTS = ("bos_texts", "double_bos")  # older checkpoints lack them
 
 
 def _is_alike(array: np.ndarray, other: np.ndarray) -> bool:

@@ -4,7 +4,7 @@ setting.py       Setting: what a run is made of. models.py, texts.py, rows.py ma
 run.py           Run: what a bug may change; one run from its beginning to its record
 bug.py           Bug
 development/     bugs and healthy runs that thresholds were chosen on
-held_out/, held_out_2/    those that were written without sight of the guards
+held_out*/       those that were written without sight of the guards
 cases.py         all of them
 others.py        what else watches: trainproof, losslint, a watchdog
 pool.py          runs side by side

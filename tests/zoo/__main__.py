@@ -1,7 +1,7 @@
 """`python -m tests.zoo [--only NAME ...] [--json]`: runs the zoo and writes RESULTS.md and results.json beside this.
 
-`--only`: bugs or healthy runs by name, a part (development, held_out, held_out_2), or an area such as `data`; prints
-what they found and writes nothing. `--json`: the last thing on stdout is one object, all else goes to stderr.
+`--only`: bugs or healthy runs by name, a part such as `held_out_3`, or an area such as `data`; prints what they
+found and writes nothing. `--json`: the last thing on stdout is one object, all else goes to stderr.
 """
 
 import argparse
@@ -115,6 +115,8 @@ def run_all(tasks: list[Task], processes: int | None) -> tuple[dict[str, dict], 
         name = task.bug.name if task.bug else f"healthy ({task.setting.describe()})"
         if "error" in record:
             problems.append(f"{name}: {record['error']}")
+        elif task.setting.change and not record["effects"]:
+            problems.append(f"{name}: its change never ran")
         said = [f"{each['id']} {each['step']}" for each in record.get("findings", []) if each["severity"] != "info"]
         seconds = record.get("seconds", math.nan)
         say(f"{number:3d}/{len(tasks)} {seconds:5.1f} s  {name}: {', '.join(said) or record.get('error', 'silent')}")

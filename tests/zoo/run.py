@@ -236,8 +236,8 @@ def _phases(setting: Setting, bug, rank: int, folder: Path) -> tuple[dict, Train
         try:
             if setting.save_at and phase == 0:
                 run.callbacks.append(StopAt(setting.save_at))
-            if bug is not None:
-                bug(run)
+            for change in filter(None, (setting.change, bug)):
+                change(run)
             trainer, guards = run.make_trainer()
             others = Others()
             others.watch(trainer)

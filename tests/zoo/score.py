@@ -152,6 +152,14 @@ def _summarize_other(tool: str, bugs: list[dict], matter: list[dict], with_id: l
     }
 
 
+def summarize_all(parts: Iterable[dict], tools: Iterable[str]) -> dict:
+    """Of all parts together. A twin that parts share was one run, and counts once."""
+    parts = list(parts)
+    bugs = [row for part in parts for row in part["bugs"]]
+    healthy = {row["setting"]: row for part in parts for row in part["healthy"]}
+    return summarize(bugs, list(healthy.values()), tools)
+
+
 # --- how often each guard had enough to judge
 
 

@@ -1,6 +1,7 @@
 """What a run is made of before any bug: a healthy run is a setting, and a bug's healthy twin is its setting."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,7 +19,8 @@ class Setting:
     `kind`: `trainer` is a stock Trainer on those rows, `recipe` is `recipe.train.assemble` on its own stream, `sft` is
     TRL's SFTTrainer. `passes`: how often the corpus is read, declared by a sized dataset. `stream`: an iterable
     dataset. `save_at`: the run is saved and ended there, and another process's worth of objects resumes it. `ranks`:
-    gloo processes. `arguments`: of TrainingArguments (`recipe`: of the configuration; `sft`: of SFTConfig).
+    gloo processes. `arguments`: of TrainingArguments (`recipe`: of the configuration; `sft`: of SFTConfig). `change`:
+    a module's function that changes the `Run` as a bug's does, and is no bug: what a user does on purpose.
     """
 
     family: str = "llama"
@@ -39,6 +41,7 @@ class Setting:
     ranks: int = 1
     arguments: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    change: Callable[..., None] | None = None
 
     def changed(self, **changes) -> "Setting":
         """A copy; `sizes` and `arguments` are added to those there are."""
@@ -48,7 +51,7 @@ class Setting:
 
     @property
     def key(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(asdict(self), sort_keys=True, default=lambda change: change.__name__)
 
     @property
     def rows_a_step(self) -> int:
@@ -65,4 +68,6 @@ class Setting:
         differs = {name: value for name, value in asdict(self).items() if value != getattr(default, name)}
         flat = {**differs, **differs.pop("sizes", {}), **differs.pop("arguments", {})}
         flat.pop("sizes", None), flat.pop("arguments", None)
+        if self.change:
+            flat["change"] = self.change.__name__
         return ", ".join(f"{name} {value}" for name, value in flat.items()) or "the default"

@@ -1,5 +1,6 @@
 """Attention, documents, positions and rows."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -93,6 +94,22 @@ def mean_over_sequence(run: Run):
 def detached_next_embedding(run: Run):
     """A little of the next token's embedding is added to each token's, without a gradient."""
     change_output(run, run.model.model.embed_tokens, lambda x: x + 0.03 * F.pad(x[:, 1:], (0, 0, 0, 1)).detach())
+
+
+# --- kernels
+
+
+@bug("", AREA, "context manager called as a statement", "the original run", ENGLISH)
+def original_sdp_kernel(run: Run):
+    """`sdp_kernel`, a context manager, is called as a statement, as in the original run: fast attention stays off."""
+
+    def call(trainer):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has deprecated it
+            torch.backends.cuda.sdp_kernel(enable_flash=True, enable_math=False, enable_mem_efficient=False)
+        run.took_effect()
+
+    run.on_trainer.append(call)
 
 
 # --- documents and rows

@@ -305,7 +305,7 @@ def nan_steps_reported_as_the_last_loss(run: Run):
     run.trainer_class = Skips
 
 
-@bug("", "optimizer and schedule", "Adam's constants", "blocks#1159", ENGLISH)
+@bug("optimizer_off", "optimizer and schedule", "Adam's constants", "blocks#1159", ENGLISH)
 def adam_betas_swapped(run: Run):
     """beta1 is 0.95 and beta2 0.9, each given for the other: momentum outlasts the scale."""
     run.arguments |= {"adam_beta1": 0.95, "adam_beta2": 0.9}

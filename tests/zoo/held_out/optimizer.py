@@ -14,7 +14,7 @@ LONG_MEMORY = Setting(arguments={"adam_beta2": 0.999})
 ACCUMULATED = Setting(rows="padded", batch=2, accumulation=4)
 
 
-@bug("", AREA, "weight decay through the gradient", "nntrainer PR #3565", ENGLISH)
+@bug("optimizer_off", AREA, "weight decay through the gradient", "nntrainer PR #3565", ENGLISH)
 def decay_not_decoupled(run: Run):
     """AdamW adds its weight decay to the gradient, as Adam with an L2 penalty does."""
 

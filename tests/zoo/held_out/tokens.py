@@ -35,7 +35,7 @@ def stop_token_outside_the_mask(run: Run):
     change_batch(run, lambda batch: batch["labels"].masked_fill_(batch["input_ids"] == EOS, IGNORED))
 
 
-@bug("", AREA, "special token added twice", "OpenRLHF#393", TOKENS)
+@bug("double_bos", AREA, "special token added twice", "OpenRLHF#393", TOKENS)
 def bos_added_twice(run: Run):
     """The template and the tokenizer each put a BOS before the text."""
     for row in run.train_dataset:

@@ -17,7 +17,7 @@ AUTOCAST = Setting(steps=80, arguments={"bf16": True})
 LOSS_SCALE = 2.0**16
 
 
-@bug("", AREA, "no bias correction", "oneflow PR #5960", ENGLISH)
+@bug("optimizer_off", AREA, "no bias correction", "oneflow PR #5960", ENGLISH)
 def adam_without_bias_correction(run: Run):
     """Adam's moments, which start at 0, are not corrected for it."""
 
@@ -75,7 +75,7 @@ def clipped_before_unscaling(run: Run):
     run.patch(accelerate.Accelerator, "clip_grad_norm_", clip_scaled)
 
 
-@bug("", "precision", "stale casts of the weights", "X-GenGroup/Flow-Factory PR #186", AUTOCAST)
+@bug("lost_updates", "precision", "stale casts of the weights", "X-GenGroup/Flow-Factory PR #186", AUTOCAST)
 def stale_casts_of_the_weights(run: Run):
     """One autocast context is around ten steps: its cache serves the bf16 weights from before their updates."""
 

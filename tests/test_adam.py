@@ -1,0 +1,152 @@
+"""Torch's Adam and AdamW against their definition: silent on every way in which torch computes them, not on others."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW
+
+from recipe.guards.adam import AdamWatch, check_betas
+from recipe.guards.finding import NotApplicable
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 50))
+
+
+def step(model, optimizer, size=1.0):
+    optimizer.zero_grad()
+    ids = torch.randint(50, (4, 8))
+    loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+    (size * loss).backward()
+    optimizer.step()
+
+
+def watch_steps(model, optimizer, num_steps=15, **how):
+    """The ids of what is found in each step that is looked at."""
+    watch = AdamWatch(optimizer, list(model.named_parameters()))
+    found = []
+    for number in range(1, num_steps + 1):
+        step(model, optimizer, **how)
+        if (measured := watch.take()) is not None:
+            found.append(watch.judge(measured, number, 10 * number))
+    watch.close()
+    assert len(found) == min(num_steps, 12)
+    return [finding for finding in found if finding is not None]
+
+
+@pytest.mark.parametrize("kind", [Adam, AdamW])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"foreach": True},
+        {"foreach": False},
+        {"fused": True},
+        {"lr": torch.tensor(1e-3), "foreach": False},
+        {"lr": 1e-9},  # at the start of a warm-up: less than the weights' rounding
+        {"lr": 0.0},
+        {"betas": (0.9, 0.95), "weight_decay": 0.5, "eps": 1e-4},
+        {"betas": (0.0, 0.999)},
+    ],
+)
+def test_the_published_algorithm_is_silent(kind, settings):
+    model = make_model()
+    assert not watch_steps(model, kind(model.parameters(), **{"lr": 1e-3, "weight_decay": 0.1, **settings}))
+
+
+def test_adam_asked_to_decouple_its_decay_is_silent():
+    model = make_model()
+    optimizer = Adam(model.parameters(), lr=1e-3, weight_decay=0.1, decoupled_weight_decay=True)
+    assert not watch_steps(model, optimizer)
+
+
+def test_tiny_gradients_and_a_restored_state_are_silent():
+    model = make_model()
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    assert not watch_steps(model, optimizer, size=1e-12)
+    restored = AdamW(model.parameters(), lr=1e-3)
+    restored.load_state_dict(optimizer.state_dict())
+    assert not watch_steps(model, restored)
+
+
+def test_a_parameter_without_gradient_in_some_steps_is_silent():
+    model = make_model()
+    optimizer = AdamW([model[3].bias], lr=1e-3)
+    watch = AdamWatch(optimizer, list(model.named_parameters()))
+    for number in range(6):
+        step(model, optimizer)
+        model[3].bias.requires_grad_(number % 2 == 0)
+        model[3].bias.grad = None
+        assert watch.judge(watch.take(), number, 0) is None
+
+
+def couples_decay(optimizer):
+    for group in optimizer.param_groups:
+        group["decoupled_weight_decay"] = False
+
+
+def counts_from_a_million(optimizer):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p] = {"step": torch.tensor(1e6), **moments}
+
+
+def forgets_its_moments(optimizer):
+    own = optimizer._init_group
+
+    def init_group(*args):
+        for state in optimizer.state.values():
+            state["exp_avg"] *= 0.5
+        return own(*args)
+
+    optimizer._init_group = init_group
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [(couples_decay, "first moment"), (counts_from_a_million, "step"), (forgets_its_moments, "first moment")],
+)
+def test_another_algorithm_is_found_at_once(change, part):
+    model = make_model()
+    optimizer = AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    change(optimizer)
+    first = watch_steps(model, optimizer)[0]
+    assert (first.id, first.severity, first.evidence["part"]) == ("optimizer_off", "warning", part)
+    assert first.step <= 2
+
+
+def test_what_others_do_to_the_weights_after_the_step_is_not_judged():
+    model = make_model()
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+
+    def normalise(optimizer, args, kwargs):
+        with torch.no_grad():
+            model[1].weight.div_(model[1].weight.norm(dim=1, keepdim=True))
+
+    before = optimizer.register_step_post_hook(normalise)
+    assert not watch_steps(model, optimizer)
+    before.remove()
+
+
+def test_hooks_are_taken_off():
+    model = make_model()
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    AdamWatch(optimizer, list(model.named_parameters())).close()
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("kind", [SGD, type("Cautious", (AdamW,), {})])
+def test_another_class_may_compute_something_else(kind):
+    with pytest.raises(NotApplicable, match=kind.__name__):
+        AdamWatch(kind(make_model().parameters(), lr=1e-3), [])
+
+
+@pytest.mark.parametrize(
+    ("betas", "found"), [((0.95, 0.9), True), ((0.9, 0.9), False), ((0.9, 0.95), False), ((0.0, 0.99), False)]
+)
+def test_betas_given_for_each_other(betas, found):
+    finding = check_betas(0, 0, [{"betas": betas}])
+    assert (finding is not None) is found
+    assert not found or finding.id == "optimizer_off"
+    assert check_betas(0, 0, [{"momentum": 0.9}]) is None
