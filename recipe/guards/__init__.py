@@ -7,15 +7,15 @@
     preflight.py     every probe on one real micro-batch, leaving no trace
     probes/          the exact tests: targets, attention, gradient, equivalence
     pinned.py        one batch whose loss is computed again after a resume
-    precision.py     whether a forward pass uses the weights as they are now
-    gradients.py     what micro-batches add to a gradient, and what the step is taken with
+    optimization.py  what is measured around the optimizer's step:
+        parameters.py    do they move; gradients.py  what micro-batches add up to; adam.py  the step's arithmetic
+        precision.py     does the forward pass use the weights as they are now
     steps.py         a step as it is heard, its numbers on their way to the host
     batches.py       token ids and flags of what the model was given
     ranks.py         what ranks tell each other
     watch.py         rank 0's memory: makes of each step what the guards below see in it
         vitals.py        loss, gradient norm, learning rate, tokens
-        updates.py       parameters (measured over steps by parameters.py)
-        adam.py          the optimizer's step, where it is torch's Adam
+        updates.py       parameters: moved, tied, equal over ranks, the same after a resume
         envelope.py      n-gram ceiling and floor of the loss
         trajectory.py    reference curves
         ledger.py        fingerprints: repetition, replay, contamination

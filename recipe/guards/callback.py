@@ -9,7 +9,7 @@ said of it is in `journal.py`.
 
 import logging
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,17 +17,15 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from recipe.guards import preflight
-from recipe.guards.adam import AdamWatch, check_betas
+from recipe.guards.adam import check_betas
 from recipe.guards.batches import OnItsWay, send_tokens
 from recipe.guards.evaluation import EvaluationWatch, read_eval_rows
 from recipe.guards.facts import is_new, optimizer_name, plain_rate, reference_facts, run_facts, scheduled_rates
 from recipe.guards.finding import FINDING_IDS, CannotJudge, Finding, NotApplicable
-from recipe.guards.gradients import GradientWatch
 from recipe.guards.journal import Journal
 from recipe.guards.listener import TargetListener, Wrapping, find_trainer, is_compiled
-from recipe.guards.parameters import ParameterWatch
+from recipe.guards.optimization import OptimizationWatch, is_checked
 from recipe.guards.pinned import PinnedBatch
-from recipe.guards.precision import CastWatch
 from recipe.guards.probes.equivalence import check_repeated
 from recipe.guards.ranks import Ranks
 from recipe.guards.records import StepRecord, append_line, as_finding, keep_until, read_steps
@@ -37,7 +35,6 @@ from recipe.guards.thresholds import (
     ABOVE_MIN_STEPS,
     ASK_AGAIN,
     BUDGET_STEPS,
-    CHECKSUM_STEPS,
     GAP_STEPS,
     HISTORY,
     JUMP_WINDOW,
@@ -46,7 +43,7 @@ from recipe.guards.thresholds import (
     RECENT,
 )
 from recipe.guards.trajectory import Reference, find_reference, load_reference
-from recipe.guards.updates import check_optimizer_groups, check_tied, norm_of_gradients, parameter_checksums
+from recipe.guards.updates import check_optimizer_groups, check_tied, parameter_checksums
 from recipe.guards.watch import StepFacts, Watch
 
 logger = logging.getLogger("recipe.guards")
@@ -104,10 +101,7 @@ class RegressionCallback(TrainerCallback):
         self._trainer: Trainer | None = None
         self._wrapping = Wrapping()
         self._targets: TargetListener | None = None
-        self._parameters: ParameterWatch | None = None
-        self._gradients: list[GradientWatch] = []
-        self._adam: AdamWatch | None = None
-        self._casts: CastWatch | None = None
+        self._optimization: OptimizationWatch | None = None
         self._ranks: Ranks | None = None
         self._reset()
 
@@ -199,16 +193,13 @@ class RegressionCallback(TrainerCallback):
         rates = [(plain_rate(group["lr"]), plain_rate(group.get("initial_lr"))) for group in optimizer.param_groups]
         self._step.learning_rates = rates
         self._step.scheduled_rates = scheduled_rates(lr_scheduler)
-        taken = [each.take(len(self._step.losses), state.global_step) for each in self._gradients]
-        self._step.gradients = taken
-        if self._parameters is not None:
-            self._parameters.before_step(self._step.learning_rate)
+        if self._optimization is not None:
+            asked = len(self._step.losses), state.global_step, self._step.learning_rate
+            self._step.gradients = self._optimization.before_step(*asked)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if self._parameters is not None:
-            self._parameters.after_step(self._step.learning_rate)
-        for each in self._gradients:
-            each.after_step(state.global_step)
+        if self._optimization is not None:
+            self._optimization.after_step(state.global_step, self._step.learning_rate)
 
     def on_step_end(self, args, state, control, **kwargs):
         self._flush(control)
@@ -263,11 +254,10 @@ class RegressionCallback(TrainerCallback):
 
     def _let_go(self) -> None:
         self._wrapping.undo()
-        for held in (self._targets, self._ranks, self._adam, *self._gradients):
+        for held in (self._targets, self._ranks, self._optimization):
             if held is not None:
                 held.close()
-        self._targets = self._trainer = self._ranks = self._parameters = self._adam = self._casts = None
-        self._gradients = []
+        self._targets = self._trainer = self._ranks = self._optimization = None
 
     def _listening_training_step(self, training_step):
         def listen(model, inputs, num_items_in_batch=None, *args, **kwargs):
@@ -275,7 +265,7 @@ class RegressionCallback(TrainerCallback):
             tokens = send_tokens(inputs, getattr(self._trainer.processing_class, "pad_token_id", None))
             if self._targets is not None and self._trainer.state.global_step % LISTEN_EVERY == 0:
                 self._targets.begin(inputs.get("input_ids"))
-            with self._hearing_gradients(), self._casts.listening():
+            with self._optimization.hearing(self._trainer.state.global_step):
                 loss = training_step(model, inputs, num_items_in_batch, *args, **kwargs)
             self._step.losses.append(loss.detach())
             if tokens is not None:
@@ -292,25 +282,12 @@ class RegressionCallback(TrainerCallback):
 
     def _listening_clip(self, clip):
         def listen(*arguments, **kwargs):
-            for each in self._gradients:
-                each.before_clip()
+            self._optimization.before_clip()
             self._step.grad_norm = norm = clip(*arguments, **kwargs)
-            if self._gradients and self._is_checked(self._trainer.state.global_step + 1):
-                self._step.clipped_norm = norm_of_gradients(self._parameters.training)
+            self._step.clipped_norm = self._optimization.clipped_norm(self._trainer.state.global_step)
             return norm
 
         return listen
-
-    @contextmanager
-    def _hearing_gradients(self):
-        """Backward passes of the training, not those of probes."""
-        for each in self._gradients:
-            each.is_listening = not each.of_matrices or self._trainer.state.global_step % LISTEN_EVERY == 0
-        try:
-            yield
-        finally:
-            for each in self._gradients:
-                each.is_listening = False
 
     def _before_micro_step(self, inputs: dict, num_items_in_batch) -> preflight.Eager | None:
         """The probes, before the first micro-batch; again, where a curve wants to be explained. Gives back what the
@@ -372,34 +349,19 @@ class RegressionCallback(TrainerCallback):
     # --- before the first step
 
     def _look_at_parameters(self, optimizer) -> None:
-        # As the optimizer got them: FSDP and DeepSpeed put others into the model.
-        named = list(self._trainer.model_wrapped.named_parameters())
-        is_first_run = self._trainer.state.global_step == 0
-        self._parameters = ParameterWatch(named, optimizer_name(optimizer), is_first_run, optimizer.param_groups)
-        sharded = self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled
-        self._casts = CastWatch(() if sharded or self._is_compiled else self._model.modules())
-        if not sharded and "layerwise" not in self._trainer.args.optim:  # those step within backward
-            are_summed = self._trainer.args.gradient_accumulation_steps > 1 and self._trainer.args.world_size == 1
-            self._gradients = [GradientWatch(named, of_matrices) for of_matrices in (False, True)[: 1 + are_summed]]
+        watched = OptimizationWatch(self._trainer, self._model, optimizer, self._is_compiled)
+        self._optimization, named, groups = watched, watched.named, optimizer.param_groups
         where = (self._trainer.state.global_step, self.tokens_seen)
-        self._look_at_optimizer(getattr(optimizer, "optimizer", optimizer), named, *where)
+        swapped = check_betas(*where, groups) if "adam" in optimizer_name(optimizer).lower() else None
+        if watched.adam is not None or swapped is not None:
+            self.journal.conclude("optimizer_off", swapped)
+        if watched.no_adam is not None:
+            self.journal.give_up(["optimizer_off"], watched.no_adam)
         is_new_model = self._given_facts.get("is_new_model", is_new(self._model))
         self._conclude("frozen_parameters", lambda: check_optimizer_groups(*where, named, optimizer, is_new_model))
         self._conclude("untied_weights", lambda: check_tied(*where, self._model))
-        if not self._parameters.in_low_precision:
+        if not watched.parameters.in_low_precision:
             self.journal.give_up(["lost_updates"], NotApplicable("no half-precision weights with steps of known size"))
-
-    def _look_at_optimizer(self, optimizer, named: list, *where: int) -> None:
-        finding = check_betas(*where, optimizer.param_groups) if "adam" in optimizer_name(optimizer).lower() else None
-        try:
-            if self._trainer.accelerator.scaler is not None:
-                raise NotApplicable("fp16 loss scaling, which some optimizers undo themselves")
-            self._adam = AdamWatch(optimizer, named)
-            self.journal.conclude("optimizer_off", finding)
-        except NotApplicable as reason:
-            self.journal.give_up(["optimizer_off"], reason)
-            if finding is not None:
-                self.report(finding)
 
     def _learn_facts(self, inputs: dict) -> None:
         trainer, args = self._trainer, self._trainer.args
@@ -426,7 +388,7 @@ class RegressionCallback(TrainerCallback):
             initial = {plain_rate(group.get("initial_lr")) for group in trainer.optimizer.param_groups}
             agrees = self._saved[0]["learning_rate_agrees"] if self._saved else args.learning_rate in initial
             self._learning_rate_agrees = agrees
-            followed = self._gradients
+            followed = self._optimization.gradients
             self.watch = self._build_watch(run_facts(trainer, self._model, inputs, self.facts, agrees, followed))
             self.watch.history = self._history
             if self.watch.facts.bos_token_id is None:
@@ -484,20 +446,13 @@ class RegressionCallback(TrainerCallback):
             "learning_rate": self._step.learning_rate,
             "tokens_per_second": num_tokens / self._clock.lap(),
         }
-        adam = self._adam.take() if self._adam is not None else None
-        measured = self._parameters.take()
-        self._casts.send()
-        return PendingStep(record, self._step, self._step.values(), self._checksums(step), measured, adam)
-
-    @staticmethod
-    def _is_checked(step: int) -> bool:
-        """What reads all weights or gradients is done now and then."""
-        return step in CHECKSUM_STEPS or step % CHECKSUM_STEPS[-1] == 0
+        measured = self._optimization.take()
+        return PendingStep(record, self._step, self._step.values(), self._checksums(step), measured)
 
     def _checksums(self, step: int) -> OnItsWay | None:
         if self._trainer.args.world_size == 1 or "rank_divergence" in self.cannot_judge:
             return None
-        if not self._is_checked(step):
+        if not is_checked(step):
             return None
         try:
             return OnItsWay(parameter_checksums(self._model))
@@ -541,10 +496,7 @@ class RegressionCallback(TrainerCallback):
             checksums=None if None in checksums else checksums,
         )
         where = (record["step"], record["tokens_seen"])
-        casts = self._casts.judge(*where)
-        judged = [*self.watch.judge(step), *self._parameters.judge(pending.measured, *where), *casts]
-        if pending.adam is not None:
-            judged.append(("optimizer_off", self._adam.judge(pending.adam, *where)))
+        judged = [*self.watch.judge(step), *self._optimization.judge(pending.measured, *where)]
         append_line(self.output_dir / "steps.jsonl", record)
         for guard, finding in judged:
             self.journal.judge(guard, finding, record["step"])

@@ -22,7 +22,6 @@ class CastWatch:
     def __init__(self, modules: Iterable[torch.nn.Module]):
         self.linear = next((module for module in modules if _is_cast(module)), None)
         self._measured: OnItsWay | None = None
-        self._sent: OnItsWay | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -46,13 +45,10 @@ class CastWatch:
         now = weight.detach()[:, : len(identity)].t().to(used.dtype)
         self._measured = OnItsWay(((used != now) & used.isfinite()).float().mean())
 
-    def send(self) -> None:
-        """The step is over; what it measured is read when the next one is."""
-        self._sent, self._measured = self._measured, None
-
-    def judge(self, step: int, tokens_seen: int) -> list[tuple[str, Finding | None]]:
-        sent, self._sent = self._sent, None
-        return [] if sent is None else [("lost_updates", check_casts(step, tokens_seen, float(sent.read())))]
+    def take(self) -> OnItsWay | None:
+        """What the last step measured."""
+        measured, self._measured = self._measured, None
+        return measured
 
 
 def _is_cast(module: torch.nn.Module) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from recipe.guards.batches import OnItsWay, TokensOnTheirWay
 from recipe.guards.listener import HeardRows, as_one, as_plain
-from recipe.guards.parameters import Measured
+from recipe.guards.optimization import MeasuredStep
 
 Rates = list[tuple[float | None, float | None]]
 
@@ -58,8 +58,7 @@ class PendingStep:
     heard_of: StepInProgress
     values: OnItsWay
     checksums: OnItsWay | None
-    measured: list[Measured]
-    adam: OnItsWay | None = None
+    measured: MeasuredStep
 
     def read(self) -> dict:
         """What this rank has to tell of the step."""

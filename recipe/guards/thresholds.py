@@ -10,7 +10,7 @@ import math
 
 import torch
 
-# --- callback.py
+# --- callback.py, optimization.py
 
 # Steps; a look at the head's gradient in passing costs half a per cent of the demo's step (measured by
 # `python -m tests.benchmarks guards`).

@@ -2,6 +2,7 @@
 
     targets.py       which token each position is really scored on, with what weight
     attention.py     what each position's logits depend on: later tokens, other rows, other documents
+    gradient.py      whether what backward gives is the gradient of the loss
     equivalence.py   two ways to compute one thing: accumulated or whole, evaluated twice, evaluation or training
 
 A probe knows no model class. It leaves the model as it was: no gradient, no change of mode, generators put back by
