@@ -115,8 +115,6 @@ def run_all(tasks: list[Task], processes: int | None) -> tuple[dict[str, dict], 
         name = task.bug.name if task.bug else f"healthy ({task.setting.describe()})"
         if "error" in record:
             problems.append(f"{name}: {record['error']}")
-        elif task.setting.change and not record["effects"]:
-            problems.append(f"{name}: its change never ran")
         said = [f"{each['id']} {each['step']}" for each in record.get("findings", []) if each["severity"] != "info"]
         seconds = record.get("seconds", math.nan)
         say(f"{number:3d}/{len(tasks)} {seconds:5.1f} s  {name}: {', '.join(said) or record.get('error', 'silent')}")
