@@ -13,6 +13,7 @@ from tests.zoo.cases import PARTS, bugs_of, healthy_of, tenth
 from tests.zoo.remains import WHY_MISSED
 from tests.zoo.results import MEASURES, TARGETS, format_results
 from tests.zoo.score import (
+    OURS,
     at_least,
     bounds,
     judged_shares,
@@ -87,6 +88,16 @@ def test_what_was_not_caught_has_a_reason_and_nothing_else_has_one():
     missed = {row["name"] for part in PARTS for row in RESULTS["parts"][part]["bugs"] if not row["is_caught"]}
     assert missed == WHY_MISSED.keys()
     assert all(why.endswith(".") and len(why) <= 140 for why in WHY_MISSED.values())
+
+
+def test_readme_says_what_was_recorded():
+    readme = " ".join((FOLDER.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    ours = summarize_all(RESULTS["parts"].values(), {})[OURS]
+    unseen = RESULTS["parts"][[*PARTS][-1]]["summary"][OURS]["recall"]
+    assert f"of {ours['recall']['of']} silent bugs" in readme and f"{ours['recall']['hits']} are caught" in readme
+    assert f"{ours['named_first']['hits']} of these under the right name first" in readme
+    assert ours["false_alarms"]["hits"] == 0 and f"on {ours['false_alarms']['of']} healthy runs" in readme
+    assert f"Of the {unseen['of']} bugs among them whose authors had not seen the guards, {unseen['hits']}." in readme
 
 
 # --- scoring
