@@ -1,5 +1,7 @@
 """Torch's Adam and AdamW against their definition: silent on every way in which torch computes them, not on others."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -116,17 +118,41 @@ def test_another_algorithm_is_found_at_once(change, part):
     assert first.step <= 2
 
 
-def test_what_others_do_to_the_weights_after_the_step_is_not_judged():
+def test_somebody_elses_hook_after_the_step_is_not_applicable():
     model = make_model()
     optimizer = AdamW(model.parameters(), lr=1e-3)
+    optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad(set_to_none=False))
+    with pytest.raises(NotApplicable, match="hook"):
+        AdamWatch(optimizer, list(model.named_parameters()))
 
-    def normalise(optimizer, args, kwargs):
-        with torch.no_grad():
-            model[1].weight.div_(model[1].weight.norm(dim=1, keepdim=True))
 
-    before = optimizer.register_step_post_hook(normalise)
-    assert not watch_steps(model, optimizer)
-    before.remove()
+def clears(optimizer, earlier):
+    optimizer.state.clear()
+
+
+def clears_one(optimizer, earlier):
+    optimizer.state.pop(optimizer.param_groups[0]["params"][1])
+
+
+def rolls_back(optimizer, earlier):
+    optimizer.load_state_dict(earlier)
+
+
+@pytest.mark.parametrize("change", [clears, clears_one, rolls_back])
+@pytest.mark.parametrize("at", [1, 5, 50])
+def test_state_that_is_cleared_or_loaded_in_between_is_silent(change, at):
+    model = make_model()
+    optimizer = AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999))
+    for _ in range(3):
+        step(model, optimizer)
+    earlier = copy.deepcopy(optimizer.state_dict())
+    watch = AdamWatch(optimizer, list(model.named_parameters()))
+    for number in range(1, 101):
+        if number == at:
+            change(optimizer, earlier)
+        step(model, optimizer)
+        measured = watch.take()
+        assert measured is None or watch.judge(measured, number, 0) is None
 
 
 def test_hooks_are_taken_off():

@@ -468,6 +468,76 @@ def test_an_optimizer_that_is_not_what_it_is_called(tmp_path, change, step):
     check_first(guards, "optimizer_off", step)
 
 
+class Plain(torch.nn.Module):
+    """A model as in a script of one file: no config, no names for its embedding and its head."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.tokens, self.out = torch.nn.Embedding(257, 16), torch.nn.Linear(16, 257)
+        self.extra = torch.nn.Parameter(torch.ones(16, dtype=dtype))
+        self.unused = torch.nn.Parameter(torch.zeros(0))
+
+    def forward(self, input_ids, labels):
+        logits = self.out(self.tokens(input_ids) * self.extra.real)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+
+class NamesNoEmbedding(LlamaForCausalLM):
+    def get_input_embeddings(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("kind", [Plain, functools.partial(Plain, torch.complex64), "no embedding"])
+def test_a_model_that_names_little_trains(tmp_path, kind):
+    """And is watched as far as can be: what is not known is said."""
+    model = make_model() if kind == "no embedding" else kind()
+    if kind == "no embedding":
+        model.__class__ = NamesNoEmbedding
+    guards = train(tmp_path, model=model, optim="adamw_torch")
+    assert not alarms(guards) and {"learning_rate_off", "loss_not_finite"} <= guards.judged
+    assert not any("guards failed" in reason for reason in guards.cannot_judge.values()), guards.cannot_judge
+
+
+class OfNumbers(torch.nn.Linear):
+    def forward(self, values, labels):
+        logits = super().forward(values)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_model_without_tokens_trains(tmp_path):
+    torch.manual_seed(0)
+    rows = [{"values": torch.randn(8), "labels": torch.tensor(number % 3)} for number in range(40)]
+    guards = train(tmp_path, model=OfNumbers(8, 3), train=rows)
+    assert not alarms(guards) and "loss_not_finite" in guards.judged
+    assert "no input_ids" in guards.cannot_judge["missing_label_shift"]
+
+
+@pytest.mark.parametrize("method", ["_begin_micro_step", "_send_step", "_judge"])
+def test_a_fault_of_the_guards_does_not_end_the_training(tmp_path, monkeypatch, caplog, method):
+    alone = make_trainer(tmp_path / "alone", steps=6)
+    alone.train()
+
+    def fails(*args, **kwargs):
+        raise ZeroDivisionError("a bug")
+
+    name = "_before_micro_step" if method == "_begin_micro_step" else method
+    monkeypatch.setattr(RegressionCallback, name, fails)
+    watched = make_trainer(tmp_path / "watched", steps=6)
+    guards = watch(watched)
+    assert watched.state.global_step == 6
+    assert all(map(torch.equal, alone.model.parameters(), watched.model.parameters()))
+    assert "the guards failed with ZeroDivisionError: a bug" in guards.cannot_judge.values()
+    assert "the training goes on without them" in caplog.text
+
+
+def test_a_trainer_that_trains_twice_is_no_fault(tmp_path):
+    trainer = make_trainer(tmp_path, steps=12)
+    first, second = watch(trainer), trainer.callback_handler.callbacks[-1]
+    trainer.train()
+    assert first is second and not alarms(second)
+
+
 @pytest.mark.parametrize("optim", ["sgd", "adafactor", "rmsprop"])
 def test_other_optimizers_are_not_held_against_adam(tmp_path, optim):
     guards = train(tmp_path, optim=optim)

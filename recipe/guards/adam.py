@@ -1,7 +1,7 @@
 """Holds what torch's Adam and AdamW do, in a few steps and on sampled weights, against their definition: Kingma & Ba
 2015, algorithm 1, and Loshchilov & Hutter 2019, algorithm 2, with the constants that the parameter groups name."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -31,22 +31,21 @@ class AdamWatch:
     def __init__(self, optimizer: Optimizer, parameters: Parameters):
         if type(optimizer) not in (Adam, AdamW):
             raise NotApplicable(f"{type(optimizer).__name__} is not torch's own Adam or AdamW")
+        if optimizer._optimizer_step_post_hooks:  # they run before the one here, and may change what it looks at
+            raise NotApplicable("a hook of somebody else runs after the optimizer's step")
         names = {id(parameter): name for name, parameter in parameters}
-        self._watched = [
-            (parameter, group)
-            for group in optimizer.param_groups
-            if not (group.get("amsgrad") or group.get("maximize"))
-            for parameter in _smallest_and_largest(group["params"])
-        ]
+        plain = [group for group in optimizer.param_groups if not (group.get("amsgrad") or group.get("maximize"))]
+        self._watched = [parameter for group in plain for parameter in _smallest_and_largest(group["params"])]
         if not self._watched:
             raise NotApplicable("no group has float32 weights and an Adam as it was published")
-        self._names = [names.get(id(parameter), "a parameter") for parameter, _ in self._watched]
+        self._names = [names.get(id(parameter), "a parameter") for parameter in self._watched]
         self._adds_decay_to_gradient = type(optimizer) is Adam
         self._num_steps = 0
-        self._counts: list[int] | None = None  # steps of each since its moments were zero; None: they never were
         self._before: list[list[torch.Tensor]] = []
+        # Of each, steps since its moments were zero, by which Adam corrects them; None: by the optimizer's own count
+        self._counts: list[int | None] = [None] * len(self._watched)
+        self._left: list[list[torch.Tensor]] = []  # the moments, after the step before
         self._measured: torch.Tensor | None = None
-        self._is_hooked = bool(optimizer._optimizer_step_post_hooks)  # by others: what they do to the weights is meant
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -58,44 +57,51 @@ class AdamWatch:
 
     def _before_step(self, optimizer: Optimizer, *_) -> None:
         self._num_steps += 1
+        is_first = self._num_steps <= ADAM_STEPS
         self._before = []
-        if self._num_steps <= ADAM_STEPS or self._num_steps % ADAM_EVERY == 0:
-            for parameter, _ in self._watched:
-                state = optimizer.state.get(parameter, {})
-                moments = [state.get(name, torch.zeros_like(parameter)) for name in MOMENTS]
-                self._before.append([sample(each).float().clone() for each in (parameter, *moments)])
-        if self._num_steps == 1 and not any(bool(moment.any()) for _, *each in self._before for moment in each):
-            self._counts = [0] * len(self._watched)
+        if is_first or self._num_steps % ADAM_EVERY == 0:
+            for parameter in self._watched:
+                moments = _moments(optimizer, parameter)
+                self._before.append([each.clone() for each in (sample(parameter).float(), *moments)])
+        for number, (_, *moments) in enumerate(self._before):
+            if self._num_steps == 1:
+                self._counts[number] = None if any(bool(each.any()) for each in moments) else 0
+            elif not is_first or not all(map(torch.equal, moments, self._left[number])):
+                self._counts[number] = None  # not seen in every step since, or loaded and cleared by somebody
 
     def _after_step(self, optimizer: Optimizer, *_) -> None:
-        if self._counts is not None:
-            self._counts = [n + (p.grad is not None) for n, (p, _) in zip(self._counts, self._watched, strict=True)]
-        if self._before:
-            rows = [self._measure(number, optimizer.state) for number in range(len(self._watched))]
-            self._measured = torch.stack([row.to(rows[0].device) for row in rows])
+        if not self._before:
+            return
+        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self._left = [list(_moments(optimizer, parameter)) for parameter in self._watched]
+        self._left = [[each.clone() for each in moments] for moments in self._left]
+        rows = []
+        for number, parameter in enumerate(self._watched):
+            if parameter.grad is None or id(parameter) not in group_of or parameter not in optimizer.state:
+                rows.append(torch.zeros(3, 3, device=parameter.device))
+                continue
+            if self._counts[number] is not None:
+                self._counts[number] += 1
+            rows.append(self._measure(number, group_of[id(parameter)], optimizer.state[parameter]["step"]))
+        self._measured = torch.stack([row.to(rows[0].device) for row in rows])
 
-    def _measure(self, number: int, states: dict) -> torch.Tensor:
+    def _measure(self, number: int, group: dict, own_count: torch.Tensor) -> torch.Tensor:
         """float32 `[3, 3]`: for first moment, second moment and weight, the norms of the difference from what it
         should be now, of what the step should change it by, and of what it was."""
-        parameter, group = self._watched[number]
-        if parameter.grad is None:
-            return torch.zeros(3, 3, device=parameter.device)
+        parameter, count = self._watched[number], self._counts[number]
         weight, *moments = self._before[number]
-        state = states[parameter]
-        now = [sample(each).float() for each in (state["exp_avg"], state["exp_avg_sq"], parameter)]
+        now = [*self._left[number], sample(parameter).float()]
         is_coupled = self._adds_decay_to_gradient and not group.get("decoupled_weight_decay")
         gradient = sample(parameter.grad).float()
         gradient = gradient + group["weight_decay"] * weight if is_coupled else gradient
         added = [gradient, gradient.square()]
         wanted = [beta * old + (1 - beta) * new for beta, old, new in zip(group["betas"], moments, added, strict=True)]
         changes = [(1 - beta) * new for beta, new in zip(group["betas"], added, strict=True)]
-        count = self._counts[number] if self._counts is not None else state["step"].to(weight.device)
+        count = own_count.to(weight.device) if count is None else count
         first, second = (each / (1 - beta**count) for each, beta in zip(wanted, group["betas"], strict=True))
         change = -group["lr"] * first / (second.sqrt() + group["eps"])
         if not is_coupled:
             change = change - group["lr"] * group["weight_decay"] * weight
-        if self._is_hooked:
-            now[2] = weight + change
         parts = zip(now, [*wanted, weight + change], [*changes, change], [*moments, weight], strict=True)
         norm = torch.linalg.vector_norm
         return torch.stack([torch.stack([norm(n - w), norm(c), norm(b)]) for n, w, c, b in parts])
@@ -107,6 +113,13 @@ class AdamWatch:
 
     def judge(self, measured: OnItsWay, step: int, tokens_seen: int) -> Finding | None:
         return check_adam(step, tokens_seen, self._names, measured.read().tolist())
+
+
+def _moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
+    """Sampled; zeros where there are none yet."""
+    state = optimizer.state.get(parameter, {})
+    for name in MOMENTS:
+        yield sample(state[name] if name in state else torch.zeros_like(parameter)).float()
 
 
 def _smallest_and_largest(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
@@ -123,13 +136,15 @@ def check_adam(
         for part, (error, change, size) in zip(PARTS, parts, strict=True):
             if not error > ADAM_ERROR * change + ADAM_ROUNDING * size:
                 continue
-            share = f"{error / change:.0%}" if change > 0 else "infinitely far"
+            off = (
+                f"{error / change:.0%} of its change" if change > 0 else f"{error:.2g} where nothing should change it"
+            )
             return Finding(
                 "optimizer_off",
                 "warning",
                 step,
                 tokens_seen,
-                found=f"the {part} of {name} is {share} of its change away from what Adam's definition gives",
+                found=f"the {part} of {name} is off from what Adam's definition gives by {off}",
                 expected=f"within {ADAM_ERROR:.0%}, for the betas, epsilon, decay and rate of its group",
                 likely_causes=(LIKELY[part], "the optimizer's step was replaced, or its state was written over"),
                 action="compare one step of this parameter with torch.optim.AdamW on a copy of it",

@@ -7,12 +7,14 @@ the next step ends, on rank 0 (`watch.py`); what other ranks hear is gathered th
 said of it is in `journal.py`.
 """
 
+import functools
 import logging
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
@@ -62,8 +64,26 @@ class PreflightDone(Exception):
     """Ends a training that was begun only to have its probes run."""
 
 
+def _survives(event):
+    """A fault of the guards does not end a training: they take their hands off it and say so. A full disk and a check
+    that is done are no faults; with several ranks the others would wait for this one's word."""
+
+    @functools.wraps(event)
+    def survive(self, *arguments, **kwargs):
+        try:
+            return event(self, *arguments, **kwargs)
+        except (OSError, PreflightDone):
+            raise
+        except Exception as error:
+            if self._ranks is not None and self._ranks.world_size > 1:
+                raise
+            self._stop_watching(error)
+
+    return survive
+
+
 class RegressionCallback(TrainerCallback):
-    """Watches a run. Works on any `transformers.Trainer`; needs nothing else of the recipe.
+    """Watches the training of a causal language model by any `transformers.Trainer`; needs nothing else of the recipe.
 
     `trajectory`: `auto`, `none` or the path of a reference. `on_regression`: `warn`, or `stop` (save a checkpoint and
     end the training at the first warning or error). `disabled_guards`: finding ids that stay silent. `facts`: what the
@@ -161,6 +181,7 @@ class RegressionCallback(TrainerCallback):
 
     # --- Trainer's events
 
+    @_survives
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         _make_visible()
         self._let_go()  # of a training that ended with an exception
@@ -180,6 +201,7 @@ class RegressionCallback(TrainerCallback):
         self._listen()
         self._look_at_parameters(optimizer)
 
+    @_survives
     def on_epoch_begin(self, args, state, control, **kwargs):
         """A further epoch is a declared pass where epochs are what was asked for, or are known to be (sized data).
         An iterable that ends and is begun again until `max_steps` is not."""
@@ -189,6 +211,7 @@ class RegressionCallback(TrainerCallback):
             while self.watch is not None and self.watch.passes < int(state.epoch + 1e-6) + 1:
                 self.watch.begin_pass(None)
 
+    @_survives
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         rates = [(plain_rate(group["lr"]), plain_rate(group.get("initial_lr"))) for group in optimizer.param_groups]
         self._step.learning_rates = rates
@@ -197,10 +220,12 @@ class RegressionCallback(TrainerCallback):
             asked = len(self._step.losses), state.global_step, self._step.learning_rate
             self._step.gradients = self._optimization.before_step(*asked)
 
+    @_survives
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self._optimization is not None:
             self._optimization.after_step(state.global_step, self._step.learning_rate)
 
+    @_survives
     def on_step_end(self, args, state, control, **kwargs):
         self._flush(control)
         if self._step.losses:
@@ -209,6 +234,7 @@ class RegressionCallback(TrainerCallback):
             _stop(control)
         self._step = StepInProgress()
 
+    @_survives
     def on_save(self, args, state, control, **kwargs):
         self._step.was_saved = True
         self._flush(control)  # a run killed after this checkpoint must find its last step's record
@@ -216,6 +242,7 @@ class RegressionCallback(TrainerCallback):
             self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self._clock.restart()
 
+    @_survives
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self._step.was_saved = True
         self._flush(control)
@@ -231,6 +258,7 @@ class RegressionCallback(TrainerCallback):
         if self._trainer is not None:
             self._evaluation.take()  # a prediction's rows are no evaluation's
 
+    @_survives
     def on_train_end(self, args, state, control, **kwargs):
         self._flush(control)
         self._explain_waiting({})
@@ -252,6 +280,12 @@ class RegressionCallback(TrainerCallback):
         except CannotJudge as reason:
             logger.debug("targets are not listened to in passing: %s", reason)
 
+    def _stop_watching(self, error: Exception) -> None:
+        logger.error("the guards failed and are off; the training goes on without them", exc_info=error)
+        self.journal.give_up(FINDING_IDS, f"the guards failed with {type(error).__name__}: {error}")
+        self._pending, self._step = None, StepInProgress()
+        self._let_go()
+
     def _let_go(self) -> None:
         self._wrapping.undo()
         for held in (self._targets, self._ranks, self._optimization):
@@ -261,27 +295,39 @@ class RegressionCallback(TrainerCallback):
 
     def _listening_training_step(self, training_step):
         def listen(model, inputs, num_items_in_batch=None, *args, **kwargs):
-            eager = self._before_micro_step(inputs, num_items_in_batch)
-            tokens = send_tokens(inputs, getattr(self._trainer.processing_class, "pad_token_id", None))
-            if self._targets is not None and self._trainer.state.global_step % LISTEN_EVERY == 0:
-                self._targets.begin(inputs.get("input_ids"))
+            eager, tokens = self._begin_micro_step(inputs, num_items_in_batch) or (None, None)
+            if self._trainer is None:  # the guards are off
+                return training_step(model, inputs, num_items_in_batch, *args, **kwargs)
             with self._optimization.hearing(self._trainer.state.global_step):
                 loss = training_step(model, inputs, num_items_in_batch, *args, **kwargs)
-            self._step.losses.append(loss.detach())
-            if tokens is not None:
-                self._step.tokens.append(tokens)
-                self._step.num_tokens += inputs["input_ids"].numel()
-            if self._targets is not None:
-                self._step.add_heard(self._targets.take())
-            if eager is not None:
-                compare = preflight.compare_compiled
-                self._conclude("compiled_mismatch", lambda: compare(self._trainer, self._model, eager, loss))
+            self._end_micro_step(loss, inputs, eager, tokens)
             return loss
 
         return listen
 
+    @_survives
+    def _begin_micro_step(self, inputs: dict, num_items_in_batch):
+        eager = self._before_micro_step(inputs, num_items_in_batch)
+        if self._targets is not None and self._trainer.state.global_step % LISTEN_EVERY == 0:
+            self._targets.begin(inputs.get("input_ids"))
+        return eager, send_tokens(inputs, getattr(self._trainer.processing_class, "pad_token_id", None))
+
+    @_survives
+    def _end_micro_step(self, loss: torch.Tensor, inputs: dict, eager: preflight.Eager | None, tokens) -> None:
+        self._step.losses.append(loss.detach())
+        if tokens is not None:
+            self._step.tokens.append(tokens)
+            self._step.num_tokens += inputs["input_ids"].numel()
+        if self._targets is not None:
+            self._step.add_heard(self._targets.take())
+        if eager is not None:
+            compare = preflight.compare_compiled
+            self._conclude("compiled_mismatch", lambda: compare(self._trainer, self._model, eager, loss))
+
     def _listening_clip(self, clip):
         def listen(*arguments, **kwargs):
+            if self._optimization is None:  # the guards are off
+                return clip(*arguments, **kwargs)
             self._optimization.before_clip()
             self._step.grad_norm = norm = clip(*arguments, **kwargs)
             self._step.clipped_norm = self._optimization.clipped_norm(self._trainer.state.global_step)

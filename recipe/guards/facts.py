@@ -64,8 +64,7 @@ def run_facts(
     """`facts`: those of `reference_facts`, and what the user gave. `rate_agrees`: the optimizer was built with the
     learning rate of the arguments."""
     args = trainer.args
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    embedding_rows = embedding.weight.shape[0] if embedding is not None else facts["vocab_size"] or 0
+    embedding_rows = rows_of_embedding(model) or facts["vocab_size"] or 0
     batch, data = trainer._train_batch_size or args.train_batch_size, trainer.train_dataset
     is_padding_free = "position_ids" in inputs and batch > 1 and inputs["input_ids"].shape[0] == 1
     return RunFacts(
@@ -88,6 +87,14 @@ def run_facts(
         label_smoothing=args.label_smoothing_factor,
         followed=tuple((each.name, each.is_low) for each in gradients),
     )
+
+
+def rows_of_embedding(model: torch.nn.Module) -> int | None:
+    """None where the model names no embedding of tokens: transformers raises for some, others embed pictures."""
+    try:
+        return model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def is_new(model: torch.nn.Module) -> bool:

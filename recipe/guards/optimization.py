@@ -37,10 +37,12 @@ class OptimizationWatch:
     why its arithmetic is not looked at."""
 
     def __init__(self, trainer: Trainer, model: torch.nn.Module, optimizer, is_compiled: bool):
-        args, is_first_run = trainer.args, trainer.state.global_step == 0
+        args, inner = trainer.args, getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        is_first_run = trainer.state.global_step == 0 and not getattr(inner, "state", None)
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         # As the optimizer got them: FSDP and DeepSpeed put others into the model.
-        self.named = list(trainer.model_wrapped.named_parameters())
+        named = trainer.model_wrapped.named_parameters()
+        self.named = [(name, p) for name, p in named if p.is_floating_point() and p.numel()]
         self.parameters = ParameterWatch(self.named, optimizer_name(optimizer), is_first_run, optimizer.param_groups)
         self.casts = CastWatch(() if is_sharded or is_compiled else model.modules())
         self.gradients: list[GradientWatch] = []
@@ -52,7 +54,7 @@ class OptimizationWatch:
         try:
             if trainer.accelerator.scaler is not None:
                 raise NotApplicable("fp16 loss scaling, which some optimizers undo themselves")
-            self.adam = AdamWatch(getattr(optimizer, "optimizer", optimizer), self.named)  # accelerate wraps it
+            self.adam = AdamWatch(inner, self.named)
         except NotApplicable as reason:
             self.no_adam = reason
 

@@ -206,7 +206,7 @@ def check_optimizer_groups(
         evidence = {"missing": missing[:20], "num_missing": len(missing), "num_trainable": len(training)}
         return Finding("frozen_parameters", "error", step, tokens_seen, found, expected, causes, action, evidence)
     if names := [name for name, p in parameters if id(p) in twice]:
-        found = f"{len(names)} parameters are in the optimizer more than once ({_first(names)})"
+        found = f"parameters that are in the optimizer more than once: {len(names)} ({_first(names)})"
         causes = ("a shared weight was given to the optimizer once for each module that holds it",)
         action, evidence = "give each parameter once, as model.parameters() does", {"names": names[:20]}
         expected = "once: each time it is there it is updated"
@@ -366,6 +366,8 @@ def check_lost_updates(step: int, tokens_seen: int, moved: int, judged: int, lea
 
 def check_tied(step: int, tokens_seen: int, model: PreTrainedModel) -> Finding | None:
     """Where the config ties them, the input and output embedding are one memory."""
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise CannotJudge("the model has no config of transformers that says whether to tie them")
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return None
     head = model.get_output_embeddings()

@@ -51,6 +51,8 @@ from recipe.guards.thresholds import (
 from recipe.guards.trajectory import Reference, check_grad_norm, check_reference
 from recipe.guards.updates import check_ranks
 
+NO_VOCABULARY = "the model names no embedding, so the size of its vocabulary is not known"
+
 
 @dataclass
 class StepFacts:
@@ -80,6 +82,8 @@ class Watch:
         self.cannot_judge: dict[str, str] = {}
         self.ledger = Ledger()
         self.envelope = Envelope(facts.vocab_size)
+        if not facts.vocab_size:
+            self.envelope.stop(NO_VOCABULARY)
         self.counter = TokenCounter(facts.eos_token_ids, facts.embedding_rows, facts.bos_token_id)
         self.losses_by_position: list[list[float]] = []
         self.envelope_losses: list[dict] = []
@@ -214,7 +218,10 @@ class Watch:
         counts = self.counter.counts
         if counts.tokens == 0:
             return
-        yield "token_out_of_range", vitals.check_token_range(*where, counts)
+        if self.facts.embedding_rows:
+            yield "token_out_of_range", vitals.check_token_range(*where, counts)
+        else:
+            self.cannot_judge.setdefault("token_out_of_range", NO_VOCABULARY)
         if self.facts.bos_token_id is not None:
             yield "double_bos", vitals.check_double_bos(*where, counts)
         yield "padding_is_target", vitals.check_padding_targets(*where, counts)
@@ -290,7 +297,7 @@ class Watch:
             return
         counts = {(rank, micro): int((seen.flags & SCORED != 0).sum()) for rank, micro, seen in step.seen}
         weights = {(rank, micro): _mean_weight(heard["weights"]) for rank, micro, heard in step.heard}
-        if counts.keys() != weights.keys() or None in weights.values() or not all(counts.values()):
+        if not counts or counts.keys() != weights.keys() or None in weights.values() or not all(counts.values()):
             return
         num_positions = sum(seen.ids[:, 1:].size for _, _, seen in step.seen)
         finding = check_weights(*where, counts, weights, self.facts, num_positions)
@@ -342,7 +349,7 @@ class Watch:
     def _nats_per_token(self) -> float:
         """What a token of this text tells: the mean of the n-gram model over all tokens it has scored."""
         tokens, nats = self._floor_sums
-        return nats / tokens if tokens else math.log(self.facts.vocab_size)
+        return nats / tokens if tokens else math.log(self.facts.vocab_size or 256)
 
     # --- from outside
 

@@ -61,6 +61,8 @@ def _part(part: dict) -> list[str]:
     mechanisms = len({row["mechanism"] for row in bugs})
     intro = f"{len(bugs)} bugs of {mechanisms} mechanisms, {len(healthy)} healthy runs (twins among them)."
     missed = [row for row in bugs if not row["is_caught"]]
+    early = [f"{row['name']} ({', '.join(row['early'])})" for row in bugs if row["early"]]
+    intro += f" Alarms before a bug began: {', '.join(early) or 'none'}."
     sections = [intro, _summary(part["summary"])]
     if bugs:
         sections += ["### By area", _areas(bugs), "### Bugs", _bugs(bugs)]

@@ -22,7 +22,10 @@ def score_bug(names: Iterable[str], onset: int, record: dict, twin: dict) -> dic
     """
     alarms = [finding for finding in record["findings"] if finding["severity"] in ALARMS]
     of_twin = {finding["id"] for finding in twin["findings"] if finding["severity"] in ALARMS}
-    caught = [finding for finding in alarms if finding["step"] >= onset and finding["id"] not in of_twin]
+    # What was said before the bug began is said of something else, unless it gets worse.
+    before = {(each["id"], each["severity"]) for each in alarms if each["step"] < onset}
+    news = [each for each in alarms if each["step"] >= onset and each["id"] not in of_twin]
+    caught = [each for each in news if (each["id"], each["severity"]) not in before]
     first = caught[0] if caught else None
     learned = difference(record["learned_loss"], twin["learned_loss"])
     reported = difference(*((each["eval_losses"] or [None])[-1] for each in (record, twin)))

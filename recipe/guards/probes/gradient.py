@@ -35,6 +35,8 @@ def probe_gradient(
     """`loss_of`: a mean loss in train mode, without autocast, that draws the same random numbers at each call.
     `is_alone`: else other ranks are in step, and all call it equally often. Raises `CannotJudge` where it is not
     smooth."""
+    if any(parameter.is_complex() for parameter in model.parameters()):
+        raise CannotJudge("parameters are complex")
     with _checkpointing_off(model) as is_checkpointing:
         loss, gradients = _backward(model, loss_of)
     if is_checkpointing:
@@ -158,7 +160,7 @@ def judge(ratios: list[float], losses: tuple[float, float], watched: Watched, wh
         expected=f"1.000, to {GRADIENT_OFF}",
         likely_causes=(
             "a backward of your own (custom autograd function, fused loss or kernel) that does not fit its forward",
-            "a hook or a detach inside the model",
+            "a hook or a detach inside the model, perhaps on purpose (scaled, reversed, clipped)",
             "an auxiliary loss that is put into backward only",
         ),
         action="replace fused or custom parts by plain PyTorch one by one, or ask torch.autograd.gradcheck about each",
