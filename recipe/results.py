@@ -170,6 +170,8 @@ def verdict(guards: RegressionCallback, received: int | None) -> str:
         ids = dict.fromkeys(finding.id for finding in guards.findings if finding.severity == severity)
         if ids:
             return f"{words}: {', '.join(sorted(ids, key=lambda name: name not in roots))}"
+    if guards.failure is not None:
+        return f"not watched to its end: {guards.failure}"
     return f"interrupted by {signal.Signals(received).name}, healthy so far" if received else "healthy"
 
 

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from recipe.guards import RegressionCallback
+from recipe.results import verdict
 
 ROWS, LENGTH, STATES, EOS = 4, 64, 64, 256
 LOSS = ("init_loss_off", "missing_label_shift", "double_label_shift", "wrong_loss_target", "loss_not_finite")
@@ -527,7 +528,9 @@ def test_a_fault_of_the_guards_does_not_end_the_training(tmp_path, monkeypatch, 
     guards = watch(watched)
     assert watched.state.global_step == 6
     assert all(map(torch.equal, alone.model.parameters(), watched.model.parameters()))
-    assert "the guards failed with ZeroDivisionError: a bug" in guards.cannot_judge.values()
+    assert guards.failure == "the guards failed with ZeroDivisionError: a bug"
+    assert guards.failure in guards.cannot_judge.values()
+    assert verdict(guards, received=None) == f"not watched to its end: {guards.failure}"
     assert "the training goes on without them" in caplog.text
 
 

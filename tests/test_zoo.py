@@ -100,6 +100,22 @@ def test_readme_says_what_was_recorded():
     assert f"Of the {unseen['of']} bugs among them whose authors had not seen the guards, {unseen['hits']}." in readme
 
 
+def test_the_docs_say_what_was_recorded_of_the_targets():
+    docs = " ".join((FOLDER.parents[1] / "docs" / "zoo.md").read_text(encoding="utf-8").split())
+    ours = summarize_all(RESULTS["parts"].values(), {})[OURS]
+    asked = {"before_step_1": "50 %", "soon": "95 %", "named_first": "95 %"}
+    for name, target in asked.items():
+        assert f"({100 * ours[name]['share']:.1f} %, {target} asked for)" in docs and TARGETS[name] == target
+    later = [
+        row for part in PARTS for row in RESULTS["parts"][part]["bugs"] if row["is_caught"] and row["latency"] > 0
+    ]
+    areas = ("data", "ranks", "optimizer and schedule", "checkpoint and resume")
+    of_these = sum(row["area"] in areas for row in later)
+    assert f"Of the {len(later)} bugs caught later {of_these} are in" in docs
+    assert all(f"`{row['name']}`" in docs for row in later if row["latency"] > 30)
+    assert RESULTS["environment"]["commit"] in docs
+
+
 # --- scoring
 
 

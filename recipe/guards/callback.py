@@ -66,7 +66,8 @@ class PreflightDone(Exception):
 
 def _survives(event):
     """A fault of the guards does not end a training: they take their hands off it and say so. A full disk and a check
-    that is done are no faults; with several ranks the others would wait for this one's word."""
+    that is done are no faults. With several ranks the others would wait for this one's word, and a check would train,
+    so there it is raised."""
 
     @functools.wraps(event)
     def survive(self, *arguments, **kwargs):
@@ -75,7 +76,7 @@ def _survives(event):
         except (OSError, PreflightDone):
             raise
         except Exception as error:
-            if self._ranks is not None and self._ranks.world_size > 1:
+            if self.only_check or (self._ranks is not None and self._ranks.world_size > 1):
                 raise
             self._stop_watching(error)
 
@@ -91,7 +92,8 @@ class RegressionCallback(TrainerCallback):
     `steps.jsonl`, `evals.jsonl` and `findings.jsonl` into `output_dir`, and its state into each checkpoint.
 
     After training, on the main process: `findings`, `judged` (ids that had enough to judge), `judged_steps` (id -> on
-    how many steps), `cannot_judge` and `not_applicable` (id -> reason), `stopped_by`.
+    how many steps), `cannot_judge` and `not_applicable` (id -> reason), `stopped_by`,
+    `failure`: why they were not in force to the end, None if they were.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class RegressionCallback(TrainerCallback):
         self.only_check = False
         self.journal = Journal(self.disabled, self._act)
         self.stopped_by: Finding | None = None
+        self.failure: str | None = None
         self.reference: Reference | None = None
         self.watch: Watch | None = None  # on rank 0, from the first micro-batch on
         self.tokens_seen = 0
@@ -282,7 +285,8 @@ class RegressionCallback(TrainerCallback):
 
     def _stop_watching(self, error: Exception) -> None:
         logger.error("the guards failed and are off; the training goes on without them", exc_info=error)
-        self.journal.give_up(FINDING_IDS, f"the guards failed with {type(error).__name__}: {error}")
+        self.failure = f"the guards failed with {type(error).__name__}: {error}"
+        self.journal.give_up(FINDING_IDS, self.failure)
         self._pending, self._step = None, StepInProgress()
         self._let_go()
 
