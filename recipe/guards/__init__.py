@@ -1,35 +1,45 @@
 """Guards against silent training bugs, for any `transformers.Trainer`:
 `trainer.add_callback(RegressionCallback())`.
 
-    callback.py      RegressionCallback: Trainer's events, in the order in which they come
-    listener.py      how it reaches the Trainer; listens to methods and to the head's gradient
-    facts.py         what the Trainer can say of its run before the first step
-    preflight.py     every probe on one real micro-batch, leaving no trace
-    probes/          the exact tests: targets, attention, gradient, equivalence
-    pinned.py        one batch whose loss is computed again after a resume
-    optimization.py  what is measured around the optimizer's step:
-        parameters.py    do they move; gradients.py  what micro-batches add up to; adam.py  the step's arithmetic
-        precision.py     does the forward pass use the weights as they are now
-    steps.py         a step as it is heard, its numbers on their way to the host
-    batches.py       token ids and flags of what the model was given
-    ranks.py         what ranks tell each other
-    watch.py         rank 0's memory: makes of each step what the guards below see in it
-        vitals.py        loss, gradient norm, learning rate, tokens
-        updates.py       parameters: moved, tied, equal over ranks, the same after a resume
-        envelope.py      n-gram ceiling and floor of the loss
-        trajectory.py    reference curves
-        ledger.py        fingerprints: repetition, replay, contamination
-        evaluation.py    which rows an evaluation scores, and the loss it reports
-    diagnosis.py     findings joined into one story
-    journal.py       what is said, once at each onset; records.py the files
-    state.py         what is kept in a checkpoint
-    finding.py       Finding, and the ids
-    thresholds.py    every number that decides, with its origin
+    callback.py      RegressionCallback: Trainer's events; attach.py: how it reaches the Trainer
+    session.py       the guards on one training; ranks.py: what ranks exchange
+    runner.py        calls the guards; onset, recovery, explanations, state
+    guard.py         Guard, Finding, CannotJudge, NotApplicable
+    run.py           what the Trainer tells of its run
+    taps.py          what is recorded on each rank: batches.py, head.py, ngrams.py
+    sandbox.py       running the trainer's own code without leaving a trace
+    records.py       the files of a run, and the guards' state in checkpoints
 
-A guard is a pure function that returns a `Finding` or None; everything else feeds it.
+Each other module is one guard, or a family that shares its measurement. A guard is added by a new module and a line in
+`GUARDS`; CONTRIBUTING.md shows how.
 """
 
+from recipe.guards.adam import OptimizerOff
 from recipe.guards.callback import RegressionCallback
-from recipe.guards.finding import FINDING_IDS, Finding
+from recipe.guards.double_bos import DoubleBos
+from recipe.guards.guard import Finding, Guard
+from recipe.guards.learning_rate import LearningRate
 
-__all__ = ["FINDING_IDS", "Finding", "RegressionCallback"]
+# In the order in which they judge a step: a cause before what it explains.
+GUARDS: tuple[type[Guard], ...] = (
+    LearningRate,
+    DoubleBos,
+    OptimizerOff,
+)
+RegressionCallback.guards = GUARDS
+
+MEANINGS: dict[str, str] = {name: meaning for guard in GUARDS for name, meaning in guard.ids.items()}
+FINDING_IDS = tuple(MEANINGS)
+
+__all__ = ["FINDING_IDS", "GUARDS", "MEANINGS", "Finding", "Guard", "RegressionCallback", "root_causes"]
+
+
+def root_causes(findings: list[Finding]) -> list[Finding]:
+    """The warnings and errors that no other one explains, the first onset of each id, errors first."""
+    explained_by = {name: guard.explained_by for guard in GUARDS for name in guard.ids}
+    alarms: dict[str, Finding] = {}
+    for finding in findings:
+        if finding.severity != "info":
+            alarms.setdefault(finding.id, finding)
+    roots = [a for a in alarms.values() if not any(name in alarms for name in explained_by.get(a.id, ()))]
+    return sorted(roots or alarms.values(), key=lambda finding: finding.severity != "error")

@@ -1,4 +1,4 @@
-"""How the guards of several ranks talk to each other."""
+"""How the guards of several ranks exchange data."""
 
 from torch import distributed
 
@@ -10,21 +10,21 @@ class Ranks:
         self.world_size, self.is_main = world_size, is_main
         self._group = distributed.new_group(backend="gloo") if world_size > 1 else None
 
-    def gather(self, told) -> list:
-        """What every rank has to tell, on rank 0; elsewhere this rank's alone."""
+    def gather(self, payload) -> list:
+        """Every rank's payload on rank 0; elsewhere this rank's alone."""
         if self._group is None:
-            return [told]
-        ranks = [None] * self.world_size if self.is_main else None
-        distributed.gather_object(told, ranks, dst=0, group=self._group)
-        return ranks if self.is_main else [told]
+            return [payload]
+        payloads = [None] * self.world_size if self.is_main else None
+        distributed.gather_object(payload, payloads, dst=0, group=self._group)
+        return payloads if self.is_main else [payload]
 
-    def share(self, word):
-        """Rank 0's word, on every rank."""
+    def broadcast(self, value):
+        """Rank 0's value, on every rank."""
         if self._group is None:
-            return word
-        words = [word]
-        distributed.broadcast_object_list(words, src=0, group=self._group)
-        return words[0]
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
 
     def close(self) -> None:
         if self._group is not None:

@@ -1,15 +1,21 @@
-"""The files of a run directory that guards write: one JSON object a line, rank 0 only, flushed at each line.
+"""The files that the guards write: lines of JSON in the run directory, and their state in checkpoints.
 
-What is read again may be damaged, or of another version: `fits` and `unfit` say whether it is what was written.
+What is read again may be damaged or of another version. It is restored in one `try`; what cannot be restored starts
+fresh, with one warning.
 """
 
 import json
-from functools import cache
+import logging
+from dataclasses import fields
 from pathlib import Path
-from types import UnionType
-from typing import Literal, NotRequired, TypedDict, Union, get_args, get_origin, get_type_hints
+from typing import NotRequired, TypedDict
 
-from recipe.guards.finding import FINDING_IDS, Finding
+import numpy as np
+
+from recipe.guards.guard import SEVERITIES, Finding
+
+logger = logging.getLogger("recipe.guards")
+NUMBERS, ARRAYS = "guards.json", "guards.npz"
 
 
 class StepRecord(TypedDict):
@@ -57,7 +63,7 @@ def parse_object(text: str) -> dict | None:
 def keep_until(path: Path, step: int) -> None:
     """Drop records after `step`, which a resumed run will write again, and those that name no step."""
     if path.exists():
-        kept = [record for record in read_lines(path) if fits(record.get("step"), int) and record["step"] <= step]
+        kept = [record for record in read_lines(path) if type(record.get("step")) is int and record["step"] <= step]
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         partial.replace(path)
@@ -68,49 +74,59 @@ def read_steps(path: Path, until: int) -> list[StepRecord]:
     the usual fall of a loss would look like a jump."""
     steps = []
     for record in reversed(read_lines(path)):
-        if record.get("step") == until - len(steps) and fits(record, StepRecord):
+        if record.get("step") == until - len(steps) and _is_step(record):
             steps.append(record)
     return steps[::-1]
 
 
+def _is_step(record: dict) -> bool:
+    optional = ("floor", "ceiling", "grad_norm")
+    numbers = [record.get(name) for name in StepRecord.__required_keys__ if name != "grad_norm"]
+    numbers += [record[name] for name in optional if record.get(name) is not None]
+    return "grad_norm" in record and all(type(number) in (int, float) for number in numbers)
+
+
 def as_finding(record: dict) -> Finding | None:
-    """None where it is none that this version knows."""
-    if not fits(record, Finding) or record["id"] not in FINDING_IDS:
+    """None where it is none that this version can show."""
+    names = {field.name for field in fields(Finding)}
+    try:
+        finding = Finding(**{name: value for name, value in record.items() if name in names})
+        is_whole = finding.severity in SEVERITIES and isinstance(finding.evidence, dict)
+        is_whole &= all(isinstance(text, str) for text in (finding.found, finding.expected, *finding.likely_causes))
+        is_whole &= type(finding.step) is int and type(finding.tokens_seen) is int
+        return Finding(**{**vars(finding), "likely_causes": tuple(finding.likely_causes)}) if is_whole else None
+    except TypeError:
         return None
-    values = {name: record[name] for name in _hints_of(Finding)}
-    return Finding(**{**values, "likely_causes": tuple(record["likely_causes"])})
 
 
-# --- what was read is what was written
+# --- the state in a checkpoint
 
 
-def unfit(record: dict, hints: dict) -> list[str]:
-    """The names whose values are missing in `record` or of another type than `hints` say."""
-    return [name for name, hint in hints.items() if name not in record or not fits(record[name], hint)]
+def write_state(checkpoint: Path, numbers: dict, arrays: dict[str, np.ndarray]) -> None:
+    """`guards.json` and `guards.npz`. Half a file is never left under its name."""
+    partial = checkpoint / f"{ARRAYS}.partial"
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
+    partial.replace(checkpoint / ARRAYS)
+    partial = checkpoint / f"{NUMBERS}.partial"
+    partial.write_text(json.dumps(numbers), encoding="utf-8")
+    partial.replace(checkpoint / NUMBERS)
 
 
-def fits(value, hint) -> bool:
-    """Is `value`, as parsed from JSON, of the type `hint`? A list may stand for a tuple, an object for a dataclass or
-    a TypedDict, a whole number for a float; a bool is no number."""
-    kind, parts = get_origin(hint) or hint, get_args(hint)
-    if kind in (Union, UnionType):
-        return any(fits(value, part) for part in parts)
-    if kind is Literal:
-        return value in parts
-    if kind is float:
-        return type(value) in (float, int)
-    if kind is dict and parts:
-        return type(value) is dict and all(fits(each, parts[1]) for each in value.values())
-    if kind is list or parts[1:] == (...,):
-        return type(value) is list and all(fits(each, parts[0]) for each in value)
-    if kind is tuple:
-        return type(value) is list and len(value) == len(parts) and all(map(fits, value, parts))
-    if hints := _hints_of(kind):
-        optional = getattr(kind, "__optional_keys__", ())
-        return type(value) is dict and all(n in optional and n not in value for n in unfit(value, hints))
-    return type(value) is kind
+def read_state(checkpoint: Path) -> tuple[dict, dict[str, np.ndarray]] | None:
+    """None where the checkpoint holds none (made without the guards), or a damaged one, which is logged."""
+    if not (checkpoint / NUMBERS).is_file():
+        return None
+    try:
+        numbers = json.loads((checkpoint / NUMBERS).read_text(encoding="utf-8"))
+        if not isinstance(numbers, dict):
+            raise ValueError(f"{NUMBERS} holds no JSON object")
+        with np.load(checkpoint / ARRAYS, allow_pickle=False) as file:
+            return numbers, dict(file)
+    except Exception as error:  # a damaged archive fails in many ways, and none may end a run
+        warn_damaged(checkpoint, f"{type(error).__name__}: {error}")
+        return None
 
 
-@cache
-def _hints_of(kind: type) -> dict:
-    return get_type_hints(kind)
+def warn_damaged(checkpoint: Path, problem: str) -> None:
+    logger.warning("%s: the guards' state cannot be restored, they start fresh: %s", checkpoint, problem)

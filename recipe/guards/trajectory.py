@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipe.errors import UserError
-from recipe.guards.finding import Finding
+from recipe.guards.guard import Finding
 from recipe.guards.thresholds import TOLERANCES
 
 TRAJECTORIES = Path(__file__).parent.parent / "trajectories"

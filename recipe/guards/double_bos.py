@@ -1,0 +1,71 @@
+"""Two BOS tokens at the start of a text."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from recipe.guards.batches import SeenTokens
+from recipe.guards.guard import PROBE, Finding, Guard, NotApplicable, Verdict
+
+
+class DoubleBos(Guard):
+    """Texts begin with two BOS tokens.
+
+    When: before step 1 on the first micro-batch, then at every step.
+    Measured: runs of BOS in the rows (padding apart); once 16 were seen, 80 % of them or more hold exactly two. Empty
+        documents are a few per cent. Where the BOS id is an ordinary token, runs of two are a quarter at most.
+    Try: `add_special_tokens=False` where a chat template already adds BOS.
+    Cannot see: models whose BOS is also EOS or padding.
+    """
+
+    ids = {"double_bos": "Texts begin with two BOS tokens."}
+    taps = ("tokens",)
+    # Texts that begin with BOS, and the share of them that begin with exactly two. Derived: where the id is an
+    # ordinary token of share p, runs of two are p(1 - p) of all, a quarter at most: 13 of 16 by chance once in 260,000
+    # times. Empty documents are a few per cent.
+    MIN_TEXTS, MIN_SHARE = 16, 0.8
+
+    def setup(self, run) -> None:
+        self.bos = run.bos_token_id
+        if self.bos is None:
+            raise NotApplicable("no BOS token, or one that is EOS or padding too")
+        self.state = {"texts": 0, "doubled": 0}
+
+    def probe(self, batch) -> Iterator[Verdict]:
+        """The rows of one micro-batch hold enough texts only if they are packed."""
+        if finding := self.judge(*self.count(batch.seen_tokens()), check=PROBE):
+            yield finding
+
+    def observe(self, step) -> Iterator[Verdict]:
+        for _, _, seen in step.tokens:
+            texts, doubled = self.count(seen)
+            self.state["texts"] += texts
+            self.state["doubled"] += doubled
+        if step.tokens:
+            yield self.judge(self.state["texts"], self.state["doubled"]) or self.clear()
+
+    def count(self, seen: SeenTokens) -> tuple[int, int]:
+        return count_bos((seen.ids == self.bos) & seen.valid)
+
+    @classmethod
+    def judge(cls, texts: int, doubled: int, check: str = "step") -> Finding | None:
+        """`doubled` of the `texts` that begin with BOS begin with exactly two."""
+        if texts < cls.MIN_TEXTS or doubled < cls.MIN_SHARE * texts:
+            return None
+        return cls.finding(
+            "warning",
+            found=f"{doubled:,} of {texts:,} texts begin with two BOS",
+            expected="one",
+            causes=("the chat template and the tokenizer both add BOS", "BOS is in the text and added again"),
+            action="tokenize the template's text with add_special_tokens=False",
+            evidence={"texts": texts, "doubled": doubled},
+            check=check,
+        )
+
+
+def count_bos(is_bos: np.ndarray) -> tuple[int, int]:
+    """Texts that begin with BOS, in mid-row too, and those that begin with exactly two. `is_bos`: bool `[rows,
+    positions]`. The last two positions of a row do not tell."""
+    begins = is_bos[:, :-2].copy()
+    begins[:, 1:] &= ~is_bos[:, :-3]
+    return int(begins.sum()), int((begins & is_bos[:, 1:-1] & ~is_bos[:, 2:]).sum())

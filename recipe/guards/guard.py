@@ -1,0 +1,228 @@
+"""What a guard is, and what it says. `taps.py` has what it is given."""
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+Severity = Literal["info", "warning", "error"]
+SEVERITIES = ("info", "warning", "error")
+LINE_LENGTH = 160  # of a log line, with the prefix that the log format puts before it
+PREFIX = len("WARNING recipe.guards | ")
+STEP, PROBE = "step", "probe"
+
+
+class CannotJudge(Exception):
+    """The guard lacks what it needs. The message is the reason shown to the user."""
+
+
+class NotApplicable(CannotJudge):
+    """This run holds nothing for the guard to judge, such as ranks to compare where there is one."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a guard found, reported once per onset.
+
+    `found` and `expected` are short phrases with numbers. `likely_causes` starts with the most likely one. `evidence`
+    holds the plain numbers behind it (JSON-able). `check`: which of the guard's checks found it; the finding is open
+    until each check that found it has recovered. The runner fills in `step` and `tokens_seen`.
+    """
+
+    id: str
+    severity: Severity
+    step: int
+    tokens_seen: int
+    found: str
+    expected: str
+    likely_causes: tuple[str, ...] = ()
+    action: str = ""
+    evidence: dict = field(default_factory=dict)
+    check: str = STEP
+
+    def log_line(self) -> str:
+        """The message of the log line. It fits in 160 characters with its prefix `WARNING recipe.guards | `; the full
+        texts are in `findings.jsonl` and in the report."""
+        labels = ["found ", "expected "] + (["likely: "] if self.likely_causes else [])
+        texts = [self.found, self.expected, *self.likely_causes[:1]]
+        head = f"{self.id} | step {self.step}"
+        room = LINE_LENGTH - PREFIX - len(head) - sum(len(f" | {label}") for label in labels)
+        parts = zip(labels, _fit(texts, room), strict=True)
+        return " | ".join([head, *(label + text for label, text in parts)])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def _fit(texts: list[str], room: int) -> list[str]:
+    """Shortens the longest texts until all of them fit in `room` characters together."""
+    widths = [len(text) for text in texts]
+    while sum(widths) > room and max(widths) > 1:
+        widths[widths.index(max(widths))] -= 1
+    return [t if len(t) <= width else t[: width - 1].rstrip() + "…" for t, width in zip(texts, widths, strict=True)]
+
+
+class Clear(NamedTuple):
+    """`check` looked for the finding `id` and found nothing."""
+
+    id: str
+    check: str = STEP
+
+
+class Skip(NamedTuple):
+    """The finding `id` cannot be judged, or not any more."""
+
+    id: str
+    reason: CannotJudge
+
+
+Verdict = Finding | Clear | Skip
+
+
+def contained(hook: Callable) -> Callable:
+    """For hooks that run inside the user's training: an exception is kept in `self.failure` and not raised, and the
+    hook does nothing from then on."""
+
+    @functools.wraps(hook)
+    def call(self, *arguments, **kwargs):
+        if self.failure is None:
+            try:
+                return hook(self, *arguments, **kwargs)
+            except Exception as error:
+                self.failure = error
+        return None
+
+    return call
+
+
+class Guard:
+    """Base class. A guard overrides the methods that it needs; the runner calls no others.
+
+    The first line of a guard's docstring says what it catches. Its sections `When:`, `Measured:`, `Try:` and `Cannot
+    see:` become the guard's part of docs/findings.md and of `recipe explain ID`. A section for one id only is written
+    `Try (ID):`.
+
+    Attributes:
+        ids: finding id -> what it means, in one sentence. An id belongs to one guard.
+        taps: what it reads, see `taps.TAPS`. A tap runs only if an active guard names it.
+        explained_by: ids of other guards that can cause these findings, most telling first.
+        is_symptom: its warnings wait until the probes have run again, and then name what these found.
+        explains_symptoms: its probe runs again when a symptom is found.
+        rules_out: own id -> word in the likely causes of symptoms that are dropped when this probe finds nothing.
+        judges_curve: it holds the loss curve against an expectation.
+        on_every_rank: `before_step`, `after_step`, `measure` and `save` run on all ranks, not on the main process alone.
+        of_one_resume: its findings are about the last resume; the next one forgets them.
+        state: what must survive a resume: JSON-able values and numpy arrays. The runner saves and restores it.
+    """
+
+    ids: ClassVar[Mapping[str, str]] = {}
+    taps: ClassVar[tuple[str, ...]] = ()
+    explained_by: ClassVar[tuple[str, ...]] = ()
+    is_symptom: ClassVar[bool] = False
+    explains_symptoms: ClassVar[bool] = False
+    rules_out: ClassVar[Mapping[str, str]] = {}
+    judges_curve: ClassVar[bool] = False
+    on_every_rank: ClassVar[bool] = False
+    of_one_resume: ClassVar[bool] = False
+
+    def __init__(self):
+        self.state: dict[str, Any] = {}
+        self.failure: Exception | None = None  # of a hook, see `contained`
+
+    # --- before step 1
+
+    def setup(self, run) -> None:
+        """On every rank, at the first micro-batch. Raises `NotApplicable` or `CannotJudge` with a reason: the guard is
+        then not called again. `run`: a `run.Run`."""
+
+    def inspect(self, run) -> Iterator[Verdict]:
+        """On every rank, after all guards are set up and restored: checks that need no batch."""
+        return iter(())
+
+    def probe(self, batch) -> Iterator[Verdict]:
+        """On every rank: exact tests on the first micro-batch, in a sandbox that leaves no trace. `batch`: a
+        `sandbox.Batch`. Raises `CannotJudge`."""
+        return iter(())
+
+    # --- on the rank where the step is made; no synchronisation with the device
+
+    def before_micro_step(self, run) -> None:
+        """Before the forward pass of a micro-batch."""
+
+    def after_micro_step(self, run, loss) -> Iterator[Verdict]:
+        """After the forward and backward pass of a micro-batch, with its loss. It may synchronise where it yields."""
+        return iter(())
+
+    def before_step(self, local) -> None:
+        """Just before the optimizer's step, after clipping. `local`: a `taps.LocalStep`."""
+
+    def after_step(self, local) -> None:
+        """Just after the optimizer's step."""
+
+    def measure(self, local) -> Any:
+        """At the end of a step: what this rank sends to the main process. Tensors are copied to the host without
+        waiting; the main process finds it in `Step.payloads`."""
+        return None
+
+    # --- on the main process, one step later, with the data of all ranks
+
+    def observe(self, step) -> Iterator[Verdict]:
+        """`step`: a `taps.Step`. Raises `CannotJudge` where it cannot judge from here on."""
+        return iter(())
+
+    def observe_eval(self, evaluation) -> Iterator[Verdict]:
+        """`evaluation`: a `taps.Evaluation`."""
+        return iter(())
+
+    def begin_pass(self, tokens_in_pass: int | None) -> None:
+        """A further, declared pass over the data begins. `tokens_in_pass`: of the one that ended, where known."""
+
+    def evidence(self) -> dict:
+        """Numbers to put beside a symptom's finding."""
+        return {}
+
+    # --- state and resources
+
+    def save(self) -> dict[str, Any]:
+        return self.state
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Raises anything where `state` is not such as `save` gives: the guard then starts fresh."""
+        if state.keys() != self.state.keys():
+            raise ValueError(f"{type(self).__name__} keeps {sorted(self.state)}, found {sorted(state)}")
+        self.state = state
+
+    def on_resume(self, step: int) -> None:
+        """Training goes on from a checkpoint of this step; the state has been loaded."""
+
+    def close(self) -> None:
+        """Removes hooks."""
+
+    # --- verdicts
+
+    @classmethod
+    def finding(
+        cls,
+        severity: Severity,
+        found: str,
+        expected: str,
+        causes: tuple[str, ...] = (),
+        action: str = "",
+        evidence: dict | None = None,
+        id: str | None = None,
+        check: str = STEP,
+    ) -> Finding:
+        """`id`: may be left out by a guard that has one."""
+        name = id or cls._only_id()
+        assert name in cls.ids, f"{cls.__name__} has no finding {name}"
+        return Finding(name, severity, 0, 0, found, expected, causes, action, evidence or {}, check)
+
+    @classmethod
+    def clear(cls, id: str | None = None, check: str = STEP) -> Clear:
+        return Clear(id or cls._only_id(), check)
+
+    @classmethod
+    def _only_id(cls) -> str:
+        (name,) = cls.ids
+        return name

@@ -1,0 +1,195 @@
+"""The learning rate that the optimizer uses, against the schedule."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
+
+from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
+from recipe.guards.run import Parameters, plain_rate
+
+Rates = list[tuple[float | None, float | None]]
+
+
+class LearningRate(Guard):
+    """The learning rate is not what the schedule says.
+
+    When: before step 1 for parameters that are in the optimizer twice, then at every step.
+    Measured: the rate of each parameter group just before the update, against its initial rate times the factor of
+        `transformers.get_scheduler` for the arguments; one step early or late is no fault, two steps off in a row are.
+        The initial rate must be the one asked for, unless the optimizer is the user's own. With a scheduler of the
+        user's own: against what the scheduler says.
+    Try: printing `optimizer.param_groups` and `scheduler.last_epoch` at this step; building the scheduler from the
+        optimizer that the Trainer is given.
+    Cannot see: whether a schedule of the user's own is a sensible one; fp16 loss scaling, which skips steps now and
+        then; schedules that follow a metric.
+    """
+
+    ids = {"learning_rate_off": "The learning rate is not what the schedule says."}
+    # Of the rate: learning rates kept as fp32 tensors are within 1e-7, wrong ones are per cents off.
+    TOLERANCE = 1e-3
+    # Steps off in a row; the first after a resume still has the rate of the schedule as it was when saved.
+    MIN_STEPS = 2
+
+    def setup(self, run) -> None:
+        self.schedule = schedule_of(run.trainer)
+        initial = {plain_rate(group.get("initial_lr")) for group in run.optimizer.param_groups}
+        self.run = run
+        self.state = {"off_steps": 0, "is_asked_for": run.args.learning_rate in initial}
+
+    def inspect(self, run) -> Iterator[Verdict]:
+        if finding := self.judge_groups(run.named_parameters, run.optimizer):
+            yield finding
+
+    def observe(self, step) -> Iterator[Verdict]:
+        if isinstance(self.schedule, CannotJudge):
+            finding = self.judge_scheduled(step.learning_rates, step.scheduled_rates)
+        else:
+            asked_for = self.run.args.learning_rate if self.state["is_asked_for"] else None
+            speeds = (self.run.world_size, self.run.args.gradient_accumulation_steps)
+            finding = self.judge(step.number - 1, step.learning_rates, self.schedule, asked_for, *speeds)
+        self.state["off_steps"] = self.state["off_steps"] + 1 if finding else 0
+        is_off = self.state["off_steps"] >= self.MIN_STEPS
+        if isinstance(self.schedule, CannotJudge):
+            if is_off:
+                yield finding
+            raise self.schedule
+        yield finding if is_off else self.clear()
+
+    @classmethod
+    def judge(
+        cls,
+        step: int,
+        used: Rates,
+        multiplier: Callable[[int], float],
+        asked_for: float | None = None,
+        world_size: int = 1,
+        gradient_accumulation_steps: int = 1,
+    ) -> Finding | None:
+        """The learning rate that the optimizer uses is the initial one times the schedule's factor.
+
+        `step`: updates made before this one (from 0), without those that the fp16 loss scaler skipped. `used`: `(lr,
+        initial_lr)` of each parameter group, just before the update. `asked_for`: None where the optimizer is the
+        user's own. One step early or late is no fault.
+        """
+        off = [(i, lr, initial) for i, (lr, initial) in enumerate(used) if not _is_on(multiplier, step, lr, initial)]
+        factor = multiplier(step)
+        if off:
+            group, lr, initial = off[0]
+            expected = f"{initial * factor:.4g} ({initial:.4g} x {factor:.4g}, the schedule)"
+            causes = _causes(multiplier, step, lr, initial, world_size, gradient_accumulation_steps)
+        elif asked_for and used and not any(initial is None or is_close(initial, asked_for) for _, initial in used):
+            group, (lr, initial) = 0, used[0]
+            expected = f"{asked_for * factor:.4g} ({asked_for:.4g} asked for, {initial:.4g} in use)"
+            causes = ("the checkpoint brought its own learning rate", "the optimizer was built with another one")
+        else:
+            return None
+        return cls.finding(
+            "warning",
+            found=f"learning rate {lr:.4g} in parameter group {group}",
+            expected=expected,
+            causes=causes,
+            action="print optimizer.param_groups and scheduler.last_epoch at this step",
+            evidence={"updates": step, "used": used, "factor": factor, "learning_rate": asked_for},
+        )
+
+    @classmethod
+    def judge_scheduled(cls, used: Rates, scheduled: list[float | None]) -> Finding | None:
+        """A schedule of the user's own: the optimizer uses the rates that the scheduler says. One for each group."""
+        pairs = zip(used, scheduled, strict=False)
+        pairs = [(lr, says) for (lr, _), says in pairs if lr is not None and says is not None]
+        off = [number for number, (lr, says) in enumerate(pairs) if not is_close(lr, says)]
+        if not off or len(used) != len(scheduled):
+            return None
+        lr, says = pairs[off[0]]
+        return cls.finding(
+            "warning",
+            found=f"learning rate {lr:.4g} in parameter group {off[0]}",
+            expected=f"{says:.4g}, as the scheduler says",
+            causes=("the scheduler was built for another optimizer", "the rate is set by hand after the scheduler"),
+            action="build the scheduler from the optimizer that the Trainer is given",
+            evidence={"used": used, "scheduled": scheduled},
+        )
+
+    @classmethod
+    def judge_groups(cls, parameters: Parameters, optimizer: torch.optim.Optimizer) -> Finding | None:
+        """A parameter that is in the optimizer more than once is updated as often. Silent where parameters are
+        missing, which is a finding of another guard."""
+        counts = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        names = [name for name, parameter in parameters if counts[id(parameter)] > 1]
+        if not names or any(p.requires_grad and id(p) not in counts for _, p in parameters):
+            return None
+        first = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        return cls.finding(
+            "error",
+            found=f"parameters that are in the optimizer more than once: {len(names)} ({first})",
+            expected="once: each time it is there it is updated",
+            causes=("a shared weight was given to the optimizer once for each module that holds it",),
+            action="give each parameter once, as model.parameters() does",
+            evidence={"names": names[:20]},
+            check=PROBE,
+        )
+
+
+def schedule_of(trainer) -> Callable[[int], float] | CannotJudge:
+    """The factor on the initial rate by optimizer step, or why there is none to compare with."""
+    if not getattr(trainer, "_created_lr_scheduler", False):
+        return CannotJudge("the scheduler is the user's own, or the optimizer's")
+    if trainer.accelerator.scaler is not None:
+        return CannotJudge("fp16 loss scaling skips steps now and then, and the schedule with them")
+    args, total = trainer.args, trainer.state.max_steps
+    warmup = args.get_warmup_steps(total)
+    try:
+        return expected_learning_rates(
+            args.lr_scheduler_type, args.learning_rate, warmup, total, args.lr_scheduler_kwargs
+        )
+    except CannotJudge as reason:
+        return reason
+
+
+def expected_learning_rates(
+    lr_scheduler_type: str,
+    learning_rate: float,
+    num_warmup_steps: int,
+    num_training_steps: int,
+    lr_scheduler_kwargs: dict | None = None,
+) -> Callable[[int], float]:
+    """The schedule as a function of the optimizer step (from 0): the factor on the initial learning rate.
+
+    Built by `transformers.get_scheduler`, as Trainer does. Raises `CannotJudge` for schedules that follow a metric.
+    """
+    if lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        raise CannotJudge(f"the schedule {SchedulerType(lr_scheduler_type).value} depends on the losses")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
+    scheduler = get_scheduler(lr_scheduler_type, optimizer, num_warmup_steps, num_training_steps, lr_scheduler_kwargs)
+    return scheduler.lr_lambdas[0]
+
+
+def is_close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=LearningRate.TOLERANCE, abs_tol=1e-12)
+
+
+def _is_on(multiplier: Callable[[int], float], step: int, lr: float | None, initial: float | None) -> bool:
+    """Between the least and the largest rate of the steps around; nothing to say where a group has no rate."""
+    if lr is None or initial is None:
+        return True
+    around = [initial * multiplier(near) for near in (max(0, step - 1), step, step + 1)]
+    slack = LearningRate.TOLERANCE * max(around) + 1e-12
+    return min(around) - slack <= lr <= max(around) + slack
+
+
+def _causes(multiplier, step, lr, initial, world_size, accumulation) -> tuple[str, ...]:
+    """Name the factor by which the schedule runs too fast, where one explains the rate (accelerate#999)."""
+    speeds = {
+        world_size: "ranks",
+        accumulation: "accumulation steps",
+        world_size * accumulation: "ranks x accumulation",
+    }
+    fits = (k for k in dict.fromkeys((*speeds, 2, 3, 4, 8)) if k > 1 and _is_on(multiplier, step * k, lr, initial))
+    if (k := next(fits, None)) is not None:
+        many = f", as many as {speeds[k]}" if k in speeds else ""
+        return (f"the schedule advances {k} times a step{many}", "warmup or total counted in other steps")
+    return ("the schedule did not come back with the checkpoint", "warmup or total counted in other steps")

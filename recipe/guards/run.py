@@ -1,0 +1,199 @@
+"""What a Trainer tells of its run at the first micro-batch."""
+
+from collections.abc import Mapping, Sized
+from functools import cached_property
+
+import torch
+from transformers import Trainer
+
+from recipe.guards.batches import input_ids_of
+from recipe.guards.trajectory import Reference, find_reference
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+Parameters = list[tuple[str, torch.nn.Parameter]]
+
+
+class Run:
+    """One training, seen from one rank.
+
+    `model`: the unwrapped, eager module. `optimizer`: as accelerate wrapped it. `inputs`: the first micro-batch, of
+    any kind. `step`, `tokens_seen`: at the start, above 0 after
+    a resume. `given_facts`: what the user told the callback. `own_step`: a `training_step` that the trainer's
+    instance holds itself, None where its class's is used. `pinned`: a `sandbox.PinnedBatch`. `is_restored`: the
+    checkpoint's state of the guards was read.
+    """
+
+    def __init__(self, trainer: Trainer, model: torch.nn.Module, inputs, given_facts: dict, tokens_seen: int | None):
+        self.trainer, self.args, self.model, self.inputs = trainer, trainer.args, model, inputs
+        self.optimizer = trainer.optimizer
+        self.step: int = trainer.state.global_step
+        self.max_steps: int = trainer.state.max_steps
+        self.world_size: int = self.args.world_size
+        self.is_main: bool = trainer.state.is_world_process_zero
+        self.own_step = None
+        self.pinned = None
+        self.is_restored = False
+        self.facts = {**reference_facts(trainer, model, inputs), **given_facts}
+        # Resumed where no records lie: the steps before had the same size.
+        self.tokens_seen = self.step * self.facts["tokens_per_step"] if tokens_seen is None else tokens_seen
+        self.reference: Reference | None = None
+        self.no_reference = ""
+
+    def find_reference(self, trajectory: str) -> None:
+        self.reference, self.no_reference = find_reference(trajectory, self.facts)
+
+    # --- the model
+
+    @property
+    def is_new_model(self) -> bool:
+        return self.facts["is_new_model"]
+
+    @cached_property
+    def embedding_rows(self) -> int:
+        """0 where the model names no embedding of tokens and its config no vocabulary."""
+        return rows_of_embedding(self.model) or self.facts["vocab_size"] or 0
+
+    @property
+    def vocab_size(self) -> int:
+        return self.facts["vocab_size"] or self.embedding_rows
+
+    @cached_property
+    def named_parameters(self) -> Parameters:
+        """Floating point, as the optimizer got them: FSDP and DeepSpeed put others into the model."""
+        named = self.trainer.model_wrapped.named_parameters()
+        return [(name, p) for name, p in named if p.is_floating_point() and p.numel()]
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
+
+    @cached_property
+    def is_compiled(self) -> bool:
+        return is_compiled(self.trainer)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products: autocast's where it is on."""
+        if self.args.bf16 or self.args.fp16:
+            return torch.bfloat16 if self.args.bf16 else torch.float16
+        return next(self.model.parameters()).dtype
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it computes in fp32 or finer."""
+        return self.dtype.itemsize >= 4
+
+    # --- tokens
+
+    @property
+    def has_tokens(self) -> bool:
+        return input_ids_of(self.inputs) is not None
+
+    @property
+    def tokenizer(self):
+        return self.trainer.processing_class
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return getattr(self.tokenizer, "pad_token_id", None)
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What the model's config and the tokenizer call EOS."""
+        return eos_token_ids_of(self.model, self.tokenizer)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return bos_token_id_of(self.model, self.tokenizer)
+
+    # --- the optimizer and the schedule
+
+    @property
+    def optimizer_name(self) -> str:
+        return type(self.inner_optimizer).__name__
+
+    @property
+    def inner_optimizer(self):
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+
+    @property
+    def is_adam(self) -> bool:
+        return "adam" in self.optimizer_name.lower()
+
+    @property
+    def is_loss_scaled(self) -> bool:
+        """fp16: gradients carry an unknown factor, and some steps are skipped."""
+        return self.trainer.accelerator.scaler is not None
+
+    @property
+    def is_evaluated(self) -> bool:
+        return self.args.eval_strategy != "no" or self.args.eval_on_start
+
+    @property
+    def rows_in_pass(self) -> int | None:
+        data = self.trainer.train_dataset
+        return len(data) if isinstance(data, Sized) else None
+
+
+def reference_facts(trainer: Trainer, model: torch.nn.Module, inputs) -> dict:
+    """What a reference may ask for (`belongs_to`), as far as the Trainer and its first micro-batch tell."""
+    args, ids = trainer.args, input_ids_of(inputs)
+    rows, block_size = ids.shape if ids is not None else (0, 0)
+    return {
+        "vocab_size": getattr(getattr(model, "config", None), "vocab_size", None),
+        "block_size": block_size,
+        "tokens_per_step": rows * block_size * args.gradient_accumulation_steps * args.world_size,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "learning_rate": args.learning_rate,
+        "is_new_model": not getattr(model, "name_or_path", ""),
+    }
+
+
+def is_compiled(trainer: Trainer) -> bool:
+    """Whether any module of the model is compiled: hooks set now would never be called, or split its graph."""
+    return trainer.args.torch_compile or any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None)
+        for module in trainer.model_wrapped.modules()
+    )
+
+
+def rows_of_embedding(model: torch.nn.Module) -> int | None:
+    """None where the model names no embedding of tokens: transformers raises for some, others embed pictures."""
+    try:
+        return model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def eos_token_ids_of(model, tokenizer) -> tuple[int, ...]:
+    return tuple(sorted({*_ids(getattr(model, "config", None), "eos_token_id"), *_ids(tokenizer, "eos_token_id")}))
+
+
+def bos_token_id_of(model, processor) -> int | None:
+    """What the tokenizer calls BOS, else the config. None for one that is EOS or padding too: two in a row are then an
+    empty document."""
+    config, tokenizer = getattr(model, "config", None), getattr(processor, "tokenizer", processor)
+    named = [*_ids(tokenizer, "bos_token_id"), *_ids(config, "bos_token_id")]
+    others = [*eos_token_ids_of(model, tokenizer), *_ids(tokenizer, "pad_token_id"), *_ids(config, "pad_token_id")]
+    return named[0] if named and named[0] not in others else None
+
+
+def tokenizer_sizes_of(processor) -> tuple[int, int] | None:
+    """Tokens without and with those that were added; None for what is no tokenizer and holds none."""
+    try:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        return int(tokenizer.vocab_size), len(tokenizer)
+    except Exception:  # an image processor, a tokenizer of the user's own
+        return None
+
+
+def _ids(owner, name: str) -> list[int]:
+    ids = owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
+    return [int(i) for i in (ids if isinstance(ids, (list, tuple)) else [ids]) if i is not None]
+
+
+def plain_rate(rate) -> float | None:
+    """A learning rate as a number; None where it lives on a device, which would have to be waited for."""
+    if isinstance(rate, torch.Tensor):
+        return None if rate.is_cuda else float(rate)
+    return rate

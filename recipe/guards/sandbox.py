@@ -1,0 +1,260 @@
+"""Runs the trainer's own code on one real micro-batch, and leaves the run exactly as it was.
+
+Probes run on the unwrapped, eager model: hooks on a compiled one split its graph, and a foreign shape compiles it
+again. They call methods of a twin of the trainer, so that what those keep (metrics, counters) stays there. They look
+at a few rows of the batch, to stay under training's memory and to be done in seconds.
+"""
+
+import copy
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+from transformers import Trainer
+
+from recipe.guards.batches import IGNORE_INDEX, SeenTokens, flags_of, input_ids_of
+from recipe.guards.guard import CannotJudge
+from recipe.guards.run import Run, is_compiled
+
+# What the probes look at: rows of the micro-batch (fewer of long ones, but two, so that one can be compared with the
+# other), and positions where the length makes no difference. Measured on the 180M: 2,048 tokens and rows of 256 halved
+# time and memory against 4 whole rows.
+MAX_ROWS, MIN_ROWS, MAX_TOKENS = 4, 2, 2048
+EVAL_ROWS, SHORT = 2, 256
+
+DATASETS = ("train_dataset", "eval_dataset")
+MAX_COPIED = 1 << 20  # elements of a tensor that the trainer keeps
+
+
+class Batch:
+    """A micro-batch for probes. `inputs`: its first rows, prepared by the trainer; `all_inputs`: all of them.
+    `is_first`: before the first step; else the probes run again to explain a finding. `twin`: of the trainer."""
+
+    def __init__(self, run: Run, inputs, num_items_in_batch, is_first: bool):
+        self.run, self.model, self.is_first = run, run.model, is_first
+        self.num_items_in_batch = num_items_in_batch
+        self.twin = twin_of(run.trainer)
+        self.all_inputs = self.twin._prepare_inputs(dict(inputs) if isinstance(inputs, Mapping) else inputs)
+        missing = ("input_ids", "labels")
+        if isinstance(self.all_inputs, Mapping):
+            missing = [name for name in missing if not isinstance(self.all_inputs.get(name), torch.Tensor)]
+        if missing:
+            raise CannotJudge(f"the batch has no {' and no '.join(missing)}")
+        most = min(MAX_ROWS, MAX_TOKENS // self.all_inputs["input_ids"].shape[-1])
+        self.inputs = first_rows(self.all_inputs, max(MIN_ROWS, most))
+
+    @property
+    def short_inputs(self) -> dict:
+        """Two rows, and their first positions where that is possible."""
+        return first_positions(first_rows(self.inputs, EVAL_ROWS))
+
+    def seen_tokens(self) -> SeenTokens:
+        """`inputs` as the tokens tap gives them."""
+        names = ("input_ids", "labels", "attention_mask", "position_ids")
+        flags = flags_of(*map(self.inputs.get, names), self.run.pad_token_id)
+        return SeenTokens(self.inputs["input_ids"].cpu().numpy(), flags.cpu().numpy())
+
+    def loss_of(self, inputs: dict | None = None) -> Callable[[], torch.Tensor]:
+        """The trainer's own loss of these inputs, in the trainer's precision."""
+        return loss_of(self.twin, self.model, inputs or self.inputs, self.num_items_in_batch)
+
+    def count_items(self, inputs: dict):
+        """`num_items_in_batch` as the trainer counts it for a step of these rows alone: for some models it counts the
+        first label too."""
+        return self.twin.get_batch_samples(iter([inputs]), 1, self.twin.args.device)[1]
+
+    @property
+    def has_own_compute_loss(self) -> bool:
+        return type(self.twin).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(self.twin)
+
+    @property
+    def has_own_loss(self) -> bool:
+        """A loss of the user's own: it may choose its positions."""
+        return self.has_own_compute_loss or self.twin.compute_loss_func is not None
+
+
+@contextmanager
+def opened(run: Run, inputs, num_items_in_batch, is_first: bool) -> Iterator[Batch]:
+    """Raises `CannotJudge` where no probe can run on this micro-batch."""
+    if run.is_sharded:
+        raise CannotJudge("the weights are sharded over ranks, so the unwrapped model cannot run by itself")
+    with undisturbed(run.model), eagerly(run.trainer):
+        yield Batch(run, inputs, num_items_in_batch, is_first)
+
+
+def loss_of(twin: Trainer, model, inputs: dict, num_items_in_batch) -> Callable[[], torch.Tensor]:
+    def compute_loss():
+        with twin.compute_loss_context_manager():
+            return twin.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+
+    return compute_loss
+
+
+def scaled_loss_of(twin: Trainer, model, inputs: dict, num_items_in_batch, num_micro_batches: int) -> torch.Tensor:
+    """The loss as `training_step` sends it to backward, for one micro-batch of a step of `num_micro_batches`."""
+    sent = []
+    accelerator = copy.copy(twin.accelerator)
+    accelerator.backward = lambda loss, **kwargs: sent.append(loss / accelerator.gradient_accumulation_steps)
+    twin.accelerator, twin.current_gradient_accumulation_steps = accelerator, num_micro_batches
+    twin.args = copy.copy(twin.args)
+    twin.args.gradient_accumulation_steps = num_micro_batches
+    type(twin).training_step(twin, model, dict(inputs), num_items_in_batch)
+    if len(sent) != 1:
+        raise CannotJudge(f"training_step calls backward {len(sent)} times in a micro-batch")
+    return sent[0]
+
+
+def first_rows(inputs: dict, count: int) -> dict:
+    """The batch's first rows: every tensor with as many rows as `input_ids` is cut."""
+    num_rows = inputs["input_ids"].shape[0]
+    return {
+        name: value[:count]
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == num_rows
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def first_positions(inputs: dict) -> dict:
+    """The rows' first positions with enough scored ones; the rows as they are where a tensor has another shape."""
+    shape, labels = inputs["input_ids"].shape, inputs["labels"]
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    if len(tensors) < len(inputs) or any(value.shape != shape for value in tensors.values()):
+        return inputs
+    if ((labels[:, 1:SHORT] != IGNORE_INDEX).sum(dim=1) < SHORT // 8).any():  # a masked prompt
+        return inputs
+    return {name: value[:, :SHORT] for name, value in tensors.items()}
+
+
+# --- one pinned batch
+
+
+class PinnedBatch:
+    """The first rows of the run's first batch, on the host, so that a checkpoint can hold them. Their loss in eval
+    mode is computed again after a resume and at evaluations, on every rank, since a `compute_loss` may gather."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.rows: dict[str, torch.Tensor] = {}
+
+    def pin(self, inputs) -> None:
+        rows = first_rows(inputs, EVAL_ROWS) if input_ids_of(inputs) is not None else {}
+        rows = {name: value.detach().cpu().clone() for name, value in rows.items() if isinstance(value, torch.Tensor)}
+        can_be_stored = input_ids_of(inputs) is not None and len(rows) == len(inputs) and "labels" in rows
+        self.rows = rows if can_be_stored and not self.run.is_sharded else {}
+
+    def losses(self, times: int) -> list[float]:
+        """Of the present weights, in eval mode, one after the other: what draws random numbers draws others each time.
+        Empty where no rows could be pinned. Raises `CannotJudge`."""
+        if not self.rows or self.run.is_sharded:
+            return []
+        try:
+            with undisturbed(self.run.model), torch.no_grad():
+                self.run.model.eval()
+                twin = twin_of(self.run.trainer)
+                compute_loss = loss_of(twin, self.run.model, twin._prepare_inputs(dict(self.rows)), None)
+                return [float(compute_loss().mean()) for _ in range(times)]
+        except Exception as error:  # a probe never ends a run
+            raise CannotJudge(f"the pinned batch failed with {type(error).__name__}: {error}") from error
+
+    def save(self) -> dict[str, np.ndarray]:
+        return {name: value.numpy() for name, value in self.rows.items() if value.dtype != torch.bfloat16}
+
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Rows that are no numbers were not pinned; without them the loss cannot be computed, which `losses` says."""
+        self.rows = {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind in "biuf"}
+
+
+# --- leaving no trace
+
+
+def eagerly(trainer: Trainer):
+    """Layers compiled one by one or in place run eagerly while this is open: unwrapping the model leaves them as
+    they are."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(trainer) else nullcontext()
+
+
+@contextmanager
+def without_autocast(model: torch.nn.Module) -> Iterator[None]:
+    """accelerate replaces the model's forward by one with autocast, and keeps the original."""
+    wrapped, original = vars(model).get("forward"), vars(model).get("_original_forward")
+    try:
+        if original is not None:
+            model.forward = original
+        yield
+    finally:
+        if original is not None:
+            model.forward = wrapped
+
+
+def twin_of(trainer: Trainer) -> Trainer:
+    """A shallow copy with containers, state and control of its own. The class's `training_step` is in force on it."""
+    twin = copy.copy(trainer)
+    for name, value in vars(trainer).items():
+        if name not in DATASETS:
+            setattr(twin, name, _own_containers(value))
+    twin.state, twin.control = copy.copy(trainer.state), copy.copy(trainer.control)
+    vars(twin).pop("training_step", None)
+    vars(twin).pop("prediction_step", None)
+    return twin
+
+
+def _own_containers(value):
+    """A copy of what methods may change in place: containers, small tensors, generators. Other objects are shared."""
+    if isinstance(value, dict):
+        own = copy.copy(value)
+        for key, inner in value.items():
+            own[key] = _own_containers(inner)
+        return own
+    if isinstance(value, (list, set, deque)):
+        return copy.copy(value)
+    if isinstance(value, torch.Tensor) and not value.requires_grad and value.numel() <= MAX_COPIED:
+        return value.clone()
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    return copy.deepcopy(value) if isinstance(value, (random.Random, np.random.Generator)) else value
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Afterwards the random generators, the modes of all modules, their buffers and plain attributes and the gradients
+    are what they were before."""
+    modules = [(module, _plain_attributes(module), dict(module._buffers)) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    generators = generators_now()
+    try:
+        yield
+    finally:
+        restore_generators(generators)
+        for module, plain, own_buffers in modules:
+            vars(module).update(plain)
+            module._buffers.update(own_buffers)  # `self.mean = ...` puts another tensor in a buffer's place
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def _plain_attributes(module: torch.nn.Module) -> dict:
+    """Its mode, and what it may count in its forward pass."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+
+
+def generators_now():
+    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_devices
+
+
+def restore_generators(generators) -> None:
+    in_python, in_numpy, in_torch, on_devices = generators
+    random.setstate(in_python)
+    np.random.set_state(in_numpy)
+    torch.set_rng_state(in_torch)
+    if on_devices:
+        torch.cuda.set_rng_state_all(on_devices)

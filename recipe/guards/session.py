@@ -1,0 +1,343 @@
+"""The guards on one training of one Trainer: sets them up, carries each step to the main process, keeps their state.
+
+Every rank takes part in every exchange, also one on which the guards have failed: an exchange is never inside code
+that may raise.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Trainer
+
+from recipe.guards.guard import CannotJudge, Finding, Guard
+from recipe.guards.ngrams import TRAINED_BEFORE
+from recipe.guards.ranks import Ranks
+from recipe.guards.records import StepRecord, append_line, read_state, warn_damaged, write_state
+from recipe.guards.run import Run
+from recipe.guards.runner import Reporter, Runner
+from recipe.guards.sandbox import PinnedBatch
+from recipe.guards.taps import Evaluation, LocalStep, PendingStep, Step, Taps
+
+logger = logging.getLogger("recipe.guards")
+
+# Step before which the probes that explain symptoms run once more: adapters and gates begin at zero. Chosen, not
+# measured: Adam has moved a weight of zero 20 times by then.
+PROBE_AGAIN = 20
+# Steps kept for windows, of which references name their own. Chosen, not measured.
+HISTORY = 1000
+SECOND_PASS = "a second pass over the data has begun"
+
+
+class PreflightDone(Exception):
+    """Ends a training that was begun only to have its probes run."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of the callback. `only_check`: stop after the probes, and let a fault of the guards be raised."""
+
+    guards: tuple[type[Guard], ...]
+    trajectory: str
+    facts: dict
+    only_check: bool
+
+
+def survives(method: Callable) -> Callable:
+    """A fault of the guards does not end a training: they switch themselves off and log the error. A full disk and a
+    check that is done are no faults."""
+
+    @functools.wraps(method)
+    def call(self: "Session", *arguments):
+        if self.failure is not None:
+            return None
+        try:
+            return method(self, *arguments)
+        except (OSError, PreflightDone):
+            raise
+        except Exception as error:
+            if self.options.only_check:
+                raise
+            logger.error("the guards failed and are off; the training goes on without them", exc_info=error)
+            self.failure = f"the guards failed with {type(error).__name__}: {error}"
+            return None
+
+    return call
+
+
+class Session:
+    """`history`: a record a step, oldest first. `failure`: why the guards are off, None while they are in force.
+    `run`, `runner`, `taps`: None before the first micro-batch."""
+
+    def __init__(self, trainer: Trainer, options: Options, reporter: Reporter, ranks: Ranks, output_dir: Path):
+        self.trainer, self.options, self.reporter, self.ranks = trainer, options, reporter, ranks
+        self.output_dir, self.is_main = output_dir, reporter.is_main
+        self.history: list[StepRecord] = []
+        self.tokens_seen, self.passes = 0, 1
+        self.failure: str | None = None
+        self.stop_asked = False
+        self.run: Run | None = None
+        self.runner: Runner | None = None
+        self.taps: Taps | None = None
+        self.local = LocalStep(step=trainer.state.global_step)
+        self._is_due = False  # a step has ended and is not judged yet
+        self._pending: PendingStep | None = None
+        self._probed_at = 0
+        self._last_end = time.perf_counter()
+
+    @property
+    def is_watching(self) -> bool:
+        return self.failure is None and self.taps is not None
+
+    # --- before the first step
+
+    def begin(self, inputs, num_items_in_batch, own_step, checkpoint: Path | None) -> None:
+        """Sets the guards up, restores them, and runs the probes. `own_step`: see `Run`."""
+        saved = read_state(checkpoint) if checkpoint is not None and self.is_main else None
+        shared = self.ranks.broadcast(saved and self._part_of_ranks(*saved))
+        self._prepare(inputs, num_items_in_batch, own_step, saved or shared, checkpoint)
+        unreported, self.reporter.unreported = self.reporter.unreported, []
+        ranks = self.ranks.gather((unreported, self.failure))
+        if self.is_main:
+            self.reporter.report_others([findings for findings, _ in ranks])
+        self.failure = self.ranks.broadcast(next((failure for _, failure in ranks if failure), None))
+        if self.options.only_check:
+            raise PreflightDone
+
+    @survives
+    def _prepare(self, inputs, num_items_in_batch, own_step, saved, checkpoint: Path | None) -> None:
+        trainer = self.trainer
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        tokens_seen = self.history[-1]["tokens_seen"] if self.history else None
+        run = Run(trainer, model, inputs, self.options.facts, tokens_seen)
+        run.own_step, run.pinned = own_step, PinnedBatch(run)
+        run.find_reference(self.options.trajectory)
+        self.tokens_seen, self.run = run.tokens_seen, run
+        self.runner = Runner(self.options.guards, self.reporter)
+        self.runner.setup(run)
+        self.taps = Taps(run, self.runner.taps)
+        if run.step and saved is not None:
+            run.is_restored = self._restore(*saved, checkpoint)
+        if not run.is_restored:
+            run.pinned.pin(inputs)
+            if run.step and self.taps.ngrams is not None:
+                self.taps.ngrams.model.stop(TRAINED_BEFORE)
+        self.runner.inspect(run)
+        self._probe(inputs, num_items_in_batch, is_first=True)
+
+    def _probe(self, inputs, num_items_in_batch, is_first: bool) -> None:
+        self._probed_at = self.local.step
+        self.runner.probe(self.run, inputs, num_items_in_batch, self.local.step, self.tokens_seen, is_first)
+
+    # --- micro-batches
+
+    @survives
+    def before_micro_step(self, inputs, num_items_in_batch):
+        """Returns what `after_micro_step` is to be given."""
+        self.local.num_items = num_items_in_batch
+        if self._probed_at != self.local.step and (self.reporter.waiting or self.local.step == PROBE_AGAIN):
+            self._probe(inputs, num_items_in_batch, is_first=False)
+        self.runner.before_micro_step(self.run)
+        return self.taps.begin_micro_step(self.local, inputs)
+
+    @survives
+    def after_micro_step(self, loss: torch.Tensor, inputs, tokens) -> None:
+        self.local.losses.append(loss.detach())
+        self.taps.end_micro_step(self.local, inputs, tokens)
+        self.runner.after_micro_step(self.run, loss, self.local.step, self.tokens_seen)
+
+    @survives
+    def before_prediction_step(self, inputs):
+        return self.taps.evaluation.begin(inputs) if self.taps.evaluation is not None else None
+
+    @survives
+    def after_prediction_step(self, tokens, outputs) -> None:
+        if self.taps.evaluation is not None:
+            self.taps.evaluation.end(tokens, outputs)
+
+    @survives
+    def before_clip(self) -> None:
+        self.taps.before_clip()
+
+    @survives
+    def after_clip(self, norm) -> None:
+        self.taps.after_clip(self.local, norm)
+
+    # --- steps
+
+    @survives
+    def before_step(self, learning_rates: list, scheduled_rates: list) -> None:
+        self.local.learning_rates, self.local.scheduled_rates = learning_rates, scheduled_rates
+        self.taps.before_step(self.local)
+        self.runner.before_step(self.run, self.local)
+
+    @survives
+    def after_step(self) -> None:
+        self.taps.after_step(self.local)
+        self.runner.after_step(self.run, self.local)
+
+    def end_step(self, step: int) -> None:
+        self._is_due = True
+        self._pending = self._send(step) if self.local.losses and self.is_watching else None
+        self.local = LocalStep(step=step)
+
+    @survives
+    def _send(self, step: int) -> PendingStep:
+        """The step's numbers, on their way to the host; they are read at the end of the next step."""
+        num_tokens = self.local.num_tokens * self.run.world_size
+        self.tokens_seen += num_tokens
+        before, self._last_end = self._last_end, time.perf_counter()
+        record = {
+            "step": step,
+            "tokens_seen": self.tokens_seen,
+            "learning_rate": self.local.learning_rate,
+            "tokens_per_second": num_tokens / (self._last_end - before),
+        }
+        return PendingStep(record, self.local, self.runner.measure(self.run, self.local))
+
+    def restart_clock(self) -> None:
+        """Evaluations and saves do not count as training time."""
+        self._last_end = time.perf_counter()
+
+    def flush(self, stopped_by: Finding | None) -> Finding | None:
+        """Read the step before, send it to the main process and judge it there. Afterwards every rank knows whether to
+        stop (`stop_asked`) and because of which finding, which is returned."""
+        if not self._is_due:
+            return stopped_by
+        self._is_due = False
+        pending, self._pending = self._pending, None
+        payload = (self._read(pending) if pending is not None else None) or {}
+        unreported, self.reporter.unreported = self.reporter.unreported, []
+        failed = dict(self.runner.failed) if self.runner is not None else {}
+        payload |= {"findings": unreported, "stop": self.stop_asked, "failed": failed, "failure": self.failure}
+        ranks = self.ranks.gather(payload)
+        if self.is_main:
+            self._judge(pending, ranks)
+            self.stop_asked |= any(payload["stop"] for payload in ranks)
+            self.failure = next((payload["failure"] for payload in ranks if payload["failure"]), self.failure)
+        failed = dict(self.runner.failed) if self.runner is not None else {}
+        answer = self.ranks.broadcast((self.stop_asked, stopped_by, failed, self.failure))
+        self.stop_asked, stopped_by, failed, self.failure = answer
+        for name, what in failed.items() if self.runner is not None else ():
+            self.runner.fail(name, what)
+        return stopped_by
+
+    @survives
+    def _read(self, pending: PendingStep) -> dict:
+        return pending.read()
+
+    @survives
+    def _judge(self, pending: PendingStep | None, ranks: list[dict]) -> None:
+        self.reporter.report_others([payload["findings"] for payload in ranks])
+        for rank, payload in enumerate(ranks[1:], 1):
+            for name, what in payload["failed"].items():
+                self.runner.fail(name, f"{what} on rank {rank}")
+        if pending is None or any("loss" not in payload for payload in ranks):
+            return
+        loss = sum(payload["loss"] for payload in ranks) / len(ranks)
+        record: StepRecord = {**pending.record, "loss": loss, "grad_norm": ranks[0]["grad_norm"]}
+        self.history = [*self.history[1 - HISTORY :], record]
+        step = Step.gather(self.run, self.taps, record, self.history, self.passes, pending.local, ranks)
+        self.runner.observe(step)
+        append_line(self.output_dir / "steps.jsonl", record)
+
+    def begin_pass(self, tokens_in_pass: int | None) -> None:
+        self.passes += 1
+        if self.is_watching:
+            self.runner.begin_pass(tokens_in_pass)
+            if self.taps.ngrams is not None:
+                self.taps.ngrams.model.stop(SECOND_PASS)
+
+    # --- evaluations
+
+    def judge_evaluation(self, metrics: dict, step: int) -> None:
+        ranks = self.ranks.gather((self._take_evaluation(), self._repeat()))
+        if self.is_main and all(rows is not None for rows, _ in ranks):
+            self._observe_eval(metrics, step, [rows for rows, _ in ranks], ranks[0][1] or [])
+
+    @survives
+    def drop_evaluation(self) -> None:
+        if self.taps is not None and self.taps.evaluation is not None:
+            self.taps.evaluation.take()
+
+    @survives
+    def explain_waiting(self) -> None:
+        """At the end of a training: what has waited for the probes is reported without them."""
+        if self.runner is not None:
+            self.reporter.explain_waiting((), self.runner.evidence())
+
+    @survives
+    def _take_evaluation(self) -> dict | None:
+        return self.taps.evaluation.take() if self.taps is not None and self.taps.evaluation is not None else None
+
+    @survives
+    def _repeat(self) -> list[float]:
+        try:
+            return self.run.pinned.losses(2)
+        except CannotJudge:  # said where it is pinned
+            return []
+
+    @survives
+    def _observe_eval(self, metrics: dict, step: int, rows: list[dict], repeated: list[float]) -> None:
+        known = (step, self.tokens_seen, metrics, rows, self.history, self.passes, repeated)
+        self.runner.observe_eval(Evaluation(self.run, *known))
+
+    # --- state
+
+    @survives
+    def save(self, checkpoint: Path) -> None:
+        numbers, arrays = self.runner.save(self.run)
+        if not self.is_main or not checkpoint.is_dir():
+            return
+        taps: dict[str, dict] = {}
+        for name, state in {**self.taps.save(), "pinned": self.run.pinned.save()}.items():
+            taps[name] = {key: value for key, value in state.items() if not isinstance(value, np.ndarray)}
+            kept = {key: value for key, value in state.items() if isinstance(value, np.ndarray)}
+            arrays |= {f"{name}.{key}": value for key, value in kept.items()}
+        own = {"step": self.local.step, "passes": self.passes, "reporter": self.reporter.save()}
+        write_state(checkpoint, {**own, "guards": numbers, "taps": taps}, arrays)
+
+    def _restore(self, numbers: dict, arrays: dict[str, np.ndarray], checkpoint: Path | None) -> bool:
+        """False where nothing but the guards' own states could be restored: what is shared is then of no use."""
+        try:
+            taps = {name: {**state, **_part_of(arrays, name)} for name, state in numbers["taps"].items()}
+            self.taps.load(taps)
+            self.run.pinned.load(_part_of(arrays, "pinned"))
+            self.passes = int(numbers["passes"])
+            self.reporter.load(numbers["reporter"])
+            problems = self.runner.load(self.run, numbers["guards"], arrays)
+        except Exception as error:
+            if self.is_main:
+                warn_damaged(checkpoint, f"{type(error).__name__}: {error}")
+            self.taps.close()
+            self.taps = Taps(self.run, self.runner.taps)
+            return False
+        if problems and self.is_main:
+            warn_damaged(checkpoint, "; ".join(problems))
+        return True
+
+    def _part_of_ranks(self, numbers: dict, arrays: dict[str, np.ndarray]) -> tuple[dict, dict]:
+        """What other ranks need of the main process's state: the pinned rows, the taps' places, and the guards that
+        compute on every rank."""
+        names = {guard.__name__ for guard in self.options.guards if guard.on_every_rank}
+        kept = {f"{name}." for name in (*names, "pinned")}
+        own = {name: state for name, state in numbers.get("guards", {}).items() if name in names}
+        taps = {name: state for name, state in numbers.get("taps", {}).items() if name == "head"}
+        numbers = {**numbers, "guards": own, "taps": taps}
+        return numbers, {n: array for n, array in arrays.items() if any(n.startswith(prefix) for prefix in kept)}
+
+    def close(self) -> None:
+        if self.runner is not None:
+            self.runner.close()
+        if self.taps is not None:
+            self.taps.close()
+        self.ranks.close()
+
+
+def _part_of(arrays: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(f"{name}."): value for key, value in arrays.items() if key.startswith(f"{name}.")}

@@ -1,0 +1,436 @@
+"""What is recorded on each rank, without waiting for the device, and what guards are given of it.
+
+TAPS:
+    tokens       ids and flags of every micro-batch, `Step.tokens`
+    head         which targets a few positions were scored on, `Step.head`
+    gradients    what micro-batches added to the gradient of one parameter or two, `Step.gradients`
+    ngrams       n-gram models of the tokens, on the main process, `Step.ngrams`
+    evaluation   the micro-batches of evaluations, `Evaluation`
+Losses, learning rates, gradient norm and `num_items_in_batch` are always recorded.
+"""
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from recipe.guards.batches import SCORED, AsyncCopy, PendingTokens, SeenTokens, input_ids_of, scored_part, send_tokens
+from recipe.guards.guard import CannotJudge, Guard, contained
+from recipe.guards.head import HeadTap, SampledRows
+from recipe.guards.ngrams import NgramTap
+from recipe.guards.records import StepRecord
+from recipe.guards.run import LOW_PRECISION, Parameters, Run
+
+TAPS = ("tokens", "head", "gradients", "ngrams", "evaluation")
+# Steps; sampling the head's gradient costs half a per cent of the demo's step (measured by
+# `python -m tests.benchmarks guards`).
+SAMPLE_EVERY = 2
+# And every 100th after the last. Chosen, not measured: ranks that begin apart are found at once, later drift in time.
+CHECKED_STEPS = (1, 10, 100)
+# Elements of a tensor sampled. Derived: a share of 0.5 is known to 0.01.
+PER_TENSOR = 4096
+# Elements of a parameter: fewer may all sit still under small gradients. Chosen, not measured.
+MOVING_ELEMENTS = 16
+
+Rates = list[tuple[float | None, float | None]]
+
+
+def is_checked(step: int) -> bool:
+    """What reads all weights or all gradients is done now and then."""
+    return step in CHECKED_STEPS or step % CHECKED_STEPS[-1] == 0
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard, so that measuring never waits for another rank."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Up to PER_TENSOR strided elements, not copied."""
+    values = local(tensor).flatten()
+    stride = -(-values.numel() // PER_TENSOR) | 1  # odd: does not fall on one column of a matrix again and again
+    return values[::stride]
+
+
+# --- on the rank that makes the step
+
+
+@dataclass
+class LocalStep:
+    """One optimizer step on this rank. `step`: optimizer steps before it. `learning_rates`: `(lr, initial_lr)` of each
+    parameter group; `scheduled_rates`: what the scheduler says they are. `grad_norm`: before clipping, None where
+    nothing is clipped; `clipped_norm`: of all gradients after clipping, where it was measured. `was_saved`: or
+    evaluated, since the step before."""
+
+    step: int = 0
+    losses: list[torch.Tensor] = field(default_factory=list)
+    tokens: list[PendingTokens] = field(default_factory=list)
+    head: list[SampledRows] = field(default_factory=list)
+    num_items: Any = None
+    grad_norm: torch.Tensor | float | None = None
+    clipped_norm: torch.Tensor | None = None
+    learning_rates: Rates = field(default_factory=lambda: [(0.0, None)])
+    scheduled_rates: list[float | None] = field(default_factory=list)
+    gradients: list[torch.Tensor | None] = field(default_factory=list)
+    was_saved: bool = False
+    num_tokens: int = 0
+
+    @property
+    def learning_rate(self) -> float:
+        return self.learning_rates[0][0] or 0.0
+
+
+class PendingStep:
+    """A step whose numbers are on their way to the host. `record`: what the host knew of it at once. `payloads`: by
+    guard, what its `measure` gave."""
+
+    def __init__(self, record: dict, local: LocalStep, payloads: dict[str, Any]):
+        self.record, self.local = record, local
+        self._payloads = {name: _send(value) for name, value in payloads.items()}
+        self._num_items = _send(local.num_items)
+        losses = [loss.float().reshape(()) for loss in local.losses]
+        total = losses[0]
+        for loss in losses[1:]:  # in the order and precision in which Trainer adds them
+            total = total + loss
+        norms = [math.nan if norm is None else norm for norm in (local.grad_norm, local.clipped_norm)]
+        norms = [torch.as_tensor(norm, dtype=torch.float32, device=total.device).reshape(()) for norm in norms]
+        gradients = [gradient.to(total.device) for gradient in local.gradients if gradient is not None]
+        self._values = AsyncCopy(torch.cat([torch.stack([total, *norms, *losses]), *gradients]))
+
+    def read(self) -> dict:
+        """What this rank sends to the main process, as plain values."""
+        loss, norm, clipped_norm, *values = self._values.read().tolist()
+        losses, norms = values[: len(self.local.losses)], iter(values[len(self.local.losses) :])
+        return {
+            "loss": loss,
+            "grad_norm": norm if self.local.grad_norm is not None else None,
+            "clipped_norm": clipped_norm if self.local.clipped_norm is not None else None,
+            "losses": losses,
+            "gradients": [None if g is None else [next(norms) for _ in g] for g in self.local.gradients],
+            "tokens": [tokens.read() for tokens in self.local.tokens],
+            "head": [sampled.read() for sampled in self.local.head],
+            "num_items": _read(self._num_items),
+            "payloads": {name: _read(value) for name, value in self._payloads.items()},
+        }
+
+
+def _send(value):
+    """Tensors inside lists and dicts start their way to the host."""
+    if isinstance(value, torch.Tensor):
+        return AsyncCopy(value)
+    if isinstance(value, dict):
+        return {key: _send(each) for key, each in value.items()}
+    return [_send(each) for each in value] if isinstance(value, list) else value
+
+
+def _read(value):
+    if isinstance(value, AsyncCopy):
+        return value.read().tolist()
+    if isinstance(value, dict):
+        return {key: _read(each) for key, each in value.items()}
+    return [_read(each) for each in value] if isinstance(value, list) else value
+
+
+# --- on the main process
+
+
+class GradientNorms(NamedTuple):
+    """Norms of one followed parameter's gradient: of the `total` that its micro-batches gave; of its difference
+    (`error`) from the gradient `before` clipping; of that; of what the step was taken with (`now`); of what the
+    parameter `changed` by since the last step; and of the difference less the gradient of the last step (`rest`)."""
+
+    name: str
+    is_low: bool  # in half precision, which rounds
+    total: float
+    error: float
+    before: float
+    now: float
+    changed: float
+    rest: float
+
+
+@dataclass
+class Step:
+    """One step of all ranks. `tokens`, `head`: `(rank, micro_step, ...)`. `losses`: of each micro-batch, rank after
+    rank. `gradients`, `clipped_norm`, `num_items`: of the main process. `history`: the last steps' records, this one's
+    the last. `passes`: over the data, 1 in the first. `payloads`: by guard, one entry for each rank."""
+
+    run: Run
+    record: StepRecord
+    history: list[StepRecord]
+    passes: int
+    losses: list[float]
+    learning_rates: Rates
+    scheduled_rates: list[float | None]
+    tokens: list[tuple[int, int, SeenTokens]]
+    head: list[tuple[int, int, dict]]
+    gradients: list[GradientNorms]
+    clipped_norm: float | None
+    num_items: float | None
+    was_saved: bool
+    payloads: dict[str, list[Any]]
+    ngrams: NgramTap | None
+
+    @classmethod
+    def gather(cls, run, taps: "Taps", record, history, passes: int, local: LocalStep, ranks: list[dict]) -> "Step":
+        """`ranks`: what `PendingStep.read` gave on each. Feeds the n-gram model."""
+        first, names = ranks[0], {name for payload in ranks for name in payload["payloads"]}
+        step = cls(
+            run=run,
+            record=record,
+            history=history,
+            passes=passes,
+            losses=[loss for payload in ranks for loss in payload["losses"]],
+            learning_rates=local.learning_rates,
+            scheduled_rates=local.scheduled_rates,
+            tokens=[(rank, micro, seen) for rank, p in enumerate(ranks) for micro, seen in enumerate(p["tokens"])],
+            head=[(rank, micro, rows) for rank, p in enumerate(ranks) for micro, rows in enumerate(p["head"])],
+            gradients=taps.name_gradients(first["gradients"]),
+            clipped_norm=first["clipped_norm"],
+            num_items=first["num_items"],
+            was_saved=local.was_saved,
+            payloads={name: [payload["payloads"].get(name) for payload in ranks] for name in names},
+            ngrams=taps.ngrams,
+        )
+        if taps.ngrams is not None:
+            rows, flags = [piece[3] for piece in step.pieces], [piece[4] & SCORED != 0 for piece in step.pieces]
+            taps.ngrams.observe(rows, flags, record["loss"])
+            if (found := taps.ngrams.loss) is not None:
+                record["floor"], record["ceiling"] = found.floor, found.unigram
+        return step
+
+    @property
+    def number(self) -> int:
+        return self.record["step"]
+
+    @property
+    def tokens_seen(self) -> int:
+        return self.record["tokens_seen"]
+
+    def columns(self, count: int, *names: str) -> list[list]:
+        """The last `count` records' values, a list for each name."""
+        return [[record[name] for record in self.history[-count:]] for name in names]
+
+    def payload(self, guard: Guard) -> Any:
+        """What the guard's `measure` gave on the main process; None where it gave nothing."""
+        return self.payloads.get(type(guard).__name__, [None])[0]
+
+    @cached_property
+    def scored(self) -> list[int] | None:
+        """Targets of each micro-batch, in the order of `losses`; None where not all tokens are known."""
+        counts = [seen.num_scored for _, _, seen in self.tokens]
+        return counts if len(counts) == len(self.losses) else None
+
+    @cached_property
+    def pieces(self) -> list[tuple[int, int, int, np.ndarray, np.ndarray]]:
+        """Rank, micro-step, number, ids and flags of each stretch of text."""
+        return [
+            (rank, micro_step, number, ids, flags)
+            for rank, micro_step, seen in self.tokens
+            for number, (ids, flags) in enumerate(seen.pieces)
+        ]
+
+
+@dataclass
+class Evaluation:
+    """One evaluation. `ranks`: what `EvaluationTap.take` gave on each. `metrics`: what it reported. `repeated`: two
+    losses of the pinned batch, empty where none is pinned."""
+
+    run: Run
+    step: int
+    tokens_seen: int
+    metrics: dict[str, float]
+    ranks: list[dict]
+    history: list[StepRecord]
+    passes: int
+    repeated: list[float]
+
+
+# --- the taps
+
+
+class GradientTap:
+    """A hook at the last of the smallest trainable parameters, mostly the norm before the head: a few hundred numbers,
+    which lie outside of layers that are computed again. `of_matrices`: at a sample of the smallest matrix, which other
+    code may accumulate (fused kernels, gradients in fp32)."""
+
+    def __init__(self, parameters: Parameters, of_matrices: bool = False):
+        usable = [(n, p) for n, p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+        usable = [(n, p) for n, p in usable if p.numel() >= MOVING_ELEMENTS and (p.dim() > 1 or not of_matrices)]
+        self.of_matrices, self.failure = of_matrices, None
+        self.name, self.parameter = min(reversed(usable), key=lambda each: each[1].numel(), default=("", None))
+        self.is_low = self.parameter is not None and self.parameter.dtype in LOW_PRECISION
+        self.is_listening = False
+        self._left: torch.Tensor | None = None  # the parameter as the last step left it ...
+        self._next_step = -1  # ... and the step that is to find it so
+        self._taken: torch.Tensor | None = None  # the gradient that the last step was taken with
+        self._reset()
+        self._hook = self.parameter.register_hook(self._on_gradient) if self.parameter is not None else None
+
+    def _reset(self) -> None:
+        self._sum: torch.Tensor | None = None
+        self._unclipped: torch.Tensor | None = None
+        self._count = 0
+
+    def close(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    @contained
+    def _on_gradient(self, gradient: torch.Tensor) -> None:
+        if self.is_listening:
+            gradient = sample(gradient).float()
+            self._sum = gradient.clone() if self._sum is None else self._sum + gradient
+            self._count += 1
+
+    def before_clip(self) -> None:
+        self._unclipped = self._gradient().clone() if self.parameter is not None else None
+
+    def after_step(self, step: int) -> None:
+        self._left = sample(self.parameter).clone() if self.parameter is not None else None
+        self._next_step = step + 1
+
+    def take(self, num_micro_batches: int, step: int) -> torch.Tensor | None:
+        """The norms of `GradientNorms` on the device, float32 `[6]`. None where backward did not come once in each
+        micro-batch."""
+        count, total, before, last = self._count, self._sum, self._unclipped, self._taken
+        self._reset()
+        if self.parameter is None or count != num_micro_batches or total is None:
+            return None
+        now = self._gradient()
+        before = now if before is None else before
+        is_next = self._left is not None and step == self._next_step
+        changed = (sample(self.parameter) - self._left).float() if is_next else torch.zeros_like(now)
+        self._taken = now.clone()
+        rest = before - total if last is None else before - total - last
+        parts = (total, before - total, before, now, changed, rest)
+        return torch.stack([torch.linalg.vector_norm(part) for part in parts])
+
+    def _gradient(self) -> torch.Tensor:
+        gradient = self.parameter.grad
+        return sample(self.parameter if gradient is None else gradient).float() * (gradient is not None)
+
+    def save(self) -> dict:
+        kept = {"left": self._left, "taken": self._taken}
+        arrays = {name: value.float().cpu().numpy() for name, value in kept.items() if value is not None}
+        return {"name": self.name, "next_step": self._next_step, **arrays}
+
+    def load(self, state: dict) -> None:
+        if state["name"] != self.name or self.parameter is None:
+            return
+        self._next_step, like = int(state["next_step"]), sample(self.parameter)
+        for name, dtype in (("left", like.dtype), ("taken", torch.float32)):
+            if name in state and state[name].shape == tuple(like.shape):
+                setattr(self, f"_{name}", torch.from_numpy(state[name]).to(like.device, dtype))
+
+
+class EvaluationTap:
+    """Collects the micro-batches of one evaluation; `take` hands them over at its end."""
+
+    def __init__(self):
+        self._tokens: list[PendingTokens] = []
+        self._losses: list[AsyncCopy] = []
+
+    def begin(self, inputs) -> PendingTokens | None:
+        return send_tokens(inputs, pad_token_id=None)
+
+    def end(self, tokens: PendingTokens | None, outputs) -> None:
+        """`tokens`: what `begin` gave. `outputs`: of `prediction_step`, the loss first."""
+        if tokens is not None and isinstance(outputs[0], torch.Tensor):
+            self._tokens.append(tokens)
+            self._losses.append(AsyncCopy(outputs[0].detach().float().mean()))
+
+    def take(self) -> dict[str, list]:
+        """Of this rank: `rows` (token ids) and what of them is scored, `learned`; `losses` and `counts` (scored
+        tokens) of each micro-batch."""
+        seen = [tokens.read() for tokens in self._tokens]
+        pieces = [piece for tokens in seen for piece in tokens.pieces]
+        rows = [ids.astype(np.int32) for ids, _ in pieces]
+        learned = [part.astype(np.int32) for part in (scored_part(*piece) for piece in pieces) if len(part)]
+        losses = [loss.read().item() for loss in self._losses]
+        self._tokens, self._losses = [], []
+        return {"rows": rows, "learned": learned, "losses": losses, "counts": [each.num_scored for each in seen]}
+
+
+class Taps:
+    """The taps of one training on this rank. `names`: those that an active guard reads."""
+
+    def __init__(self, run: Run, names: set[str]):
+        assert names <= set(TAPS), f"unknown taps {names - set(TAPS)}"
+        self.run = run
+        self.reads_tokens = run.has_tokens and bool(names & {"tokens", "head", "ngrams"})
+        self.head: HeadTap | None = None
+        self.gradients: list[GradientTap] = []
+        self.evaluation = EvaluationTap() if "evaluation" in names else None
+        self.ngrams = NgramTap(run.vocab_size) if "ngrams" in names and run.is_main and run.has_tokens else None
+        if "head" in names and run.has_tokens and not run.is_compiled:
+            with suppress(CannotJudge):  # the probe of the targets says so
+                self.head = HeadTap(run.model)
+        if "gradients" in names and not run.is_sharded and "layerwise" not in run.args.optim:  # steps within backward
+            are_summed = run.args.gradient_accumulation_steps > 1 and run.world_size == 1
+            kinds = (False, True) if are_summed else (False,)
+            self.gradients = [GradientTap(run.named_parameters, of_matrices) for of_matrices in kinds]
+
+    def begin_micro_step(self, local: LocalStep, inputs) -> PendingTokens | None:
+        """Before the forward pass of a micro-batch of the training, not of those of probes."""
+        is_sampled = local.step % SAMPLE_EVERY == 0
+        if self.head is not None and is_sampled:
+            self.head.begin(input_ids_of(inputs))
+        for tap in self.gradients:
+            tap.is_listening = is_sampled or not tap.of_matrices
+        return send_tokens(inputs, self.run.pad_token_id) if self.reads_tokens else None
+
+    def end_micro_step(self, local: LocalStep, inputs, tokens: PendingTokens | None) -> None:
+        """After its backward pass. `tokens`: what `begin_micro_step` gave."""
+        for tap in self.gradients:
+            tap.is_listening = False
+        if (ids := input_ids_of(inputs)) is not None:
+            local.num_tokens += ids.numel()
+        if tokens is not None:
+            local.tokens.append(tokens)
+        if self.head is not None and (sampled := self.head.take()) is not None:
+            local.head.append(sampled)
+
+    def before_clip(self) -> None:
+        for tap in self.gradients:
+            tap.before_clip()
+
+    def after_clip(self, local: LocalStep, norm) -> None:
+        local.grad_norm = norm
+        if self.gradients and is_checked(local.step + 1):
+            gradients = [p.grad for _, p in self.run.named_parameters if p.requires_grad and p.grad is not None]
+            local.clipped_norm = torch.nn.utils.get_total_norm(gradients).float()
+
+    def before_step(self, local: LocalStep) -> None:
+        local.gradients = [tap.take(len(local.losses), local.step) for tap in self.gradients]
+
+    def after_step(self, local: LocalStep) -> None:
+        for tap in self.gradients:
+            tap.after_step(local.step)
+
+    def name_gradients(self, norms: list[list[float] | None]) -> list[GradientNorms]:
+        pairs = zip(self.gradients, norms, strict=True)
+        return [GradientNorms(tap.name, tap.is_low, *each) for tap, each in pairs if each is not None]
+
+    def save(self) -> dict[str, dict]:
+        """By tap. The n-gram model's is the main process's."""
+        state = {f"gradients{number}": tap.save() for number, tap in enumerate(self.gradients)}
+        named = {"head": self.head, "ngrams": self.ngrams}
+        return state | {name: tap.save() for name, tap in named.items() if tap is not None}
+
+    def load(self, state: dict[str, dict]) -> None:
+        named = {f"gradients{number}": tap for number, tap in enumerate(self.gradients)}
+        named |= {"head": self.head, "ngrams": self.ngrams}
+        for name, tap in named.items():
+            if tap is not None and name in state:
+                tap.load(state[name])
+
+    def close(self) -> None:
+        for tap in filter(None, (self.head, *self.gradients)):
+            tap.close()
