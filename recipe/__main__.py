@@ -17,12 +17,11 @@ USAGE = """usage: python -m recipe COMMAND ...
   train CONFIG.json [--field value ...] [--json]      the run
   check CONFIG.json [--field value ...] [--json]      every probe on the first batch, no training; 3: error
   verify-data CONFIG.json [--num_batches 100] [--workers W] [--field value ...] [--json]
-                                                      read the stream as training would: repetition, hold-out, speed
-  tokenize CONFIG.json OUT_DIR [--field value ...]    write the source's token ids once; name OUT_DIR as `source` then
+                                                      read the stream as training does: repetition, hold-out, speed
+  tokenize CONFIG.json OUT_DIR [--field value ...]    write the source's token ids once; then use OUT_DIR as `source`
   report RUN_DIR [--bundle]                           findings and curve -> RUN_DIR/report.html; --bundle packs what
-                                                      somebody else needs to look into a finding, without data or paths
-  trajectory record OUT.json RUN_DIR [RUN_DIR ...]    healthy runs of one config -> a reference that later runs are
-  held against
+                                                      is needed to debug a finding, without data or paths
+  trajectory record OUT.json RUN_DIR [RUN_DIR ...]    healthy runs of one config -> a reference curve
 """
 GOOD, UNEXPECTED, USER_INPUT, STOPPED_BY_GUARD = 0, 1, 2, 3
 
@@ -78,7 +77,7 @@ def _config_parser(command: str) -> argparse.ArgumentParser:
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: list[str]):
-    """The command's own options, and the configuration: all that is left over are its overrides."""
+    """The command's own options, and the configuration; all remaining words are overrides."""
     options, overrides = parser.parse_known_args(arguments)
     from recipe.arguments import parse_config
     from recipe.model import hardware_defaults
@@ -152,7 +151,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _is_disk_error(error: Exception) -> bool:
-    """A full or read-only disk, in the words of Python, safetensors or torch."""
+    """A full or read-only disk, as Python, safetensors or torch report it."""
     words = ("No space left on device", "Disk quota exceeded", "Read-only file system", "PytorchStreamWriter failed")
     return any(word in str(error) for word in words)
 
@@ -174,14 +173,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s | %(message)s")
     for name in ("httpx", "filelock", "fsspec", "datasets", "torch", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what failed in the end is said once
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides retries; a final failure is logged once
     signal.signal(signal.SIGTERM, _terminate)  # while the training runs, its own handler saves a checkpoint
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt as interrupt:
         code = _fail(exit_code_of(interrupt), "interrupted while not training, so no new checkpoint was saved")
     except Exception:
-        logging.getLogger("recipe").exception("unexpected error; this is a bug of the recipe or of what it stands on")
+        logging.getLogger("recipe").exception("unexpected error; a bug in the recipe or in a library")
         write_exit(UNEXPECTED, "unexpected error", None)
         code = UNEXPECTED
     atexit._run_exitfuncs()  # trackers finish their uploads here

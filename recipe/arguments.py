@@ -29,7 +29,7 @@ class ModelArguments:
     """What is trained: a new model from `model_config`, or the one at `model_name_or_path`; exactly one of the two."""
 
     model_config: str | None = None  # LlamaConfig JSON of a new model
-    model_name_or_path: str | None = None  # checkpoint folder or hub name to go on from
+    model_name_or_path: str | None = None  # checkpoint folder or hub name to continue from
     tokenizer: str  # folder or hub name
     attn_implementation: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
@@ -38,7 +38,7 @@ class ModelArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceArguments:
-    """One entry of a mixture. What it leaves out, it has from the key of the same name beside `source`."""
+    """One entry of a mixture. Missing keys default to the key of the same name beside `source`."""
 
     path: str
     text_column: str
@@ -47,7 +47,7 @@ class SourceArguments:
     weight: float = 1.0  # share of the rows, beside the weights of the other entries
 
     def __post_init__(self):
-        for name in ("train_skip", "eval_skip"):  # 1e6 is how a person writes it
+        for name in ("train_skip", "eval_skip"):  # accepts 1e6
             object.__setattr__(self, name, int(getattr(self, name)))
 
 
@@ -63,10 +63,10 @@ class DataArguments:
     train_seed: int = 42  # of the train stream's order
     eval_skip: int = 100_000  # index of the first hold-out document
     eval_seed: int = 1041  # of the eval stream's order
-    eval_documents: int = 1000  # hold-out documents; training steps over them
+    eval_documents: int = 1000  # hold-out documents; training skips them
     document_masking: bool = False  # keep attention inside each document of a row
     num_lanes: int = 32  # sub-streams of the canonical order; a power of two
-    # When a checkpoint was made on another stream: refuse, keep its position, or start anew.
+    # When a checkpoint was made on another stream: refuse, keep its position, or start again.
     on_changed_stream: Literal["refuse", "continue", "restart"] = "refuse"
 
     @property
@@ -79,7 +79,7 @@ class DataArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardArguments:
-    """Which guards watch the run, against what, and what an error does."""
+    """The reference curve, what a warning or error does, and which guards are disabled."""
 
     trajectory: str = "auto"  # reference curve: "auto", "none" or a JSON's path
     on_regression: Literal["warn", "stop"] = "warn"  # at a warning or error: go on, or exit
@@ -89,13 +89,13 @@ class GuardArguments:
 OURS = (ModelArguments, DataArguments, GuardArguments)
 TRAINING_FIELDS = {f.name: f for f in fields(TrainingArguments) if f.name not in checks.REFUSED}
 FIELDS = {f.name: f for group in OURS for f in fields(group)} | TRAINING_FIELDS
-# The recipe's own for keys of TrainingArguments.
+# The recipe's own defaults for keys of TrainingArguments.
 DEFAULTS = {name: value for name, (value, _) in checks.FIXED.items()} | {
     "logging_steps": 10,
     "report_to": [],
     "disable_tqdm": False,
     "prediction_loss_only": False,
-    "ddp_find_unused_parameters": False,  # Trainer's own default walks the graph in each step
+    "ddp_find_unused_parameters": False,  # Trainer's default walks the graph in each step
     "trackio_static_space_id": False,  # unset, a push to the hub also creates a Space
     "seed": 42,
 }
@@ -129,7 +129,7 @@ class Config:
     data: DataArguments
     guards: GuardArguments
     training: TrainingArguments
-    overrides: tuple[str, ...] = ()  # the words of the command line, to be said again when the run is to go on
+    overrides: tuple[str, ...] = ()  # the words of the command line, for the command that resumes the run
 
     @property
     def tokens_per_step(self) -> int:
@@ -139,7 +139,7 @@ class Config:
 
     @property
     def max_steps(self) -> int:
-        """Optimizer steps of the run: as given, or as many as read `train_tokens`, the last one whole."""
+        """Optimizer steps of the run: as given, or as many as `train_tokens` needs, rounded up."""
         if self.data.train_tokens is None:
             return self.training.max_steps
         return math.ceil(self.data.train_tokens / self.tokens_per_step)
@@ -161,8 +161,8 @@ def parse_config(
 ) -> Config:
     """The JSON at `path`, then `overrides` (`--field value`, `--field=value`, bare `--flag`), checked and resolved.
 
-    `machine_defaults` stand where both are silent. Paths are looked up as in `find_path`. An override of
-    `train_tokens` or `max_steps` replaces the file's choice of the two; so with `model_config` and
+    `machine_defaults` apply where neither sets a key. Paths are looked up as in `find_path`. An override of
+    `train_tokens` or `max_steps` replaces the file's choice of the two; the same holds for `model_config` and
     `model_name_or_path`. Raises `ConfigError` with every problem found.
     """
     path = Path(path)
@@ -179,7 +179,7 @@ def parse_config(
     found = {name: message for name, message in found.items() if message}
     values = _defaults() | {"output_dir": f"runs/{path.stem}"} | (machine_defaults or {})
     if given.get("fp16") is True and "bf16" not in given:
-        values["bf16"] = False  # the user's fp16 stands against the machine's bf16
+        values["bf16"] = False  # the user's fp16 overrides the machine's bf16
     for name in given.keys() - found.keys():
         is_whole = isinstance(given[name], float) and float not in TYPES[name].kinds  # such as 1e9
         values[name] = int(given[name]) if is_whole else given[name]
@@ -212,7 +212,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def format_config(config: Config) -> str:
-    """The resolved keys that differ from their defaults, one per line, aligned; then how many others do not."""
+    """The resolved keys that differ from their defaults, one per line, aligned; then the number of other keys."""
     resolved, defaults = config.to_dict(), _defaults()
     different = {k: v for k, v in resolved.items() if v != defaults[k] and (v or defaults[k])}
     width = max(map(len, different))
@@ -224,14 +224,14 @@ def format_config(config: Config) -> str:
 
 
 def find_path(value: str, config_path: str | os.PathLike) -> Path | None:
-    """The first place where `value` exists: as it stands, beside the config, in the project, in the package."""
+    """The first place where `value` exists: as given, beside the config, in the project, in the package."""
     return next((place for place in _places(value, config_path) if os.path.exists(place)), None)
 
 
 def _places(value: str, config_path: str | os.PathLike) -> list[Path]:
     path, package = Path(os.path.expanduser(value)), Path(__file__).resolve().parent
     places = [path, Path(config_path).resolve().parent / path, package.parent / path]
-    if path.parts[:1] == ("tokenizer",):  # a wheel carries the top-level folder inside the package
+    if path.parts[:1] == ("tokenizer",):  # a wheel has this top-level folder inside the package
         places.append(package / "_tokenizer" / Path(*path.parts[1:]))
     return list(dict.fromkeys(places))  # an absolute path has one
 
@@ -249,15 +249,15 @@ def _resolve_paths(values: dict[str, Any], config_path: Path, unsound: Set[str])
             places = ", ".join(map(str, _places(value, config_path)))
             problems[name] = f"{value} not found; looked for {places}{'; nor is it a hub name' if is_folder else ''}"
         elif place is not None and place.is_dir() != is_folder:
-            kind, mend = ("file", "folder that holds it") if is_folder else ("folder", "JSON file in it")
-            problems[name] = f"{value} is a {kind}; name the {mend}"
+            kind, fix = ("file", "folder that holds it") if is_folder else ("folder", "JSON file in it")
+            problems[name] = f"{value} is a {kind}; name the {fix}"
     if "source" not in unsound:
         values["source"] = _locate_source(values["source"], config_path)
     return problems
 
 
 def _locate_source(source: str | list, config_path: Path) -> str | list:
-    """Files named by a path or glob that is meant from the config's folder; everything else as it stands."""
+    """A path or glob relative to the config's folder is made absolute; everything else stays as it is."""
     if isinstance(source, list):
         return [{**entry, "path": _locate_source(entry["path"], config_path)} for entry in source]
     beside = str(config_path.resolve().parent / source)

@@ -1,7 +1,7 @@
-"""`report --bundle`: what somebody else needs to look into a finding, without data, paths or secrets.
+"""`report --bundle`: what is needed to debug a finding, without data, paths or secrets.
 
-An allow list. Settings keep numbers and the words of this package and of transformers; every other string of theirs is
-removed, and struck out of the texts that may quote it, together with whatever looks like a key or a path.
+An allow list. Settings keep numbers and the names that this package and transformers use; every other string in them
+is removed, also from the texts that may quote it, together with everything that looks like a key or a path.
 """
 
 import json
@@ -23,7 +23,7 @@ FILES = ("run.json", "exit.json", "findings.jsonl", "steps.jsonl", "evals.jsonl"
 REMOVED = "(removed)"
 SETTINGS = ("started", "finished", "resumed_from", "config_path", "commit", "is_dirty", "model", "source")
 REFERENCE = ("name", "belongs_to", "points", "window", "above", "red_flags", "grad_norm_phases")
-# Strings that settings keep, under any key: none of them can be a name of the user's.
+# Strings that settings keep, under any key: none of them can be a name that the user chose.
 WORDS = {
     *(word for kind in TYPES.values() for word in kind.choices),
     *(word for words in checks.WORDS.values() for word in words),
@@ -34,7 +34,7 @@ WORDS = {
 HASHES_AND_DATES = {"commit", "content_hash", "started", "finished"}
 HASH_OR_DATE = re.compile(r"[0-9a-fT:+-]+")
 VERSION = re.compile(r"\d[\w.+-]{0,40}")
-# A folder may be called `runs` or `loss`; words like these stay readable in findings, and so does every key of ours.
+# A folder may be called `runs` or `loss`; such words stay readable in findings, and so does every config key.
 COMMON = "home users data datasets text content train runs run model models tokenizer config json parquet recipe"
 COMMON_WORDS = {
     word
@@ -49,7 +49,7 @@ KEYS = re.compile(
     r"|(?<!\S)[^\s@]+@\S+",
     re.IGNORECASE,
 )
-# To the end of the line, as a path may hold spaces and quotes. `1/8` is a ratio, the only slash of the guards' own.
+# To the end of the line, as a path may hold spaces and quotes. Guards use a slash only in ratios such as `1/8`.
 PATHS = re.compile(r"(?<!\S)(?!1/\d+\b(?![/\\.]))\S*[/\\].*")
 QUOTED = re.compile(r"(?<!\w)(['\"`]).+?\1(?!\w)", re.DOTALL)
 
@@ -84,7 +84,7 @@ def _read_object(file: Path) -> dict:
 
 
 def _part(run: dict, name: str, keys: Iterable[str] | None = None) -> dict:
-    """A section of run.json, of which only `keys`; empty where there is none."""
+    """The `keys` of a section of run.json; empty where it is missing."""
     section = run[name] if isinstance(run.get(name), dict) else {}
     return {key: section[key] for key in (section if keys is None else keys) if key in section}
 
@@ -110,7 +110,7 @@ def _pack_finding(record: dict, known: re.Pattern) -> dict:
 
 
 def _pack(value, known: re.Pattern, key: str = "", is_text: bool = False):
-    """Numbers, words of ours, and text of the recipe's own (`is_text`) without what it quotes."""
+    """Numbers, known names, and the recipe's own texts (`is_text`) without what they quote."""
     if isinstance(value, dict):
         return {_strike_out(name, known): _pack(inner, known, name, is_text) for name, inner in value.items()}
     if isinstance(value, list):
@@ -128,8 +128,8 @@ def _strike_out(text: str, known: re.Pattern) -> str:
 
 
 def _known_names(run: dict) -> re.Pattern:
-    """Matches every string of the settings that is removed and each part of a path among them, with what is joined to
-    it, as in `my_run-2/checkpoint-100`."""
+    """Matches every string that is removed from the settings, each part of a path among them, and what follows it
+    without a space, as in `my_run-2/checkpoint-100`."""
     reference, spent = _part(run, "trajectory", REFERENCE), _part(_part(run, "result"), "tokens_by_source")
     settings = [run.get(key) for key in ("config_path", "resumed_from", "arguments", "source")]
     names = set(_strings([*settings, reference, *spent]))

@@ -1,11 +1,11 @@
-"""Line charts: round ticks, lines, points, a band, marked moments, all in pixels; the template makes them SVG."""
+"""Line charts: ticks, lines, points, bands and markers, in pixels; the template writes them as SVG."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
-MAX_POINTS = 1500  # of one line; a chart is about 1,000 pixels wide, so more cannot be seen
-# Pixels: the margins round the plot; of marker labels the top of the first row, its height, the width of a character.
+MAX_POINTS = 1500  # of one line; more are not visible in a chart of about 1,000 pixels
+# Pixels: the margins of the plot; of marker labels, the top of the first row, its height, the width of a character.
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
 LABEL_TOP, LABEL_ROW, CHARACTER = 6, 15, 6.7
 
@@ -40,7 +40,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps values in [low, high] to pixels in [start, end]; `start > end` turns the axis round, as y needs."""
+    """Maps values in [low, high] to pixels in [start, end]; `start > end` inverts the axis, as y needs."""
 
     low: float
     high: float
@@ -51,12 +51,12 @@ class Axis:
     def place(self, values) -> np.ndarray:
         values = np.asarray(values, dtype=np.float64)
         low, high = self.low, self.high
-        if self.is_log:  # 0 tokens, before the first step, belongs at the left edge
+        if self.is_log:  # 0 tokens, before the first step, are at the left edge
             values, low, high = np.log(np.maximum(values, low)), np.log(low), np.log(high)
         return self.start + (values - low) / (high - low) * (self.end - self.start)
 
     def pixel(self, value: float) -> float:
-        """Where one value is shown; beyond the axis, at its nearer end."""
+        """The pixel of one value; beyond the axis, that of its nearer end."""
         return round(float(np.clip(self.place(value), *sorted((self.start, self.end)))), 1)
 
     def ticks(self) -> list[float]:
@@ -65,7 +65,7 @@ class Axis:
 
 
 def build_y_axis(values: np.ndarray, start: float, end: float, from_zero: bool) -> Axis:
-    """Covers the finite values. A few spikes beyond 5 x the 99th percentile do not flatten the rest: they leave it."""
+    """Covers the finite values. A few spikes beyond 5 x the 99th percentile do not flatten the rest."""
     values = values[np.isfinite(values)]
     low, high, usual = np.percentile(values, [0, 100, 99]) if len(values) else (0.0, 1.0, 1.0)
     if 0 < 5 * usual < high:
@@ -92,7 +92,7 @@ def decimate(x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.
 
 def smooth(y: np.ndarray, is_log: bool) -> np.ndarray:
     """Centred mean that skips NaN: over +-4 % of the step's number on a log axis, +-1 % of the run on a linear one,
-    so that it is about equally wide on the page all along the line."""
+    so that its width on the page is about constant."""
     n, index = len(y), np.arange(len(y))
     half = (index * 0.04).astype(int) if is_log else np.full(n, n // 100)
     low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, n)
@@ -104,7 +104,7 @@ def smooth(y: np.ndarray, is_log: bool) -> np.ndarray:
 
 
 def path(x: np.ndarray, y: np.ndarray) -> str:
-    """SVG path data; the line breaks at NaN, and a lone point stays visible as the round cap of a line of length 0."""
+    """SVG path data; the line breaks at NaN, and a single point is the round cap of a line of length 0."""
     is_drawn = np.isfinite(y)
     is_start = is_drawn & ~np.append(False, is_drawn[:-1])
     points = zip(x[is_drawn], y[is_drawn], is_start[is_drawn], strict=True)
@@ -113,7 +113,7 @@ def path(x: np.ndarray, y: np.ndarray) -> str:
 
 @dataclass
 class Chart:
-    """Layers in data coordinates, and what the template asks to draw them; a layer's `css` class sets its colour."""
+    """Layers in data coordinates, and what the template needs to draw them; a layer's `css` class sets its colour."""
 
     title: str
     width: int
@@ -121,7 +121,7 @@ class Chart:
     tokens: np.ndarray  # seen at each step; the x axis goes from their lowest to their highest, or from 0
     is_log_x: bool = False
     from_zero: bool = False
-    note: str = ""  # in words, what the curve may hide
+    note: str = ""  # what the curve may hide, in words
     legend: list = field(default_factory=list)  # (colour, text)
     lines: list = field(default_factory=list)  # (css, x, y)
     dots: list = field(default_factory=list)  # (css, x, y, text on hover)
@@ -135,14 +135,14 @@ class Chart:
 
     def y_axis(self) -> Axis:
         num_rows = len({marker["top"] for marker in self.placed_markers() if marker["label"]})
-        # A reference may go on long after this run: what lies there must not widen the axis.
+        # A reference may be longer than this run: its later part must not widen the axis.
         values = [y[xs <= self.tokens.max()] for _, xs, *curves in self.lines + self.bands for y in curves]
         values.append([value for _, _, value, _ in self.dots])
         top = TOP + LABEL_ROW * num_rows
         return build_y_axis(np.concatenate(values), self.height - BOTTOM, top, self.from_zero)
 
     def shapes(self) -> list[tuple[str, str]]:
-        """(css, path data) of what lies within the plot, the lowest first."""
+        """(css, path data) of the layers inside the plot, the lowest first."""
         x, y, shapes = self.x_axis(), self.y_axis(), []
         for css, xs, low, high in self.bands:
             shapes.append((css, path(x.place(np.append(xs, xs[::-1])), y.place(np.append(low, high[::-1]))) + "Z"))
@@ -154,7 +154,7 @@ class Chart:
         return shapes
 
     def placed_markers(self) -> list[dict]:
-        """The markers in pixels. A label stands right of its line, or left where the page would end, in the first row
+        """The markers in pixels. A label is right of its line, or left of it at the end of the page, in the first row
         where it overlaps no other; `top` is that of its row, None without a label."""
         axis, row_ends, placed = self.x_axis(), [], []
         for css, tokens, label, text in self.markers:

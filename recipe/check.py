@@ -11,7 +11,7 @@ from recipe.train import assemble, open_run
 
 
 def run_check(config: Config) -> dict:
-    """Build the run in a directory that is thrown away, take its first micro-batch, and let the probes judge it.
+    """Build the run in a temporary directory, take its first micro-batch, and run the probes on it.
 
     Returns `judged` (ids), `findings`, `cannot_judge` and `not_applicable` (id -> reason), `needs_training` (ids that
     only a training can judge), and `exit_code`: 3 if a finding is an error.
@@ -40,7 +40,7 @@ def run_check(config: Config) -> dict:
 
 
 def format_check(result: dict) -> str:
-    """For people: a line for each id, what was found last."""
+    """For people: a line per id, findings last."""
     found = [Finding(**finding) for finding in result["findings"]]
     clear = [name for name in result["judged"] if name not in {finding.id for finding in found}]
     lines = [f"clear           {name}" for name in clear]

@@ -1,6 +1,6 @@
-"""What the keys of a configuration may hold: refused names, types, choices, ranges, and what must hold together.
+"""The values that the keys of a configuration accept: refused names, types, choices, ranges, combinations.
 
-Each check says what is wrong and how to mend it. Which keys exist is `arguments.py`'s business.
+Each check says what is wrong and how to fix it. `arguments.py` defines which keys exist.
 """
 
 import difflib
@@ -30,11 +30,11 @@ class FieldType(NamedTuple):
 
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", NoneType: "null"}
 TYPE_NAMES |= {list: "a list of strings", dict: "an object"}
-# TrainingArguments would accept these, and they would change nothing, or nothing that is wanted; from
-# evaluation_strategy on they are names of transformers 4.
+# TrainingArguments would accept these without any effect, or with a wrong one; from evaluation_strategy on they are
+# names of transformers 4.
 REFUSED = {
     "num_train_epochs": "the stream has no epochs; set train_tokens or max_steps",
-    "do_train do_eval do_predict": "the command (train, evaluate, ...) says what is done",
+    "do_train do_eval do_predict": "the command (train, check, ...) decides this",
     "accelerator_config parallelism_config dataloader_in_order": "the recipe deals rows to ranks and workers itself",
     "train_sampling_strategy group_by_length length_column_name": "the recipe's rows have one canonical order",
     "dataloader_drop_last": "every batch of the endless stream is full",
@@ -53,20 +53,20 @@ REFUSED = {
     "save_safetensors": "weights are always safetensors",
 }
 REFUSED = {name: reason for names, reason in REFUSED.items() for name in names.split()}
-# Choices that the type does not hold.
+# Choices that the type hint does not list.
 WORDS = {
     "disabled_guards": FINDING_IDS,
     "report_to": ("none", "all", *get_available_reporting_integrations()),
     "log_level": tuple(trainer_log_levels),
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
 }
-# What a number must be, the test for it, and the keys that it holds for. The first that fails is reported.
+# A condition on numbers, its test, and the keys that it applies to. The first that fails is reported.
 RANGES = (
     ("at least 0", lambda v: v >= 0, "train_skip eval_skip train_seed eval_seed seed dataloader_num_workers"),
     ("at least 0", lambda v: v >= 0, "learning_rate weight_decay adam_beta1 adam_beta2 max_grad_norm warmup_steps"),
     ("at least 1", lambda v: v >= 1, "per_device_train_batch_size per_device_eval_batch_size save_total_limit"),
     ("at least 1", lambda v: v >= 1, "gradient_accumulation_steps train_tokens num_lanes eval_documents"),
-    ("at least 1", lambda v: v >= 1 or v == -1, "max_steps"),  # -1 is Trainer's word for unset
+    ("at least 1", lambda v: v >= 1 or v == -1, "max_steps"),  # for Trainer, -1 means unset
     ("at least 8", lambda v: v >= 8, "block_size"),
     ("above 0", lambda v: v > 0, "adam_epsilon weight"),
     ("below 1", lambda v: v < 1, "adam_beta1 adam_beta2"),
@@ -84,7 +84,7 @@ FIXED = {
     "auto_find_batch_size": (False, "true changes the global batch, and with it the run, when memory runs out"),
     "average_tokens_across_devices": (True, "false weighs tokens by the rank that they are on"),
     "batch_eval_metrics": (True, "false gathers the logits of the whole hold-out in memory"),
-    "label_smoothing_factor": (0.0, "perplexity, envelope and references are about the plain next-token loss"),
+    "label_smoothing_factor": (0.0, "perplexity, n-gram baseline and references need the plain next-token loss"),
     "enable_jit_checkpoint": (False, "the recipe saves a checkpoint itself when it is interrupted"),
 }
 ALTERNATIVES = (("train_tokens", "max_steps"), ("model_config", "model_name_or_path"))
@@ -138,7 +138,7 @@ def split_hint(hint: Any) -> FieldType:
 
 
 def convert_word(text: str, kinds: Collection[type]) -> Any:
-    """A word of the command line as one of `kinds`; where none fits, as it stands, for `find_problem` to refuse."""
+    """A word of the command line as one of `kinds`; unchanged where none fits, for `find_problem` to refuse."""
     lowered = text.lower()
     if NoneType in kinds and lowered in ("null", "none"):
         return None
@@ -157,12 +157,12 @@ def convert_word(text: str, kinds: Collection[type]) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value as it stands in JSON, for a message."""
+    """A value as JSON, for a message."""
     return {list: "a list", dict: "an object"}.get(type(value)) or json.dumps(value, ensure_ascii=False)[:80]
 
 
 def _fits(value: Any, kind: type) -> bool:
-    if kind in (int, float):  # 1e9 is how a person writes a whole number of tokens
+    if kind in (int, float):  # accepts 1e9 as a whole number of tokens
         return type(value) in (int, float) and (kind is float or value % 1 == 0)
     return isinstance(value, kind) and (kind is not list or all(isinstance(item, str) for item in value))
 
@@ -170,8 +170,8 @@ def _fits(value: Any, kind: type) -> bool:
 def _type_problem(value: Any, kinds: Collection[type], choices: Collection[str]) -> str:
     names = TYPE_NAMES | ({str: f"one of {', '.join(choices)}"} if choices else {})
     bare = {bool, int, float}.intersection(kinds) if isinstance(value, str) else ()
-    mend = ": remove the quotes" if any(_fits(convert_word(value, [kind]), kind) for kind in bare) else ""
-    return f"expected {' or '.join(names[kind] for kind in kinds)}, got {show(value)}{mend}"
+    fix = ": remove the quotes" if any(_fits(convert_word(value, [kind]), kind) for kind in bare) else ""
+    return f"expected {' or '.join(names[kind] for kind in kinds)}, got {show(value)}{fix}"
 
 
 def _word_problem(name: str, value: str | list[str], choices: Collection[str]) -> str | None:
@@ -205,14 +205,14 @@ def _number_problem(name: str, value: float) -> str | None:
 
 
 def find_conflicts(values: Mapping[str, Any], given: Set[str], unsound: Set[str]) -> dict[str, str]:
-    """Key -> what is wrong with it beside the others; `given` are the keys that the user set. Nothing is said of a
-    combination that an `unsound` key takes part in."""
+    """Key -> what is wrong with its combination with others; `given` are the keys that the user set. Combinations with
+    an `unsound` key are not checked."""
     found = [(keys.split(), message) for keys, message in _conflicts(SimpleNamespace(**values), given)]
     return {keys[0]: message for keys, message in found if unsound.isdisjoint(keys)}
 
 
 def _conflicts(v: SimpleNamespace, given: Set[str]) -> Iterator[tuple[str, str]]:
-    """The keys of each combination that cannot be, first the one to be named, and what is wrong."""
+    """The keys of each impossible combination, the one to report first, and what is wrong."""
     for pair in ALTERNATIVES:
         num_set = sum(getattr(v, name) not in (None, -1) for name in pair)
         if num_set != 1:
@@ -238,7 +238,7 @@ def _conflicts(v: SimpleNamespace, given: Set[str]) -> Iterator[tuple[str, str]]
     if v.attn_implementation.startswith(("flash", "flex")) and on_cpu:
         yield "attn_implementation use_cpu", f"{v.attn_implementation} needs a GPU to train; use auto, sdpa or eager"
     if v.document_masking and v.use_cache:
-        yield "use_cache document_masking", "true turns document_masking off without a word; remove it"
+        yield "use_cache document_masking", "true silently turns document_masking off; remove it"
 
     if v.eval_strategy == "steps" and v.eval_steps is None:
         yield "eval_steps eval_strategy", 'is required when eval_strategy is "steps"'
@@ -251,7 +251,7 @@ def _conflicts(v: SimpleNamespace, given: Set[str]) -> Iterator[tuple[str, str]]
     kind = v.lr_scheduler_type
     if kind == "constant" and v.warmup_steps:
         yield "warmup_steps lr_scheduler_type", "constant ignores it; use constant_with_warmup, or remove it"
-    # Built once on nothing: transformers would refuse a wrong or missing kwarg only after the data has been opened.
+    # Built once on a dummy: transformers would reject a wrong or missing kwarg only after the data has been opened.
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=v.learning_rate)
     try:
         get_scheduler(kind, optimizer, 0, 100_000, dict(v.lr_scheduler_kwargs or {}))

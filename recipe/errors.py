@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """The user's input cannot be used (exit code 2). The message says what, where and how to mend it."""
+    """The user's input cannot be used (exit code 2). The message says what, where and how to fix it."""
 
     exit_code = 2
 
@@ -14,13 +14,13 @@ class DataError(RuntimeError):
 
 
 def exit_code_of(error: BaseException) -> int:
-    """The exit code that an exception stands for; `__main__` turns SIGTERM into a KeyboardInterrupt with a word."""
+    """The exit code of an exception; `__main__` turns SIGTERM into a KeyboardInterrupt with an argument."""
     if isinstance(error, KeyboardInterrupt):
         return 143 if error.args else 130
     return getattr(error, "exit_code", 1)
 
 
 def message_of(error: BaseException) -> str:
-    """The error's own words; one that crossed from a DataLoader worker comes wrapped in that worker's traceback."""
+    """The error's own message, without the traceback in which a DataLoader worker wraps it."""
     text = str(error).strip()
     return text.splitlines()[-1].split(": ", 1)[-1] if "Original Traceback" in text else text or type(error).__name__

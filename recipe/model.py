@@ -1,4 +1,4 @@
-"""LlamaConfig JSON -> LlamaForCausalLM, and what the hardware has: attention kernel, precision, compilation."""
+"""LlamaConfig JSON -> LlamaForCausalLM, and what the hardware supports: attention kernel, precision, compilation."""
 
 import json
 import logging
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 def hardware_defaults() -> dict:
-    """TrainingArguments keys that this machine decides where the config is silent, so that one JSON serves all
-    machines.
+    """TrainingArguments keys that depend on the machine where the config does not set them, so that one JSON works on
+    all machines.
 
     TF32 and bf16 on a GPU that has them (Ampere and later). Without any accelerator `use_cpu`: otherwise each of
-    several ranks would take itself for the only one. On a CPU bf16 autocast was slower than fp32 for the demo model,
+    several ranks would run as if it were the only one. On a CPU bf16 autocast was slower than fp32 for the demo model,
     even with AVX512-BF16 (4,977 against 7,193 tokens/s on 2 cores, torch 2.13.0).
     """
     if not torch.cuda.is_available():
@@ -40,10 +40,10 @@ def build_model(
     attn_implementation: str = "auto",
     document_masking: bool = False,
 ) -> PreTrainedModel:
-    """A new model from a LlamaConfig JSON, or pretrained weights to go on from. Weights are fp32; autocast does the
-    rest.
+    """A new model from a LlamaConfig JSON, or pretrained weights to continue from. Weights are fp32; lower
+    precision comes from autocast.
 
-    Draws on torch's global generator. Raises `UserError` where config, tokenizer and block size do not fit together.
+    Uses torch's global generator. Raises `UserError` where config, tokenizer and block size do not fit together.
     """
     attention = choose_attention(attn_implementation, document_masking)
     if model_config is not None:
@@ -62,7 +62,7 @@ def build_model(
 
 
 def load_model_config(path: str) -> LlamaConfig:
-    """Read a LlamaConfig JSON; unknown keys are refused, since LlamaConfig would keep them without a word."""
+    """Read a LlamaConfig JSON; unknown keys are refused, since LlamaConfig would silently keep them."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -86,7 +86,7 @@ def load_model_config(path: str) -> LlamaConfig:
 
 
 def check_shape(config: LlamaConfig, path: str) -> None:
-    """Raise `UserError` for shapes that LlamaConfig accepts and no forward pass does."""
+    """Raise `UserError` for shapes that LlamaConfig accepts but with which no forward pass works."""
     for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"):
         if getattr(config, name) < 1:
             raise UserError(f"model_config {path}: {name} must be at least 1, got {getattr(config, name)}")
@@ -100,8 +100,7 @@ def check_shape(config: LlamaConfig, path: str) -> None:
 
 
 def check_fit(config, tokenizer: PreTrainedTokenizerBase, block_size: int, name: str) -> None:
-    """Raise `UserError` unless every token id has an embedding and every position of a block is one the model is made
-    for."""
+    """Raise `UserError` unless every token id has an embedding and the block fits into the model's positions."""
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{name}: vocab_size {config.vocab_size:,} is smaller than the tokenizer's {len(tokenizer):,} tokens"
@@ -110,7 +109,7 @@ def check_fit(config, tokenizer: PreTrainedTokenizerBase, block_size: int, name:
     if longest is not None and block_size > longest:
         raise UserError(f"block_size {block_size:,} is over the model's max_position_embeddings {longest:,} ({name})")
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no EOS token, which separates documents; use one that has")
+        raise UserError("the tokenizer has no EOS token, which separates documents; use one that has it")
 
 
 def choose_attention(attn_implementation: str, document_masking: bool) -> str:
@@ -125,7 +124,7 @@ def choose_attention(attn_implementation: str, document_masking: bool) -> str:
 
 
 def why_not_compile() -> str | None:
-    """What `torch.compile` lacks here, or None. Inductor needs a C++ compiler and Python's headers even for GPU
+    """What `torch.compile` is missing here, or None. Inductor needs a C++ compiler and Python's headers even for GPU
     code."""
     if not any(shutil.which(compiler) for compiler in ("g++", "c++", "clang++", "cl")):
         return "no C++ compiler found (on Debian: apt install g++)"
@@ -135,7 +134,7 @@ def why_not_compile() -> str | None:
 
 
 def describe_kernels(model: PreTrainedModel, training_args) -> str:
-    """One line: which attention kernel, precision and compile mode are in force."""
+    """One line: the attention kernel, precision and compile mode in use."""
     precision = "bf16 autocast" if training_args.bf16 else "fp16 autocast" if training_args.fp16 else "fp32"
     device = training_args.device.type
     matmul = torch.backends.cuda.matmul.fp32_precision if device == "cuda" else None
@@ -147,7 +146,7 @@ def describe_kernels(model: PreTrainedModel, training_args) -> str:
 
 
 def count_flops_per_token(model: PreTrainedModel, block_size: int) -> int:
-    """Training FLOPs for one token: 6 for each weight that multiplies, plus attention, as in PaLM's appendix B (arXiv
+    """Training FLOPs for one token: 6 per weight in a matrix product, plus attention, as in PaLM's appendix B (arXiv
     2204.02311).
 
     The embedding table counts only where it is also the head (tied).

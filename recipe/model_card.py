@@ -1,4 +1,4 @@
-"""A run directory -> README.md of its trained model, from the run's files only."""
+"""A run directory -> README.md of its trained model."""
 
 from pathlib import Path
 

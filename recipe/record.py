@@ -11,11 +11,11 @@ from recipe.rundir import write_json
 
 WINDOW = 10
 POINTS = 40
-# The band is this many standard deviations, between seeds and steps, of a window's median. It is never narrower than
-# the second number, in nats: a margin that was chosen, not measured, for other corpus versions and other machines.
+# Half the band is this many standard deviations, between seeds and steps, of a window's median, and at least the
+# second number, in nats: a margin that was chosen, not measured, for other corpus versions and other machines.
 DEVIATIONS = 6
 MIN_HALF_WIDTH = 0.25
-# What a reference's provenance says of each run's configuration; what must agree is in `load_run`, as facts.
+# The part of each run's configuration that the provenance stores; what must agree is in the facts of `load_run`.
 ARGUMENTS = (
     "source",
     "block_size",
@@ -28,8 +28,8 @@ ARGUMENTS = (
 
 
 def record_reference(out: Path, run_dirs: list[Path]) -> Path:
-    """Write the reference of `run_dirs` to `out`. Raises `UserError` for runs that are not finished, clean, healthy
-    and alike."""
+    """Write the reference of `run_dirs` to `out`. Raises `UserError` unless the runs are finished, from a
+    clean checkout, healthy, and of one config."""
     runs = [load_run(run_dir) for run_dir in run_dirs]
     first = runs[0]["facts"]
     for run_dir, run in zip(run_dirs, runs, strict=True):
@@ -53,7 +53,7 @@ def record_reference(out: Path, run_dirs: list[Path]) -> Path:
 
 
 def load_run(run_dir: Path) -> dict:
-    """The run's facts and steps, or `UserError` with the reason why no reference may come from it."""
+    """The run's facts and steps, or `UserError` with the reason why it cannot be a reference."""
     try:
         run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -86,7 +86,7 @@ def load_run(run_dir: Path) -> dict:
 
 
 def choose_steps(num_steps: int) -> list[int]:
-    """About 40 steps, dense where the curve is steep: from one window on, evenly in log(step)."""
+    """About 40 steps, evenly spaced in log(step), from one window on."""
     ratio = (num_steps / WINDOW) ** (1 / (POINTS - 1))
     return sorted({min(num_steps, round(WINDOW * ratio**i)) for i in range(POINTS)})
 

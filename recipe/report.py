@@ -1,6 +1,6 @@
-"""A run directory -> report.html, one self-contained page: the values are computed here, `templates/` shows them.
+"""A run directory -> report.html, one self-contained page. Values are computed here and shown by `templates/`.
 
-Reads the run's files only, and makes do with what is there: the run that died is the one whose report is wanted.
+Reads only the run's files, and works with missing ones: crashed runs are those that need a report most.
 """
 
 import json
@@ -19,7 +19,7 @@ from recipe.guards.records import parse_object, read_and_count_lines
 
 RUN_FILES = ("run.json", "steps.jsonl", "evals.jsonl", "findings.jsonl", "samples.jsonl")
 SEVERITIES = ("error", "warning", "info")
-TRAIN_LOSS_STEPS = 20  # the train loss shown is the mean of so many last steps: one alone is noise
+TRAIN_LOSS_STEPS = 20  # the train loss shown is the mean of this many last steps: a single one is noisy
 SMALL_CHARTS = (  # title, field of the step records, unit
     ("Gradient norm", "grad_norm", "before clipping: "),
     ("Learning rate", "learning_rate", ""),
@@ -29,7 +29,7 @@ SMALL_CHARTS = (  # title, field of the step records, unit
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory holds; `gaps` says in words what it lacks."""
+    """The content of a run directory; `gaps` describes in words what is missing."""
 
     name: str
     info: dict  # run.json
@@ -45,7 +45,7 @@ class Run:
 
 
 def load_run(run_dir: Path) -> Run:
-    """Reads a run directory as far as it goes; UserError where there is no run."""
+    """Reads what there is of a run directory; UserError where there is no run."""
     if not any((run_dir / name).is_file() for name in RUN_FILES):
         raise UserError(f"no run in {run_dir}: expected a directory with {RUN_FILES[0]} or {RUN_FILES[1]} in it")
     file, gaps = run_dir / RUN_FILES[0], []
@@ -80,24 +80,24 @@ def render(template: str, values: dict, file: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
-        undefined=jinja2.ChainableUndefined,  # what the run did not record, at any depth: `show` makes it a dash
+        undefined=jinja2.ChainableUndefined,  # `show` makes a dash of what was not recorded, at any depth
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     to_json = partial(json.dumps, ensure_ascii=False)
     environment.filters |= {"show": show, "plural": plural, "compact": compact, "json": to_json}
-    # A sample may hold half a surrogate pair, which UTF-8 cannot say.
+    # A sample may hold half a surrogate pair, which UTF-8 cannot encode.
     file.write_text(environment.get_template(template).render(values), encoding="utf-8", errors="replace")
     return file
 
 
 def _read_records(file: Path, gaps: list[str]) -> list[dict]:
-    """The records of a file; what it lacks is noted in `gaps`."""
+    """The records of a file; adds what is missing to `gaps`."""
     records, num_lines = read_and_count_lines(file)
     if not file.is_file():
         gaps.append(f"{file.name} is missing")
-    elif not num_lines and file.name != "findings.jsonl":  # which a run makes at its start, and may have no use for
+    elif not num_lines and file.name != "findings.jsonl":  # created at the start, may stay empty
         gaps.append(f"{file.name} is empty")
     elif len(records) < num_lines:
         gaps.append(f"{file.name}: {num_lines - len(records)} of {num_lines} records cannot be read")
@@ -125,12 +125,12 @@ def _column(records: list[dict], key: str) -> np.ndarray:
 
 
 def show(value, digits: int | None = None, unit: str = "") -> str:
-    """A number with thousands separators; text, NaN and infinity as they are; a dash for what was not recorded."""
+    """A number with thousands separators; text, NaN and infinity unchanged; a dash for what was not recorded."""
     if value is None or isinstance(value, jinja2.Undefined):
         return "–"
     if _number(value) is None:
         return str(value)
-    # So large is only the perplexity of a broken model.
+    # Only the perplexity of a broken model is this large.
     style = "," if digits is None else ".3g" if abs(value) >= 1e12 else f",.{digits}f"
     return f"{value:{style}}{unit}"
 
@@ -145,13 +145,13 @@ def key_figures(run: Run) -> dict[str, tuple[str, str, str]]:
     last_eval, last_step = (records[-1] if records else {} for records in (run.evals, run.steps))
     counted = {"tokens_seen": last_step.get("tokens_seen"), "steps": last_step.get("step"), **run.part("result")}
     tail, speeds = _column(run.steps[-TRAIN_LOSS_STEPS:], "loss"), _column(run.steps, "tokens_per_second")
-    train_loss = float(tail.mean()) if len(tail) else None  # NaN if one is: a mean of the others would hide it
+    train_loss = float(tail.mean()) if len(tail) else None  # NaN if one of them is: a mean of the others would hide it
     speed = float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else None
     of_tail = f"nats/token, mean of the last {plural(len(tail), 'step')}" if run.steps else "no step recorded"
     at_step = f"at step {show(last_eval['step'])}" if last_eval else "no evaluation recorded"
     entropy, seconds = counted.get("unigram_entropy"), counted.get("train_seconds")
     accuracy = last_eval.get("eval_next_token_accuracy")
-    # Its clock started when it was resumed; its tokens and steps are those of the whole run.
+    # The time is since the resume; tokens and steps are those of the whole run.
     time = "Training time, last session" if run.info.get("resumed_from") is not None else "Training time"
     flops = f"{show(model.get('flops_per_token'))} FLOPs per token"
     return {
@@ -160,7 +160,11 @@ def key_figures(run: Run) -> dict[str, tuple[str, str, str]]:
         "perplexity": ("Perplexity", show(last_eval.get("eval_perplexity"), 2), at_step),
         "bits_per_byte": ("Bits per byte", show(last_eval.get("eval_bits_per_byte"), 3), at_step),
         "accuracy": ("Next-token accuracy", show(accuracy and 100 * accuracy, 1, " %"), at_step),
-        "unigram_entropy": ("Unigram entropy", show(entropy, 3), "nats/token, by token frequencies alone"),
+        "unigram_entropy": (
+            "Unigram entropy",
+            show(entropy, 3),
+            "nats/token, of a model that only knows token frequencies",
+        ),
         "tokens_seen": ("Tokens seen", show(counted["tokens_seen"]), f"in {show(counted['steps'])} steps"),
         "minutes": (time, show(seconds and seconds / 60, 1, " min"), "wall clock, evaluations included"),
         "tokens_per_second": ("Tokens per second", show(speed, 0), f"median, on {device.get('name') or 'unknown'}"),
@@ -169,7 +173,7 @@ def key_figures(run: Run) -> dict[str, tuple[str, str, str]]:
 
 
 def _environment(run: Run) -> dict[str, dict]:
-    """What run.json holds beside the result, by title."""
+    """The parts of run.json without the result, by title."""
     about = ("started", "finished", "resumed_from", "config_path", "commit", "is_dirty")
     return {
         "Run": {key: run.info.get(key) for key in about},
@@ -179,7 +183,7 @@ def _environment(run: Run) -> dict[str, dict]:
 
 
 def _extremes(run: Run, key: str) -> str:
-    """In words what a curve may hide: its last and highest value, and where it is not a number."""
+    """What a curve may hide, in words: its last and highest value, and where it is not a number."""
     values = _column(run.steps, key)
     is_finite = np.isfinite(values)
     if not is_finite.any():
@@ -208,7 +212,9 @@ def _loss_chart(run: Run) -> Chart:
     entropy = _number(run.part("result").get("unigram_entropy"))
     if entropy is not None:
         chart.lines.append(("unigram", np.array([0, tokens[-1]]), np.array([entropy, entropy])))
-        chart.legend.append(("unigram", f"unigram entropy {entropy:.2f}: the loss of token frequencies alone"))
+        chart.legend.append(
+            ("unigram", f"unigram entropy {entropy:.2f}: the loss of a model that only knows token frequencies")
+        )
     _add_envelope(chart, run.steps)
     chart.lines += [("raw", tokens, loss), ("line", tokens, smooth(loss, chart.is_log_x))]
     chart.legend.append(("loss", "train loss: each step thin, smoothed thick"))
@@ -222,14 +228,12 @@ def _loss_chart(run: Run) -> Chart:
 
 
 def _add_envelope(chart: Chart, steps: list[dict]) -> None:
-    """The n-gram's loss on the run's own tokens, as far as it was judged against."""
+    """The n-gram model's loss on the run's own tokens, where the guards used it."""
     judged = [record for record in steps if _number(record.get("floor")) is not None]
     if judged:
         tokens, floors = _column(judged, "tokens_seen"), _column(judged, "floor")
         chart.lines.append(("floor", tokens, smooth(floors, chart.is_log_x)))
-        chart.legend.append(
-            ("floor", "floor: an n-gram model on the same tokens; no honest model is below it so early")
-        )
+        chart.legend.append(("floor", "n-gram baseline on the same tokens; no correct model is below it so early"))
 
 
 def _add_reference(chart: Chart, trajectory: dict, steps: np.ndarray) -> None:
@@ -248,7 +252,7 @@ def _add_reference(chart: Chart, trajectory: dict, steps: np.ndarray) -> None:
 
 
 def _finding_markers(run: Run) -> list[tuple[str, float, str, str]]:
-    """A line at each finding; only the first of an id is labelled, with how often it came."""
+    """A line at each finding; only the first of an id is labelled, with its count."""
     counts, markers = Counter(str(finding.get("id")) for finding in run.findings), []
     for finding in sorted(run.findings, key=lambda finding: _number(finding.get("tokens_seen")) or 0):
         name = str(finding.get("id"))

@@ -1,4 +1,4 @@
-"""What a run says of itself: `run.json` when it begins, verdict, final model and report when it ends."""
+"""What a run writes: `run.json` when it starts; verdict, final model and report when it ends."""
 
 import logging
 import shlex
@@ -35,7 +35,7 @@ class Outcome:
 
 
 def describe_run(config: Config, output_dir: Path, data: Data, model, checkpoint: Path | None) -> None:
-    """Print what is about to run, and store it in `run.json`."""
+    """Log what will run, and store it in `run.json`."""
     training = config.training
     kernels = describe_kernels(model, training)
     if not training.should_save:
@@ -47,7 +47,7 @@ def describe_run(config: Config, output_dir: Path, data: Data, model, checkpoint
         share = part.weight / sum(data.loader.dataset.weights)
         logger.info(
             f"source {source.name}: {source.num_documents:,} documents, {source.num_bytes / 1e6:.1f} MB, fingerprint "
-            f"{source.fingerprint} | {share:.0%} of the rows | held out: documents {first:,} to {stop - 1:,}"
+            f"{source.fingerprint[:16]} | {share:.0%} of the rows | held out: documents {first:,} to {stop - 1:,}"
         )
     logger.info(f"eval: {len(data.eval_rows):,} rows of {config.data.block_size:,} tokens")
     logger.info(
@@ -117,8 +117,7 @@ def conclude(
     signals: SignalCallback,
     seconds: float,
 ) -> Outcome:
-    """Evaluate, save the model, write report and verdict. An interrupted or stopped run keeps its checkpoint and skips
-    the rest."""
+    """Evaluate, save the model, write report and verdict. An interrupted or stopped run only keeps its checkpoint."""
     is_whole = signals.received is None and guards.stopped_by is None
     metrics = final_evaluation(trainer) if is_whole else {}
     entropy = unigram_entropy(data.eval_rows)
@@ -149,7 +148,7 @@ def conclude(
     if trainer.is_world_process_zero():
         write_results(config, output_dir, data, guards, result, is_whole)
     if config.training.world_size > 1:
-        torch.distributed.barrier()  # a rank that leaves with 3 has torchrun kill rank 0 over the results
+        torch.distributed.barrier()  # if a rank exits with 3, torchrun kills rank 0 while it writes the results
     return Outcome(code, {"run_dir": str(output_dir), **result}, trainer.is_world_process_zero())
 
 
@@ -192,8 +191,8 @@ def write_results(
             f"{result['unigram_entropy']:.4f} | bits per byte {result['eval_bits_per_byte']:.4f}"
         )
     if not is_whole:
-        again = f"bash run_clm.sh {config.path}{_said_again(config.overrides)} --output_dir {output_dir}"
-        logger.info(f"a checkpoint is saved; to go on: {again} --resume_from_checkpoint latest")
+        again = f"bash run_clm.sh {config.path}{_repeated(config.overrides)} --output_dir {output_dir}"
+        logger.info(f"a checkpoint is saved; to continue: {again} --resume_from_checkpoint latest")
     is_judged = {"loss_off_reference", "loss_below_envelope"} & set(result["guards"]["judged"])
     unjudged = "" if is_judged else " (the loss curve was not judged)"
     counts = Counter(finding.severity for finding in guards.findings)
@@ -205,8 +204,8 @@ def write_results(
     )
 
 
-def _said_again(overrides: tuple[str, ...]) -> str:
-    """The command line's words, without those that a resumed run sets anew."""
+def _repeated(overrides: tuple[str, ...]) -> str:
+    """The words of the command line, without those that a resumed run sets again."""
     words, kept = list(overrides), []
     while words:
         taken = [words.pop(0)]

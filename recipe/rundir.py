@@ -1,4 +1,4 @@
-"""The run directory: which one, what is written into it, which checkpoint to go on from."""
+"""The run directory: which one, what is written into it, which checkpoint to resume from."""
 
 import contextlib
 import itertools
@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from recipe.errors import UserError
 
 STREAM_STATE = "stream_state.json"
-CONSEQUENCES = (1, 130, 143)  # exit codes that another rank's failure gives to this one
+CONSEQUENCES = (1, 130, 143)  # exit codes that another rank's failure causes in this one
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", STREAM_STATE)
 PACKAGES = (
     "torch", "transformers", "datasets", "accelerate", "tokenizers", "sentencepiece", "evaluate", "pyarrow", "numpy",
@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Write whole or not at all."""
+    """Write atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -35,9 +35,9 @@ def update_json(path: Path, values: dict) -> None:
 
 
 def choose_output_dir(output_dir: str, is_default: bool, resume_from_checkpoint: str | None) -> Path:
-    """The directory for this run. One that holds a run already is never written into, unless that run is resumed.
+    """The directory for this run. A directory that holds a run is only reused to resume that run.
 
-    The default name gets a number then; a name of the user's own is refused with `UserError`.
+    Otherwise the default name gets a number; a name that the user chose is refused with `UserError`.
     """
     path = Path(output_dir)
     if not holds_run(path) or resume_from_checkpoint == "latest":
@@ -52,8 +52,8 @@ def choose_output_dir(output_dir: str, is_default: bool, resume_from_checkpoint:
     if is_default:
         numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
         return next(candidate for candidate in numbered if not holds_run(candidate))
-    mend = "choose another one, or go on with it: --resume_from_checkpoint latest"
-    raise UserError(f"output_dir {path} holds a run already; {mend}")
+    fix = "choose another one, or resume it: --resume_from_checkpoint latest"
+    raise UserError(f"output_dir {path} holds a run already; {fix}")
 
 
 def holds_run(path: Path) -> bool:
@@ -63,9 +63,9 @@ def holds_run(path: Path) -> bool:
 def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Path | None:
     """The checkpoint to resume from, None for a new run.
 
-    `latest` is the newest complete one in `output_dir`; checkpoints are written in place, and a run killed while it
-    wrote one leaves it without `stream_state.json`, which comes last. Raises `UserError` where there is none, or where
-    files are missing: Trainer would go on without an optimizer's state and say nothing.
+    `latest` is the newest complete one in `output_dir`. Checkpoints are written in place, `stream_state.json` last, so
+    a run that is killed while it saves leaves one without this file. Raises `UserError` where there is none, or where
+    files are missing: Trainer would silently resume without the optimizer's state.
     """
     if resume_from_checkpoint is None:
         return None
@@ -74,14 +74,14 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Pat
             return newest
         count = len(list(output_dir.glob("checkpoint-*")))
         problem = f"{output_dir} holds {f'{count} checkpoints, none complete' if count else 'no checkpoint'}"
-        mend = "leave the key out to start a new run"
+        fix = "leave the key out to start a new run"
     else:
         path = Path(resume_from_checkpoint)
         missing = _missing_files(path)
         if not missing:
             return path
-        problem, mend = f"not a complete checkpoint, {', '.join(missing)} missing", "give another, or latest"
-    raise UserError(f"resume_from_checkpoint {resume_from_checkpoint}: {problem}; {mend}")
+        problem, fix = f"not a complete checkpoint, {', '.join(missing)} missing", "give another, or latest"
+    raise UserError(f"resume_from_checkpoint {resume_from_checkpoint}: {problem}; {fix}")
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -91,7 +91,7 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def read_stream_state(checkpoint: Path) -> dict | None:
-    """The stream's state in a checkpoint; None where the file is not whole."""
+    """The stream's state in a checkpoint; None where the file is damaged."""
     try:
         state = json.loads((checkpoint / STREAM_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -115,22 +115,22 @@ def _missing_files(path: Path) -> list[str]:
 def write_exit(code: int, reason: str, output_dir: Path | None) -> None:
     """`exit.json` in the run directory, and where `run_clm.sh` asks for it: torchrun turns every child's code into 1.
 
-    Rank 0 has the last word, unless it only says that it was ended or lost its peers after another rank had said why.
+    Rank 0 decides, unless it was only ended or lost its peers after another rank had reported the reason.
     """
     rank, asked = int(os.environ.get("RANK", "0")), os.environ.get("RECIPE_EXIT_FILE")
-    word = {"code": code, "reason": reason, **({"rank": rank} if rank else {})}
+    entry = {"code": code, "reason": reason, **({"rank": rank} if rank else {})}
     earlier = json.loads(Path(asked).read_text(encoding="utf-8") or "{}") if asked and Path(asked).exists() else {}
     if earlier and (rank or ("rank" in earlier and code in CONSEQUENCES)):
-        word = earlier
+        entry = earlier
     if rank == 0 and output_dir is not None and output_dir.is_dir():
-        write_json(output_dir / "exit.json", word)
-    if asked and word is not earlier:
-        write_json(Path(asked), word)
+        write_json(output_dir / "exit.json", entry)
+    if asked and entry is not earlier:
+        write_json(Path(asked), entry)
 
 
 @contextlib.contextmanager
 def claim(output_dir: Path, rank: int) -> Iterator[None]:
-    """Make the directory and hold it, by rank 0, for this run alone. Raises `UserError` if that cannot be."""
+    """Make the directory and lock it for this run, on rank 0. Raises `UserError` if that fails."""
     if rank != 0:
         yield
         return
@@ -149,7 +149,7 @@ def claim(output_dir: Path, rank: int) -> Iterator[None]:
 
 
 def write_failure(code: int, reason: str, output_dir: Path) -> None:
-    """What ended a run before its result, for `exit.json` and, in the report, `run.json`."""
+    """Record in `exit.json` and `run.json` why a run ended without a result."""
     write_exit(code, reason, output_dir)
     if os.environ.get("RANK", "0") == "0" and (output_dir / "run.json").exists():
         update_json(output_dir / "run.json", {"failure": reason})
@@ -165,8 +165,8 @@ def describe_environment() -> dict:
 
 def _git(*arguments: str) -> str | None:
     root = Path(__file__).resolve().parent.parent
-    # The folder is named, so that git does not take a repository around it, such as a project's with the recipe in its
-    # environment, for the recipe's own.
+    # An explicit --git-dir keeps git from using a surrounding repository, such as that of a project with the recipe in
+    # its environment.
     command = ["git", "-C", str(root), "--git-dir=.git", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

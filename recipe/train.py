@@ -1,4 +1,4 @@
-"""The run as a table of contents: where, data, model, guards, train, results."""
+"""The run as a table of contents: run directory, data, model, guards, training, results."""
 
 import logging
 import os
@@ -38,7 +38,7 @@ NUM_PROMPTS, PROMPT_TOKENS = 3, 12
 
 
 def run_training(config: Config) -> Outcome:
-    """One run from configuration to verdict. Raises `UserError` and `DataError`; everything else is in the outcome."""
+    """One run from configuration to verdict. Raises `UserError` and `DataError`; all else is in the outcome."""
     output_dir = open_run(config)
     with rundir.claim(output_dir, config.training.process_index):
         return run_claimed(config, output_dir)
@@ -53,14 +53,14 @@ def run_claimed(config: Config, output_dir: Path) -> Outcome:
         return conclude(config, output_dir, data, trainer, guards, run.signals, seconds)
     except BaseException as error:
         if isinstance(error, DataError) and (last := rundir.newest_checkpoint(output_dir)):
-            error.args = (f"{message_of(error)}; --resume_from_checkpoint latest then goes on from {last.name}",)
+            error.args = (f"{message_of(error)}; --resume_from_checkpoint latest then continues from {last.name}",)
         rundir.write_failure(exit_code_of(error), message_of(error), output_dir)
         raise
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """A run that is ready to begin. `checkpoint`: what it goes on from."""
+    """A run that is ready to start. `checkpoint`: the one to resume from."""
 
     data: Data
     guards: RegressionCallback
@@ -70,7 +70,7 @@ class Assembled:
 
 
 def assemble(config: Config, output_dir: Path) -> Assembled:
-    """Data, model, guards and trainer, at the position of the checkpoint where there is one."""
+    """Data, model, guards and trainer, at the position of the checkpoint if there is one."""
     checkpoint = rundir.find_checkpoint(config.training.resume_from_checkpoint, output_dir)
     disable_progress_bar()
     set_seed(config.training.seed)
@@ -97,11 +97,11 @@ def assemble(config: Config, output_dir: Path) -> Assembled:
     return Assembled(data, guards, trainer, signals, checkpoint)
 
 
-# --- where
+# --- the run directory
 
 
 def open_run(config: Config) -> Path:
-    """Settle what depends on machine or disk: compilation, steps, the run directory (the same on every rank)."""
+    """Decide what depends on machine or disk: compilation, steps, the run directory (the same on every rank)."""
     training = config.training
     if training.n_gpu > 1:
         raise UserError(
@@ -113,22 +113,22 @@ def open_run(config: Config) -> Path:
     if training.use_liger_kernel and not is_liger_kernel_available():
         raise UserError("use_liger_kernel needs the package liger-kernel, which is not installed; set it to false")
     if config.guards.trajectory not in ("auto", "none"):
-        load_reference(config.guards.trajectory)  # a bad file is to be known now, not when the training begins
+        load_reference(config.guards.trajectory)  # report a bad file now, not when the training starts
     is_default = training.output_dir == f"runs/{config.path.stem}"
     chosen = [rundir.choose_output_dir(training.output_dir, is_default, training.resume_from_checkpoint)]
     if training.world_size > 1:
         torch.distributed.broadcast_object_list(chosen)
     if training.torch_compile and (reason := why_not_compile()):
-        logger.warning("torch_compile is on but cannot work here: %s; running uncompiled", reason)
+        logger.warning("torch_compile is on but does not work here: %s; running uncompiled", reason)
         training.torch_compile, training.torch_compile_backend, training.torch_compile_mode = False, None, None
     # Set in place: `dataclasses.replace` would run TrainingArguments' `__post_init__` a second time.
     training.output_dir, training.max_steps = str(chosen[0]), config.max_steps
-    training.dataloader_pin_memory = training.device.type == "cuda"  # without an accelerator it only warns
+    training.dataloader_pin_memory = training.device.type == "cuda"  # without CUDA it only causes a warning
     return chosen[0]
 
 
 def choose_prompts(rows: HeldOutRows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The first whole words of a few held-out documents, of those that begin in words rather than in code."""
+    """The first whole words of a few held-out documents, preferring those that start with prose rather than code."""
     prompts = []
     for row in rows.rows:
         for start in np.flatnonzero(row.input_ids == tokenizer.eos_token_id) + 1:
@@ -166,8 +166,8 @@ def build_guards(config: Config) -> RegressionCallback:
 
 
 def restored_settings(config: Config, model) -> dict:
-    """What a checkpoint brings back with optimizer, scheduler and generators: another value in the config would be
-    accepted and ignored."""
+    """Settings that a checkpoint restores with optimizer, scheduler and generators: other values in the config would
+    silently be ignored."""
     names = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1")
     resolved = config.to_dict()
     settings = {name: resolved[name] for name in (*names, "adam_beta2", "adam_epsilon", "seed")}
@@ -203,12 +203,12 @@ def build_trainer(config: Config, data: Data, model, guards: RegressionCallback)
 def train(trainer: PretrainTrainer, guards: RegressionCallback, checkpoint: Path | None) -> float:
     """Run the training; returns its seconds.
 
-    A checkpoint at the last step, of a run killed before its results were written, has nothing left to train; Trainer
-    would take one more step.
+    A checkpoint at the last step, of a run killed before its results were written, needs no training; Trainer would
+    take one more step.
     """
     start = time.perf_counter()
     if checkpoint is not None and rundir.step_of(checkpoint) >= trainer.args.max_steps:
-        logger.info("%s is the end of the run already: nothing left to train", checkpoint)
+        logger.info("%s is at the last step: nothing left to train", checkpoint)
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state.global_step = rundir.step_of(checkpoint)
         guards.open_files(trainer.args, trainer.state)

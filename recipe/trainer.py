@@ -28,8 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class PretrainTrainer(Trainer):
-    """Trainer that reads the recipe's loader as it is: the stream has shared its rows out over ranks, accelerate must
-    not do it again."""
+    """Trainer that reads the recipe's loader directly: the stream, not accelerate, divides the rows over ranks."""
 
     def __init__(self, *args, train_loader: BatchLoader, **kwargs):
         super().__init__(*args, train_dataset=train_loader.dataset, **kwargs)
@@ -39,7 +38,7 @@ class PretrainTrainer(Trainer):
         return self.train_loader
 
     def _save_checkpoint(self, model, trial):
-        # Trainer would delete older checkpoints now; `StreamCallback` does it when this one is complete.
+        # Trainer would delete older checkpoints now; `StreamCallback` does so once this one is complete.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -51,10 +50,10 @@ class PretrainTrainer(Trainer):
 
 
 class StreamCallback(TrainerCallback):
-    """Saves the stream's position into each checkpoint, last of all files; then deletes those over `save_total_limit`.
+    """Saves the stream's position as the last file of each checkpoint, then deletes those over `save_total_limit`.
 
-    Announces the end of each source's first pass once: when a lane of this rank wraps, or at the next checkpoint where
-    it was another rank's.
+    Announces the end of each source's first pass once: when a lane of this rank wraps, or at the next checkpoint if it
+    was a lane of another rank.
     """
 
     def __init__(self, loader: BatchLoader, identity: dict, settings: dict, guards: RegressionCallback):
@@ -100,18 +99,18 @@ class StreamCallback(TrainerCallback):
 
 
 def load_position(checkpoint: Path, identity: dict, settings: dict, start: dict, on_changed_stream: str) -> dict:
-    """The position to go on from: the one saved in a checkpoint, or `start` where the user says so.
+    """The position to resume from: the one saved in a checkpoint, or `start` for `on_changed_stream` "restart".
 
     Raises `UserError` with the differences where it belongs to another stream and `on_changed_stream` is "refuse", or
-    where settings differ that the checkpoint brings back.
+    where settings differ that the checkpoint restores.
     """
     saved = read_stream_state(checkpoint)
     if saved is None or saved["position"].keys() != start.keys():
         raise UserError(f"{checkpoint / STREAM_STATE} is damaged; resume from another checkpoint, or latest")
     if differences := _differences(saved["settings"], settings):
         raise UserError(
-            f"{checkpoint} brings these back, so that another value would be ignored:{differences}\n  leave them as "
-            f"they were, or begin a new run from its weights: --model_name_or_path {checkpoint}"
+            f"{checkpoint} restores these settings, so other values would be ignored:{differences}\n  restore the old "
+            f"values, or start a new run from its weights: --model_name_or_path {checkpoint}"
         )
     position, differences = saved["position"], _differences(saved["identity"], identity)
     touched = [line for line in differences.splitlines() if ".modified:" in line]
@@ -122,7 +121,7 @@ def load_position(checkpoint: Path, identity: dict, settings: dict, start: dict,
         return position
     if on_changed_stream == "refuse":
         raise UserError(
-            f"{checkpoint} was made on another stream, its position means nothing here:{differences}\n  undo the "
+            f"{checkpoint} was made on another stream, so its position is not valid here:{differences}\n  undo the "
             "change; or add --on_changed_stream continue (keep the position) or restart (from the new stream's start)"
         )
     logger.warning("%s was made on another stream:%s\n  %s", checkpoint, differences, CHANGED[on_changed_stream])
@@ -138,7 +137,7 @@ def load_position(checkpoint: Path, identity: dict, settings: dict, start: dict,
 
 
 CHANGED = {
-    "continue": "going on at its position all the same: documents may be missed or come twice",
+    "continue": "continuing at its position anyway: documents may be missed or read twice",
     "restart": "reading the new stream from its start",
 }
 
@@ -163,7 +162,7 @@ def _shown(value) -> str:
 
 
 class SampleCallback(TrainerCallback):
-    """A few continuations of held-out text at each evaluation, with the share of their words that the source knows."""
+    """A few continuations of held-out text at each evaluation, with the share of their words that the source has."""
 
     def __init__(
         self, prompts: list[list[int]], tokenizer, sources: Sequence[Source], guards: RegressionCallback, new_tokens=64
@@ -202,8 +201,7 @@ class SampleCallback(TrainerCallback):
 
 
 def generate(model, tokenizer, prompt: list[int], new_tokens: int, seed: int) -> str:
-    """Sample a continuation (temperature 0.7, nucleus 0.95) and leave the generators and the model's mode as they
-    were."""
+    """Sample a continuation (temperature 0.7, nucleus 0.95), keeping the generators and the model's mode unchanged."""
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     model.eval()
@@ -230,7 +228,7 @@ def words_of(text: str) -> list[str]:
 
 
 def words_of_sources(sources: Sequence[Source], tokenizer, max_bytes: int = 1 << 25) -> set[str]:
-    """Distinct words in the first 32 MB of the sources, each read in equal measure."""
+    """Distinct words in the first 32 MB of the sources, equal amounts of each."""
     words = set()
     for source in sources:
         size = 0
@@ -244,8 +242,7 @@ def words_of_sources(sources: Sequence[Source], tokenizer, max_bytes: int = 1 <<
 
 
 def share_of_known_words(text: str, known: set[str]) -> float | None:
-    """Share of the words in `text` that are in `known`; None without words. The first and last may be cut, so they do
-    not count."""
+    """Share of the words in `text` that are in `known`, None without words. The first and last word may be cut."""
     words = words_of(text)[1:-1]
     return sum(word in known for word in words) / len(words) if words else None
 
@@ -254,7 +251,7 @@ def share_of_known_words(text: str, known: set[str]) -> float | None:
 
 
 class SignalCallback(TrainerCallback):
-    """SIGINT and SIGTERM end the training after the current step, with a checkpoint; a second one ends it at once."""
+    """SIGINT and SIGTERM end the training after this step, with a checkpoint; a second one ends it immediately."""
 
     def __init__(self, guards: RegressionCallback):
         self.guards = guards
@@ -273,13 +270,13 @@ class SignalCallback(TrainerCallback):
             signal.raise_signal(number)
         self.received = number
         logger.warning(
-            "%s: saving a checkpoint after this step; once more to end at once", signal.Signals(number).name
+            "%s: saving a checkpoint after this step; repeat it to end immediately", signal.Signals(number).name
         )
         self.guards.ask_to_stop()
 
 
 class ProgressBarCallback(TrainerCallback):
-    """A bar with loss, tokens/s and ETA on a terminal; elsewhere a line at every logged step."""
+    """A bar with loss, tokens/s and ETA on a terminal; elsewhere a line per logged step."""
 
     def __init__(self, guards: RegressionCallback):
         self.guards = guards

@@ -1,4 +1,4 @@
-"""`verify-data`: read the stream through the real loader, and say what training would see."""
+"""`verify-data`: read the stream through the real loader and report what training would see."""
 
 import bisect
 import hashlib
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from recipe.arguments import Config
-from recipe.data.hold_out import KeptOut, digest_of
+from recipe.data.hold_out import HoldOutFilter, digest_of
 from recipe.data.packing import Row
 from recipe.data.pipeline import Data, build_data
 from recipe.errors import UserError
@@ -20,7 +20,7 @@ SHOWN, FILES_SHOWN, SAMPLE_CHARS = 5, 20, 300
 
 @dataclass
 class Reading:
-    """What was read, counted row by row; plain numbers, so that a test can feed it rows of its own.
+    """What was read, counted row by row; a test can add its own rows.
 
     `readings[source, pass_number, document]` counts how often a document was begun in a pass; `tokens[source,
     document]` its tokens; `duplicates` are pairs of rows of one pass with the same ids, each row by its pieces, which
@@ -34,7 +34,7 @@ class Reading:
     _blocks: dict = field(
         default_factory=dict
     )  # (first and last pass, hash of the ids) -> pieces of the first such row
-    _next: dict = field(default_factory=dict)  # (source, lane) -> where the piece in hand goes on
+    _next: dict = field(default_factory=dict)  # (source, lane) -> where the current piece continues
 
     def add(self, row: Row) -> None:
         self.rows += 1
@@ -63,9 +63,7 @@ class Reading:
 def verify_data(config: Config, num_batches: int) -> dict:
     """Read `num_batches` micro-batches with the config's workers; returns the JSON-able result, with its findings."""
     if config.training.world_size > 1:
-        raise UserError(
-            "verify-data reads in one process, as all ranks would together; use --workers for more readers"
-        )
+        raise UserError("verify-data reads in one process what all ranks would read; use --workers for more readers")
     start = time.perf_counter()
     data = build_data(config)
     reading, first_rows, first_time = Reading(), None, start
@@ -95,13 +93,13 @@ def verify_data(config: Config, num_batches: int) -> dict:
 
 
 def compare_texts(data: Data, reading: Reading) -> dict:
-    """What only the texts tell: tokens by file, equal texts at different places, held-out texts among those read.
+    """What only the texts show: tokens by file, equal texts at different places, held-out texts among those read.
 
-    Reads the chunks of the documents once more. `copies_kept_out`: documents in those chunks that equal a held-out
-    one, so that the stream left them out.
+    Reads the chunks of the documents again. `copies_kept_out`: documents in those chunks that equal a held-out
+    one, so that the stream skipped them.
     """
     eos = data.tokenizer.eos_token_id
-    kept_out = KeptOut(data.eval_rows.contents, eos)
+    hold_out_filter = HoldOutFilter(data.eval_rows.contents, eos)
     tokens_by_file: Counter = Counter()
     digests, places, hits, copies = {}, defaultdict(list), [], 0
     for number, part in enumerate(data.loader.dataset.parts):
@@ -115,12 +113,12 @@ def compare_texts(data: Data, reading: Reading) -> dict:
             contents = part.source.read_chunk(chunk)
             tokens_by_file[chunk.path] += sum(reading.tokens[number, document] for document in inside)
             allowed = set(part.split.documents_of(chunk))
-            copies += sum(kept_out.holds(contents[document - chunk.first_document]) for document in allowed)
+            copies += sum(hold_out_filter.holds(contents[document - chunk.first_document]) for document in allowed)
             for document in inside:
                 content = contents[document - chunk.first_document]
                 digests[number, document] = digest_of(content, eos)
                 places[digests[number, document]].append(f"{part.source.name}[{document}]")
-                if document not in allowed or kept_out.holds(content):
+                if document not in allowed or hold_out_filter.holds(content):
                     hits.append(f"{part.source.name}[{document}]")
     equal = [where for where in places.values() if len(where) > 1]
     explained = sum(_is_of_equal_texts(*pair, digests) for pair in reading.duplicates)
@@ -157,8 +155,8 @@ def find_problems(reading: Reading, duplicate_blocks: int, hits: Sequence[str]) 
                 found=f"{len(twice)} documents read twice in a pass, {duplicate_blocks} duplicate blocks of "
                 f"{reading.rows}",
                 expected="0 and 0",
-                likely_causes=("the source holds the same text many times in one document", "a bug of the stream"),
-                action="look at the examples in the result; remove what is repeated from the source",
+                likely_causes=("the source holds the same text many times in one document", "a bug in the stream"),
+                action="look at the examples in the result; remove the repeated text from the source",
                 evidence={"documents": twice[:SHOWN], "duplicate_blocks": duplicate_blocks},
             )
         )
@@ -171,7 +169,7 @@ def find_problems(reading: Reading, duplicate_blocks: int, hits: Sequence[str]) 
                 0,
                 found=f"{len(hits)} held-out documents among those that training reads: {', '.join(hits[:SHOWN])}",
                 expected="0",
-                likely_causes=("a bug of the stream",),
+                likely_causes=("a bug in the stream",),
                 action="do not trust the eval loss; report this",
                 evidence={"documents": hits[:SHOWN]},
             )
@@ -180,7 +178,7 @@ def find_problems(reading: Reading, duplicate_blocks: int, hits: Sequence[str]) 
 
 
 def format_result(result: dict) -> str:
-    """The result as people read it, a fact a line; what is wrong comes last."""
+    """The result for people, one fact a line; findings come last."""
     tokens = result["tokens"]
     rate = f"{result['tokens_per_second']:,} tokens/s" if result["tokens_per_second"] else "tokens/s not measured"
     by_file = Counter(result["tokens_by_file"]).most_common()
@@ -196,7 +194,7 @@ def format_result(result: dict) -> str:
         f"documents read twice       {result['documents_read_twice']:,}, in one pass",
         f"hold-out hits              {result['hold_out_hits']:,}",
         f"copies of held-out texts   {result['copies_kept_out']:,} kept out of training, in the chunks read",
-        f"equal texts                {result['equal_texts']:,} documents whose text stood elsewhere in what was read",
+        f"equal texts                {result['equal_texts']:,} documents whose text occurs elsewhere in what was read",
         *equal,
         f"speed                      {rate}; first batch after {result['seconds_to_first_batch']:.2f} s",
         "tokens by file",

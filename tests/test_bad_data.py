@@ -1,4 +1,4 @@
-"""Data that cannot be used, each in one message that says what, where and how to mend it; and odd data that can."""
+"""Data that cannot be used, each in one message that says what, where and how to fix it; and odd data that can."""
 
 import itertools
 import json
@@ -49,11 +49,11 @@ def first_rows(contents, tokenizer, block_size, count):
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', DataError, r"document 1 is not UTF-8 .* byte 10\); mend or"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', DataError, r"document 1 is not UTF-8 .* byte 10\); fix or"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "b\\ud83d"}\n', DataError, "document 1, line 3, .* surrogates not"),
         ("a.jsonl", b'{"text": "\xed\xa0\x80"}\n', DataError, "document 0 is not UTF-8"),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), DataError, "document 0 is not UTF-8"),
-        ("a.jsonl", b'{"text": "a"}\n' + b"\0" * 10, DataError, "document 1, line 2, is not JSON .*; mend or remove"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"\0" * 10, DataError, "document 1, line 2, is not JSON .*; fix or remove"),
         ("a.jsonl", b"[" * 100_000, DataError, "document 0, line 1, is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', UserError, "document 1, line 2, has no key 'text'"),
         ("a.jsonl", b'{"txt": "a"}\n', UserError, r"did you mean --text_column txt\?"),
@@ -61,10 +61,10 @@ def first_rows(contents, tokenizer, block_size, count):
         ("a.jsonl", b'{"text": [1]}\n{"text": [1, null]}\n', UserError, "document 1: 'text' holds list, neither"),
         ("a.jsonl", b'{"text": [1]}\n{"text": [3000000000]}\n', DataError, "document 1.*3000000000"),
         ("a.jsonl", b"\n" * 9000, UserError, "without a single document"),
-        ("a.txt", b"a\n<|endoftext|>\nb\xff\n", DataError, r"document 1 is not UTF-8 .* byte 1\); mend or remove it"),
+        ("a.txt", b"a\n<|endoftext|>\nb\xff\n", DataError, r"document 1 is not UTF-8 .* byte 1\); fix or remove it"),
         ("a.txt", b"", UserError, "without a single document"),
         ("a.parquet", b"", DataError, r": cannot be opened .*; replace the file, or leave it out"),
-        ("a.txt.zst", b"x", UserError, "a compressed file cannot be sought.*; unpack it"),
+        ("a.txt.zst", b"x", UserError, "cannot seek in a compressed file.*; unpack it"),
     ],
 )
 def test_a_bad_file_is_one_message(tmp_path, name, content, error, message):
@@ -75,7 +75,7 @@ def test_a_bad_file_is_one_message(tmp_path, name, content, error, message):
 
 def test_a_folder_of_compressed_files_says_so(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"x")
-    with pytest.raises(UserError, match="a compressed file cannot be sought"):
+    with pytest.raises(UserError, match="cannot seek in a compressed file"):
         open_source(str(tmp_path))
 
 
@@ -201,7 +201,7 @@ def test_a_run_on_nothing_but_empty_documents_is_one_message(write_config, tmp_p
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 3000)
     assert run(["train", write_config(source=str(tmp_path / "empty.jsonl"))]) == 2
     error = capfd.readouterr().err
-    assert error.count("error: ") == 1 and "not one of its 10 documents holds text" in error
+    assert error.count("error: ") == 1 and "none of its 10 documents has text" in error
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])

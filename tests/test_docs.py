@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import tomllib
 from io import StringIO
 from pathlib import Path
 from tokenize import COMMENT, generate_tokens
@@ -16,7 +17,8 @@ from recipe.guards import thresholds as t
 from recipe.guards.trajectory import TRAJECTORIES, load_reference
 
 ROOT = Path(recipe.__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tokenizer" / "README.md"]
+TOP_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tokenizer/README.md")]
+PAGES = [*TOP_PAGES, *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -246,7 +248,7 @@ def test_every_guard_that_can_speak_has_a_section():
 
 def test_the_keys_in_readme_are_keys(tmp_path):
     config = parse_config(ROOT / "recipe" / "configs" / "cpu_demo.json", ["--use_cpu", "true"])
-    table = README.split("## The keys worth editing")[1].split("##")[0]
+    table = README.split("## Train on your own text")[1].split("\n## ")[0]
     keys = [name for row in re.findall(r"^\| (`.*?) \|", table, flags=re.M) for name in re.findall(r"`(\w+)`", row)]
     assert len(keys) >= 12 and set(keys) <= set(config.to_dict())
 
@@ -260,5 +262,15 @@ def test_the_figures_in_readme_are_those_of_the_recorded_runs():
     assert f"{demo['train_tokens'] / 1e6:.1f}M tokens" in README
 
 
+def test_the_minimum_versions_in_readme_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lowest = dict(re.match(r"(\w+)>=([\d.]+)", line).groups() for line in project["dependencies"])
+    words = [f"{name} {lowest[name]}" for name in ("torch", "transformers", "accelerate", "datasets")]
+    first_screen = " ".join(README.splitlines()[:20])
+    assert all(word in first_screen for word in [f"Python {project['requires-python'].removeprefix('>=')}", *words])
+
+
 def test_readme_is_short():
-    assert len(README.splitlines()) < 200 and "@@" not in README
+    lines = README.splitlines()
+    prose = [line for line in lines if not line.startswith(("|", "bash "))]
+    assert len(lines) < 200 and max(map(len, prose)) <= 120 and "@@" not in README

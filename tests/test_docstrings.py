@@ -291,7 +291,7 @@ def test_an_unwritable_cache_is_explained(package: Package, tmp_path: Path) -> N
 
 def test_a_worker_that_dies_is_reported(package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(docstrings.sys, "executable", "/bin/false")
-    with pytest.raises(DataError, match=r"worker .* ended early, near .*\(exit code 1\)"):
+    with pytest.raises(DataError, match=r"worker ended early, near .*\(exit code 1\)"):
         build_corpus([package], tmp_path / "cache", num_processes=2)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from recipe.data.collator import DataCollatorForPackedRows
 from recipe.data.formats import Chunk
-from recipe.data.hold_out import KeptOut
+from recipe.data.hold_out import HoldOutFilter
 from recipe.data.lanes import deal_chunks, read_lane, start_of_lane, train_and_eval_splits
 from recipe.data.loader import BatchLoader, merge_positions
 from recipe.data.source import Source
@@ -75,11 +75,11 @@ class Mixture:
             self.train_parts.append(Part(source, train, one["weight"]))
             self.eval_parts.append(Part(source, held))
             held_out += one["texts"][held.start : held.stop]
-        self.kept_out = KeptOut(held_out)
+        self.hold_out_filter = HoldOutFilter(held_out)
 
     def stream(self, rank=0, world_size=1) -> RowStream:
         sizes = self.drawn["block_size"], self.drawn["num_lanes"]
-        return RowStream(self.train_parts, self.tokenizer, *sizes, rank, world_size, self.kept_out)
+        return RowStream(self.train_parts, self.tokenizer, *sizes, rank, world_size, self.hold_out_filter)
 
     def loader(self, batch_size, rank=0, world_size=1) -> BatchLoader:
         return BatchLoader(self.stream(rank, world_size), DataCollatorForPackedRows(EOS), batch_size)
@@ -135,7 +135,7 @@ def _disjoint(mixture, rows):
         texts = mixture.drawn["sources"][row.source]["texts"]
         for piece in row.pieces:
             assert not split.hold_out[0] <= piece.document < split.hold_out[1] and piece.document >= split.start
-            assert not mixture.kept_out.holds(texts[piece.document])
+            assert not mixture.hold_out_filter.holds(texts[piece.document])
             begun[row.source, piece.pass_number, piece.document] += piece.first_token == 0
     assert max(begun.values()) == 1
 
@@ -199,7 +199,7 @@ def test_the_tokens_of_the_documents_are_the_tokens_of_the_blocks(tokenizer, dra
 def _nothing_lost(mixture, rows):
     part, num_lanes = mixture.train_parts[0], mixture.drawn["num_lanes"]
     for lane, chunks in enumerate(deal_chunks(part.source, part.split, num_lanes)):
-        documents = read_lane(part.source, chunks, part.split, lane, start_of_lane(), mixture.kept_out)
+        documents = read_lane(part.source, chunks, part.split, lane, start_of_lane(), mixture.hold_out_filter)
         tokens = [row.input_ids.tolist() for row in rows if row.lane == lane]
         expected = []
         while len(expected) < sum(map(len, tokens)):

@@ -288,7 +288,7 @@ def test_healthy_run_reads_healthy(make_run):
     assert page.count("p", "verdict good") == 1 and page.has("Healthy")
     assert page.has("The run finished. 0 errors, 0 warnings, 0 notes.")
     assert page.has("FindingsNone.")
-    assert not page.has("This report lacks")
+    assert not page.has("Missing in this report")
 
 
 def test_findings_stand_most_severe_first_with_all_their_fields(make_run):
@@ -379,7 +379,7 @@ def test_a_report_without_one_of_the_files(make_run, missing, content):
         (folder / missing).write_bytes(content.encode("latin-1"))
     page = report_of(folder)
     is_known_empty = missing == "findings.jsonl" and content == ""
-    assert page.has("This report lacks: " + missing) != is_known_empty
+    assert page.has("Missing in this report: " + missing) != is_known_empty
 
 
 def test_only_steps_with_a_half_written_last_line(tmp_path):
@@ -388,7 +388,7 @@ def test_only_steps_with_a_half_written_last_line(tmp_path):
         file.write('{"step": 41, "tokens_s')
     page = report_of(tmp_path)
     assert page.count("p", "verdict error") == 1 and page.has("Unfinished")
-    assert page.has("Last heard of: step 40.")
+    assert page.has("Last recorded: step 40.")
     assert page.has("steps.jsonl: 1 of 41 records cannot be read")
     assert figure(page, "tokens_seen")[1] == f"{40 * TOKENS_PER_STEP:,}"
     assert figure(page, "eval_loss")[1] == "–"
@@ -403,7 +403,7 @@ def test_a_run_that_died_before_its_first_step(make_run):
     del info["result"]
     (folder / "run.json").write_text(json.dumps(info | {"finished": None, "trajectory": None}))
     page = report_of(folder)
-    assert page.has("Last heard of: before its first step.")
+    assert page.has("Last recorded: before its first step.")
     assert page.has("nothing to draw")
 
 

@@ -69,7 +69,7 @@ def test_the_fingerprint_changes_with_the_files(write_parquet):
     ("name", "content", "message"),
     [
         ("a.csv", "x", "unknown format '.csv'; known: .parquet, .jsonl"),
-        ("a.jsonl.gz", "x", "a compressed file cannot be sought"),
+        ("a.jsonl.gz", "x", "cannot seek in a compressed file"),
         ("a.jsonl", "", "without a single document"),
     ],
 )

@@ -255,7 +255,7 @@ def test_deal_chunks_gives_every_chunk_to_one_lane(write_parquet):
 
 def test_a_source_of_empty_documents_is_an_error_and_not_an_endless_loop(write_parquet, tokenizer):
     source = open_source(write_parquet(0, texts=[""] * 20))
-    with pytest.raises(UserError, match="not one of its 20 documents holds text"):
+    with pytest.raises(UserError, match="none of its 20 documents has text"):
         next(iter(RowStream([Part(source, Split(42))], tokenizer, 8, 1)))
 
 

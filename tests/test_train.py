@@ -361,7 +361,7 @@ def test_a_resumed_run_does_not_forget_what_was_found_before(write_config, tmp_p
 def test_without_a_compiler_it_runs_uncompiled_and_says_so(write_config, monkeypatch, caplog):
     monkeypatch.setattr("recipe.train.why_not_compile", lambda: "no C++ compiler found")
     assert run(["train", write_config(torch_compile=True, eval_strategy="no", eval_steps=None)]) == 0
-    assert "torch_compile is on but cannot work here: no C++ compiler found; running uncompiled" in caplog.text
+    assert "torch_compile is on but does not work here: no C++ compiler found; running uncompiled" in caplog.text
 
 
 @pytest.mark.slow
@@ -464,7 +464,7 @@ def test_when_the_data_fails_the_last_checkpoint_is_named(write_config, tmp_path
 
     monkeypatch.setattr(Source, "read_chunk", failing)
     assert run(["train", write_config(max_steps=200, eval_strategy="no", eval_steps=None)]) == 4
-    expected = "error: part-00.parquet: gone; replace the file; --resume_from_checkpoint latest then goes on from"
+    expected = "error: part-00.parquet: gone; replace the file; --resume_from_checkpoint latest then continues from"
     assert expected in capsys.readouterr().err
     assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 4
 
@@ -518,7 +518,7 @@ def test_a_killed_worker_is_a_data_error(write_config, tmp_path, capsys, monkeyp
     monkeypatch.setattr(Source, "read_chunk", dying)
     assert run(["train", write_config(), "--dataloader_num_workers", "2"]) == 4
     error = capsys.readouterr().err
-    assert "a data worker was ended from outside" in error and "Traceback" not in error
+    assert "a data worker was killed" in error and "Traceback" not in error
 
 
 def test_the_end_of_a_pass_on_another_rank_is_announced_at_the_next_checkpoint(write_config, tmp_path):

@@ -11,17 +11,17 @@ from recipe.data.packing import Row
 
 @dataclass(frozen=True)
 class DataCollatorForPackedRows:
-    """Stacks rows; keeps no state, so train and eval can share it.
+    """Stacks rows; has no state, so train and eval can share it.
 
-    `labels` are the `input_ids` themselves, unshifted: the model shifts them, once. No attention mask is made, since
+    `labels` are the `input_ids` themselves, unshifted: the model shifts them once. There is no attention mask, since
     rows have no padding and a 2-D mask of ones silently turns document masking off. With `document_masking`,
-    `position_ids` start again at 0 after each EOS, from which the model derives that documents do not see each other.
+    `position_ids` restart at 0 after each EOS, from which the model derives the document boundaries.
 
     Rows [5 6 2 7] and [8 9 2 5] with EOS = 2 give
         input_ids    [[5, 6, 2, 7], [8, 9, 2, 5]]     labels the same
         position_ids [[0, 1, 2, 0], [0, 1, 2, 0]]     with document_masking only
         cu_seq_lens_q = cu_seq_lens_k = [0, 3, 4, 7, 8], max_length_q = max_length_k = 4     with flash_attention too
-    Shapes `[rows, block_size]`, int64; `cu_seq_lens_*` int32 `[documents + 1]`, over the rows one after another.
+    Shapes `[rows, block_size]`, int64; `cu_seq_lens_*` int32 `[documents + 1]`, over the concatenated rows.
     """
 
     eos_token_id: int
@@ -39,11 +39,11 @@ class DataCollatorForPackedRows:
 
 
 def flash_arguments(position_ids: torch.Tensor) -> dict[str, torch.Tensor | int]:
-    """What flash attention's varlen kernel needs to keep documents apart.
+    """The arguments of flash attention's varlen kernel that keep documents separate.
 
-    transformers 5.23 derives it from `position_ids` in batches of one row alone; with more rows it attends over
-    whole rows and says nothing. The longest document is given as the row's length, which bounds it: another number
-    in each batch would have `torch.compile` begin anew.
+    transformers 5.23 derives them from `position_ids` only in batches of one row; with more rows it silently attends
+    over whole rows. The longest document is given as the row's length, an upper bound: a different number in each
+    batch would make `torch.compile` recompile.
     """
     total = torch.tensor([position_ids.numel()])
     lengths = torch.cat([(position_ids.flatten() == 0).nonzero().flatten(), total]).to(torch.int32)

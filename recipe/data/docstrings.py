@@ -1,11 +1,11 @@
-"""The corpus that needs no download: the English in the docstrings of the packages that the recipe installs anyway.
+"""The corpus that needs no download: the English in the docstrings of the packages that the recipe installs.
 
 1. `find_packages`            names -> packages on disk, found without importing them
 2. `read_modules`             packages -> one `Module` a file: its paragraphs in source order, read by parallel workers
 3. `drop_repeated_paragraphs` every paragraph once in the whole corpus
 4. `drop_shared_windows`      no run of `WINDOW_WORDS` words in two documents, so that any hold-out is clean
 5. `join_short`               modules -> documents of at least `MIN_CHARS` characters
-6. `build_corpus`             documents in the order of their hashes -> `corpus.parquet` + `corpus.json`, once a cache
+6. `build_corpus`             documents ordered by their hashes -> `corpus.parquet` + `corpus.json`, cached
 
 Run as a program this file is one worker of step 2: paths on stdin, paragraphs on stdout.
 """
@@ -46,27 +46,27 @@ from recipe.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2  # raise it whenever the same packages would give other documents
+FORMAT_VERSION = 2  # increase it when the same packages would give other documents
 
 # Dependencies of the recipe, direct or through torch, transformers and datasets, with the most text. An import name is
-# also the distribution's. setuptools is left out: its version follows whatever made the environment.
+# also the distribution's. setuptools is left out: its version depends on how the environment was made.
 PACKAGES = (
     "accelerate", "aiohttp", "anyio", "click", "datasets", "evaluate", "filelock", "fsspec", "huggingface_hub",
     "jinja2", "mpmath", "networkx", "numpy", "packaging", "pandas", "pyarrow", "pydantic", "pygments", "rich", "sympy",
     "torch", "transformers", "urllib3",
 )  # fmt: skip
-# Tests are code with hardly a sentence. The other parts of the standard library are packaged apart by Linux
-# distributions: with them, equal versions would not mean equal documents.
+# Tests have hardly any prose. Linux distributions package the other parts of the standard library separately, so with
+# them equal versions would not mean equal documents.
 SKIPPED_FOLDERS = {
     "__pycache__", "_vendor", "dist-packages", "ensurepip", "idle_test", "idlelib", "lib2to3", "site-packages", "test",
     "tests", "tkinter", "turtledemo",
 }  # fmt: skip
 
-MIN_LETTERS = 0.3  # of a paragraph's visible characters: below are tables of numbers and drawings
+MIN_LETTERS = 0.3  # of a paragraph's visible characters: below, it is a table of numbers or a drawing
 MIN_CHARS = 200  # a shorter document is joined with its short neighbours ...
 JOINED_CHARS = 400  # ... until they are this long together
-# So few that 64 tokens of a 4k BPE hold more: with 18 words here no window of 64 tokens was left in two documents.
-# Two words fewer are margin.
+# 64 tokens of a 4k BPE hold more words than this: with 18 words, no window of 64 tokens was left in two documents.
+# Two words fewer give a margin.
 WINDOW_WORDS = 16
 ROW_GROUP_DOCUMENTS = 24  # small row groups are what lanes are dealt
 
@@ -98,11 +98,11 @@ class Module(NamedTuple):
 
 
 def build_docstring_corpus(cache_dir: Path | None = None) -> Path:
-    """Return the path of corpus.parquet for the installed packages; build it first where the cache has none.
+    """Return the path of corpus.parquet for the installed packages; builds it first if it is not cached.
 
     Columns `text` and `source` (dotted module name), a document a row, ordered by the text's SHA-256. `cache_dir` is
-    `$RECIPE_CACHE`, `$XDG_CACHE_HOME/recipe` or `~/.cache/recipe` by default. Any number of processes may call it at
-    once: one builds, the others wait. Raises DataError when the cache cannot be written.
+    `$RECIPE_CACHE`, `$XDG_CACHE_HOME/recipe` or `~/.cache/recipe` by default. Several processes may call it at
+    the same time: one builds, the others wait. Raises DataError when the cache cannot be written.
     """
     stdlib = Path(sysconfig.get_paths()["stdlib"]).resolve()
     packages = [*find_packages(PACKAGES), Package("stdlib", platform.python_version(), stdlib, is_stdlib=True)]
@@ -129,7 +129,7 @@ def default_cache_dir() -> Path:
 
 
 def find_packages(names: Iterable[str]) -> list[Package]:
-    """Locate packages without importing them; names that are not installed are passed over."""
+    """Locate packages without importing them; names that are not installed are skipped."""
     packages = []
     for name in names:
         spec = importlib.util.find_spec(name)
@@ -163,7 +163,7 @@ def read_modules(packages: list[Package], num_processes: int) -> tuple[list[Modu
         for (package, name, path), worker in zip(progress, cycle(workers), strict=False):
             line = worker.stdout.readline()
             if not line.endswith("\n"):
-                raise DataError(f"a worker of the docstrings ended early, near {path} (exit code {worker.wait()})")
+                raise DataError(f"a docstring worker ended early, near {path} (exit code {worker.wait()})")
             paragraphs = json.loads(line)
             num_unparsed += paragraphs is None
             if paragraphs:
@@ -173,8 +173,8 @@ def read_modules(packages: list[Package], num_processes: int) -> tuple[list[Modu
 
 def _start_worker(paths: list[str]) -> subprocess.Popen:
     # A plain interpreter: fork would copy a process that may hold CUDA and threads, and multiprocessing's spawn would
-    # import the caller's __main__, torch included. It works in the folder that holds `recipe`, so that nothing of the
-    # caller's shadows it, and in a session of its own: Ctrl-C reaches the parent alone, whose closed pipe ends it.
+    # import the caller's __main__, torch included. It runs in the folder that holds `recipe`, so that no module of the
+    # caller shadows it, and in its own session: Ctrl-C reaches only the parent, whose closed pipe ends it.
     command = [sys.executable, "-W", "ignore", "-m", "recipe.data.docstrings"]
     root = Path(__file__).resolve().parents[2]
     with TemporaryFile("w+") as stdin:
@@ -186,8 +186,8 @@ def _start_worker(paths: list[str]) -> subprocess.Popen:
 
 def run_worker() -> None:
     """Read a JSON list of paths from stdin; print each file's paragraphs as one line of JSON."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent is gone: end without a traceback
-    gc.disable()  # syntax trees hold no cycles, and scanning them again and again takes longer than parsing
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # if the parent is gone, end without a traceback
+    gc.disable()  # syntax trees have no cycles, and scanning them repeatedly takes longer than parsing
     for path in json.load(sys.stdin):
         print(json.dumps(extract_paragraphs(Path(path))))
 
@@ -224,7 +224,7 @@ def iter_doc_strings(node: ast.AST) -> Iterator[str]:
 
 
 def drop_repeated_paragraphs(modules: list[Module]) -> list[Module]:
-    """Keep the first of all paragraphs that are equal but for case and white space; modules left empty are dropped."""
+    """Keep the first of all paragraphs that differ only in case and white space; drop modules left empty."""
     first: dict[str, int] = {}
     words = (paragraph.lower().split() for module in modules for paragraph in module.paragraphs)
     return _select(modules, [first.setdefault(" ".join(each), i) == i for i, each in enumerate(words)])
@@ -233,8 +233,8 @@ def drop_repeated_paragraphs(modules: list[Module]) -> list[Module]:
 def drop_shared_windows(modules: list[Module], window_words: int = WINDOW_WORDS) -> list[Module]:
     """Drop paragraphs until no `window_words` consecutive words of a module's text occur in an earlier module's.
 
-    Words are runs of letters, single digits and runs of punctuation, without case. Windows run across paragraphs, so a
-    removal can bring new ones about: repeated until there are none.
+    Words are runs of letters, single digits and runs of punctuation, without case. Windows cross paragraphs, so a
+    removal can create new ones; repeats until there are none.
     """
     ids: dict[str, int] = defaultdict(count().__next__)
     paragraphs = ((i, paragraph) for i, module in enumerate(modules) for paragraph in module.paragraphs)
@@ -259,7 +259,7 @@ def _shared_windows(words: np.ndarray, module_of: np.ndarray, window_words: int)
     multipliers = np.random.default_rng(0).integers(2**64, size=window_words, dtype=np.uint64)
     hashes = np.convolve(words, multipliers, mode="valid")  # modulo 2**64
     is_inside = module_of[: len(hashes)] == module_of[window_words - 1 :]
-    # Few windows occur twice: to pick them first is faster than `np.unique` of all.
+    # Few windows occur twice: selecting them first is faster than `np.unique` of all.
     ordered = np.sort(hashes)
     repeated = pa.array(ordered[1:][ordered[1:] == ordered[:-1]])
     starts = np.flatnonzero(is_inside & np.asarray(pc.is_in(pa.array(hashes), value_set=repeated)))
@@ -298,12 +298,12 @@ def join_short(modules: list[Module]) -> list[Module]:
 
 
 def build_corpus(packages: list[Package], cache_dir: Path, num_processes: int) -> Path:
-    """Return `cache_dir/docstrings-<key>/corpus.parquet`, built first if it is absent; whole or not there at all."""
+    """Return `cache_dir/docstrings-<key>/corpus.parquet`, built first if it is absent; atomically."""
     folder = cache_dir / f"docstrings-{corpus_key(packages)}"
     path = folder / "corpus.parquet"
     if path.exists():
         return path
-    # Said before the lock is had, so that a process that waits for the builder says it too.
+    # Logged before the lock is taken, so that a process that waits for the builder logs it too.
     logger.info("building the docstring corpus in %s, once: about half a minute on 2 cores", folder)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -313,13 +313,13 @@ def build_corpus(packages: list[Package], cache_dir: Path, num_processes: int) -
     except OSError as error:
         raise DataError(
             f"cannot build the docstring corpus in {cache_dir}: {error.strerror or error}. "
-            "Free 50 MB there, or set RECIPE_CACHE to a folder that can be written."
+            "Free 50 MB there, or set RECIPE_CACHE to a writable folder."
         ) from error
     return path
 
 
 def corpus_key(packages: list[Package]) -> str:
-    """Name the corpus by what decides its content: versions of packages and Python, and the builder's format."""
+    """A name from all that determines the content: versions of packages and Python, and the builder's format."""
     versions = sorted((package.name, package.version) for package in packages)
     described = json.dumps([FORMAT_VERSION, platform.python_version(), versions])
     return hashlib.sha256(described.encode()).hexdigest()[:16]
@@ -346,7 +346,7 @@ def _build(packages: list[Package], folder: Path, num_processes: int) -> None:
         "build_seconds": round(time.monotonic() - started, 1),
     }
     table = pa.table({"text": pa.array(texts, pa.string()), "source": names})
-    # All builders hold the lock: another temporary folder is a killed builder's, and `folder` lacks its corpus.
+    # Only one builder holds the lock: other temporary folders are from killed builders, and `folder` has no corpus.
     for abandoned in [*folder.parent.glob("docstrings-*.tmp"), folder]:
         shutil.rmtree(abandoned, ignore_errors=True)
     with TemporaryDirectory(prefix="docstrings-", suffix=".tmp", dir=folder.parent) as temporary:

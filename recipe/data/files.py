@@ -19,8 +19,8 @@ Result = TypeVar("Result")
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".md": "text"}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
 HUB_OFFLINE_HINT = (
-    "run on what needs no network, --source docstrings --eval_skip 5000 --eval_documents 100, or on your own files, "
-    "--source 'data/*.parquet'"
+    "train on data that needs no network, --source docstrings --eval_skip 5000 --eval_documents 100, or on your own "
+    "files, --source 'data/*.parquet'"
 )
 RETRY_SECONDS = (1, 2, 4, 8, 16)
 
@@ -31,8 +31,8 @@ _held: list[fsspec.AbstractFileSystem] = []
 def _hold_file_systems() -> None:
     """Keep the file systems alive in a forked DataLoader worker.
 
-    fsspec (2026.9) drops them there, and what then closes the parent's connections does so in the epoll instance that
-    parent and child share: the parent is not woken any more, and its next request waits for the timeout of 300 s.
+    fsspec (2026.9) drops them there. Closing the parent's connections then changes the epoll instance that parent and
+    child share: the parent is no longer woken, and its next request waits for the timeout of 300 s.
     """
     classes = [fsspec.AbstractFileSystem]
     for cls in classes:
@@ -45,10 +45,10 @@ os.register_at_fork(before=_hold_file_systems)
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What tells one version of a file from another: size in bytes, ETag or time of change, hash of what it holds.
+    """Identifies a version of a file: size in bytes, ETag or modification time, hash of the content.
 
-    `content` hashes a parquet file's footer, which has size, offset and statistics of each of its pages' columns, and
-    all bytes of other files. `modified` alone may differ: the file was copied, or touched.
+    `content` hashes the footer of a parquet file, which has size, offset and statistics of each column chunk, and all
+    bytes of other files. If only `modified` differs, the file was copied or touched.
     """
 
     path: str
@@ -70,7 +70,7 @@ def format_of(path: str) -> str:
     suffix = _suffix_of(path)
     if suffix in COMPRESSED:
         raise UserError(
-            f"{path}: a compressed file cannot be sought, so no run could resume in it; unpack it, or convert it to "
+            f"{path}: cannot seek in a compressed file, so no run could resume in it; unpack it, or convert it to "
             "parquet, which compresses inside"
         )
     if suffix not in FORMATS:
@@ -87,7 +87,7 @@ def is_remote(path: str) -> bool:
 
 
 def open_file(path: str):
-    """A file object that reads exactly the bytes asked for: read-ahead would fetch what another reader owns."""
+    """A file object without read-ahead, which would fetch bytes that another reader needs."""
     filesystem, inside = fsspec.core.url_to_fs(path)
     return filesystem.open(inside, "rb", **({"cache_type": "none"} if is_remote(path) else {}))
 
@@ -99,7 +99,7 @@ def size_of(file) -> int:
 
 
 def facts_of(path: str) -> FileFacts:
-    """Size and version of a file, without reading it. `modified` is "" where the server tells neither."""
+    """Size and version of a file, without reading it. `modified` is "" where the server sends none."""
     filesystem, inside = fsspec.core.url_to_fs(path)
     info = filesystem.info(inside)
     if not is_remote(path):
@@ -109,8 +109,8 @@ def facts_of(path: str) -> FileFacts:
 
 
 def with_retries(read: Callable[[], Result], path: str) -> Result:
-    """`read()`, again after a wait where a network fails, and `OSError` when it does not come back; a local file fails
-    at once."""
+    """`read()`, repeated after a wait where the network fails; `OSError` when all attempts fail. Local files are not
+    retried."""
     for seconds in (*RETRY_SECONDS, None):
         try:
             return read()
@@ -125,8 +125,8 @@ def with_retries(read: Callable[[], Result], path: str) -> Result:
 
 
 def _network_failure(error: BaseException | None) -> BaseException | None:
-    """The failure of the network behind `error`, or None. fsspec says FileNotFoundError of whatever kept it from a
-    file's size, with the reason as its cause; of a file that is not there, the cause is none or says so too."""
+    """The failure of the network behind `error`, or None. fsspec raises FileNotFoundError for anything that
+    hides a file's size, with the reason as its cause; for a missing file the cause is None or one too."""
     if isinstance(error, FileNotFoundError):
         return _network_failure(error.__cause__)
     modules = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
@@ -146,7 +146,7 @@ def _hub_files(source: str) -> list[str]:
     try:
         builder = datasets.load_dataset_builder(f"{owner}/{name}", config)
         files = builder.config.data_files["train"]
-    except ValueError as error:  # an unknown config: datasets lists those that exist
+    except ValueError as error:  # an unknown config: datasets lists the existing ones
         raise UserError(f"source {source!r}: {first_line(error)}") from error
     except KeyError as error:
         raise UserError(f"source {source!r}: the dataset has no split named train") from error
@@ -188,12 +188,12 @@ def _nearby(source: str) -> str:
 
 
 def _files_at(filesystem, path: str) -> list[str]:
-    is_url = path.startswith("http")  # whose "?" begins a query
+    is_url = path.startswith("http")  # where "?" starts a query
     if any(mark in path for mark in ("*[" if is_url else "*?[")) and not os.path.exists(path):
-        found = filesystem.glob(path, detail=True)  # `isfile` would begin to fetch each file over HTTP
+        found = filesystem.glob(path, detail=True)  # over HTTP, `isfile` would start to download each file
         return [file for file, info in found.items() if info["type"] != "directory"]
     is_folder = filesystem.isdir(path) if _suffix_of(path) not in FORMATS else os.path.isdir(path)
     if is_folder:
         return [file for file in filesystem.find(path) if _suffix_of(file) in (*FORMATS, *COMPRESSED)]
-    filesystem.info(path)  # `exists` would begin to fetch a file over HTTP
+    filesystem.info(path)  # over HTTP, `exists` would start to download the file
     return [path]

@@ -1,4 +1,4 @@
-"""The file formats: an index of a file's chunks from its metadata or one reading, and the reading of one chunk.
+"""The file formats: index the chunks of a file, from its metadata or by reading it once, and read one chunk.
 
 A document's content is text, or token ids (int32 `[tokens]`) where the column holds lists of integers.
 """
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from recipe.data.files import first_line, is_remote, open_file, size_of
 from recipe.errors import DataError, UserError
 
-# jsonl and text have no row groups of their own; they are cut into 128 pieces, within these lengths.
+# jsonl and text have no row groups; they are cut into 128 pieces, within these lengths.
 MIN_TEXT_CHUNK_BYTES, MAX_TEXT_CHUNK_BYTES = 1 << 12, 1 << 18
 TEXT_DOCUMENT_BYTES = 1 << 15
 FOOTER_BYTES = 1 << 16
@@ -28,13 +28,13 @@ READ_BYTES = 1 << 20
 INT32 = np.iinfo(np.int32)
 END_OF_TEXT = b"<|endoftext|>"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# What a token cache holds beside the ids: metadata of each file, and a column with the hash of each text.
+# A token cache also has metadata in each file, and a column with the hash of each text.
 TOKEN_CACHE, TEXT_DIGEST = "recipe_token_cache", "recipe_text_digest"
 
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """A document that comes as token ids, int32 `[tokens]`; with the hash of its text where that is known."""
+    """A document as token ids, int32 `[tokens]`, with the hash of its text where it is known."""
 
     ids: np.ndarray
     text_digest: bytes = b""
@@ -67,8 +67,8 @@ class Chunk:
 
 
 class FileIndex(NamedTuple):
-    """What is known of a file before it is read: its chunks, the hash of what it holds, and, where it is part of a
-    token cache, what that cache says of itself."""
+    """What is known about a file before it is read: its chunks, the hash of its content, and, where it is part of a
+    token cache, that cache's metadata."""
 
     chunks: list[Chunk]
     content: str
@@ -79,7 +79,7 @@ class FileIndex(NamedTuple):
 
 
 def index_parquet(path: str, column: str) -> FileIndex:
-    """A chunk for each row group, and the hash of the footer. Reads the footer alone."""
+    """A chunk for each row group, and the hash of the footer. Reads only the footer."""
     footer = _read_footer(path)
     metadata = pq.read_metadata(io.BytesIO(footer))
     schema = metadata.schema.to_arrow_schema()
@@ -112,7 +112,7 @@ def _read_footer(path: str) -> bytes:
             file.seek(size - length)
             tail = file.read(length)
             needed = int.from_bytes(tail[-8:-4], "little") + 8
-            if needed <= length or needed > size:  # the latter is no parquet; pyarrow will say so
+            if needed <= length or needed > size:  # the latter is not parquet; pyarrow will report it
                 return tail[-needed:] if needed <= length else tail
             length = needed
 
@@ -133,14 +133,14 @@ def open_parquet(path: str) -> pq.ParquetFile:
 
 
 def close_parquet() -> None:
-    """Forget the open files: after a broken connection they are of no use."""
+    """Forget the open files, which are unusable after a broken connection."""
     _open_parquet.cache_clear()
 
 
 @lru_cache(maxsize=64)
 def _open_parquet(path: str, process_id: int) -> pq.ParquetFile:
-    # One handle for each process: a worker must not share a position or a connection with the process it was forked
-    # from. No pre-buffering and no threads of pyarrow's own: they outlive the read and abort the interpreter at exit.
+    # One handle per process: a worker must not share a position or a connection with the process it was forked from.
+    # No pre-buffering and no pyarrow threads: they outlive the read and abort the interpreter at exit.
     file = open_file(path) if is_remote(path) else path.removeprefix("file://")
     return pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
 
@@ -172,7 +172,7 @@ def _lists_of(values: pa.Array, chunk: Chunk) -> list[np.ndarray]:
 
 def _as_int32(ids: np.ndarray, where: str) -> np.ndarray:
     if len(ids) and not INT32.min <= ids.min() <= ids.max() <= INT32.max:
-        raise DataError(f"{where}: token ids from {ids.min()} to {ids.max()} are no token ids; mend or remove them")
+        raise DataError(f"{where}: token ids from {ids.min()} to {ids.max()} are invalid; fix or remove them")
     return ids.astype(np.int32)
 
 
@@ -186,7 +186,7 @@ def _decode(text: bytes | None, chunk: Chunk, row: int) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{chunk.path}: document {chunk.first_document + row} is not UTF-8 ({error.reason} at its byte "
-            f"{error.start}); mend or remove it"
+            f"{error.start}); fix or remove it"
         ) from error
 
 
@@ -196,7 +196,7 @@ def _decode(text: bytes | None, chunk: Chunk, row: int) -> str:
 def index_jsonl(path: str, column: str) -> FileIndex:
     """Chunks of whole lines, and the hash of the file. Reads it once, without parsing it."""
     with open_file(path) as file:
-        lines = io.BufferedReader(file, READ_BYTES)  # a line at a time would be a request at a time
+        lines = io.BufferedReader(file, READ_BYTES)  # reading by lines would send a request per line
         return _cut(path, size_of(file), ((line, 1 if line.strip() else 0) for line in lines))
 
 
@@ -238,7 +238,7 @@ def _content_of(line: bytes, chunk: Chunk, row: int, column: str) -> Content:
         values = json.loads(_decode(line, chunk, row))
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{here}, line {_line_number(chunk, row)}, is not JSON ({first_line(error)}); mend or remove that line"
+            f"{here}, line {_line_number(chunk, row)}, is not JSON ({first_line(error)}); fix or remove that line"
         ) from error
     if not isinstance(values, dict) or column not in values:
         names = list(values) if isinstance(values, dict) else []
@@ -253,16 +253,16 @@ def _content_of(line: bytes, chunk: Chunk, row: int, column: str) -> Content:
     if rb"\u" in line:
         try:
             content.encode()
-        except UnicodeEncodeError as error:  # half of an escaped surrogate pair, as a cut text may end in
+        except UnicodeEncodeError as error:  # half of an escaped surrogate pair, such as at the end of a cut text
             raise DataError(
                 f"{here}, line {_line_number(chunk, row)}, is no text: {error.reason} at its character {error.start}; "
-                "mend or remove that line"
+                "fix or remove that line"
             ) from error
     return content
 
 
 def _line_number(chunk: Chunk, row: int) -> int:
-    """From 1, as editors count; reads the file from its start, so for error messages alone."""
+    """From 1, as editors count. Reads the file from its start, so it is for error messages only."""
     with open_file(chunk.path) as file:
         before = file.read(chunk.position).count(b"\n")
         filled = [number for number, line in enumerate(file, start=before + 1) if line.strip()]
@@ -270,7 +270,7 @@ def _line_number(chunk: Chunk, row: int) -> int:
 
 
 def _text_documents(file) -> Iterator[bytes]:
-    """Documents of a text file as raw bytes, separators included, so that their lengths add up to the file's.
+    """Documents of a text file as raw bytes, including separators, so that their lengths add up to the file's.
 
     A line `<|endoftext|>` ends a document. Without one, a document ends at the first blank line after 32 KiB: a book
     becomes a few dozen documents, a short file one.

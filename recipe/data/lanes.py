@@ -1,6 +1,6 @@
 """Documents of one source -> lanes: skip, hold-out, shuffle, endless passes.
 
-Each source's chunks are dealt to a fixed number of lanes. A lane goes through its own chunks for ever, in a new order
+Each source's chunks are dealt to a fixed number of lanes. A lane reads its own chunks endlessly, in a new order
 in each pass; its state is four numbers.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from recipe.data.formats import Chunk
-from recipe.data.hold_out import KeptOut
+from recipe.data.hold_out import HoldOutFilter
 from recipe.data.packing import Document, LaneState
 from recipe.data.source import Source, cut_chunks
 from recipe.errors import UserError
@@ -44,10 +44,10 @@ class Split:
 def train_and_eval_splits(
     source: Source, *, train_skip: int, train_seed: int, eval_skip: int, eval_seed: int, eval_documents: int
 ) -> tuple[Split, Split]:
-    """The two splits of a run. Different offsets alone do not keep them apart: train steps over the hold-out, wherever
-    it starts.
+    """The two splits of a run. Different offsets alone do not separate them: train skips the hold-out, wherever it
+    starts.
 
-    Raises `UserError` where the source is too short for them, with its length and an offset that would do.
+    Raises `UserError` where the source is too short for them, with its length and an offset that fits.
     """
     stop = eval_skip + eval_documents
     if stop > source.num_documents:
@@ -67,7 +67,7 @@ def train_and_eval_splits(
 
 
 def shuffled(items: list, *key) -> list:
-    """`items` in an order that depends on `key` alone: not on the process, and not on any library's generator."""
+    """`items` in an order that depends only on `key`, not on the process or any library's generator."""
     prefix = "/".join(map(str, key)).encode()
     digests = [hashlib.blake2b(b"%s/%d" % (prefix, i), digest_size=8).digest() for i in range(len(items))]
     return [items[i] for i in sorted(range(len(items)), key=digests.__getitem__)]
@@ -79,7 +79,7 @@ def deal_chunks(source: Source, split: Split, num_lanes: int) -> list[list[Chunk
     Raises `UserError` where there are fewer chunks than lanes.
     """
     chunks = [chunk for chunk in source.chunks if split.admits_any(chunk)]
-    if source.can_be_cut:  # pieces of other formats are small already
+    if source.can_be_cut:  # pieces of other formats are already small
         chunks = [chunk for chunk in cut_chunks(chunks, at_least=4 * num_lanes) if split.admits_any(chunk)]
     if len(chunks) < num_lanes:
         fits = 1 << (len(chunks).bit_length() - 1)
@@ -97,12 +97,17 @@ def deal_chunks(source: Source, split: Split, num_lanes: int) -> list[list[Chunk
 
 
 def read_lane(
-    source: Source, chunks: list[Chunk], split: Split, lane: int, state: LaneState, kept_out: KeptOut | None = None
+    source: Source,
+    chunks: list[Chunk],
+    split: Split,
+    lane: int,
+    state: LaneState,
+    hold_out_filter: HoldOutFilter | None = None,
 ) -> Iterator[Document]:
-    """The lane's documents from `state` on, for ever: chunks shuffled in each pass, documents shuffled in each chunk.
+    """The lane's documents from `state` on, endlessly: chunks shuffled in each pass, documents shuffled in each chunk.
 
-    Documents that equal a held-out one are left out. Raises `UserError` after a whole pass without text, which would
-    otherwise go on for ever.
+    Documents that equal a held-out one are skipped. Raises `UserError` after a whole pass without text, which would
+    otherwise never end.
     """
     state = dict(state)
     while True:
@@ -115,15 +120,15 @@ def read_lane(
             for place in range(state["document"], len(indices)):
                 here = {"pass": state["pass"], "chunk": position, "document": place, "token": 0}
                 content = contents[indices[place] - chunk.first_document]
-                if kept_out is None or not kept_out.holds(content):
+                if hold_out_filter is None or not hold_out_filter.holds(content):
                     has_text = has_text or len(content) > 0
                     yield Document(indices[place], content, here)
             state["document"] = 0
         if is_whole_pass and not has_text:
             count = sum(len(split.documents_of(chunk)) for chunk in chunks)
             raise UserError(
-                f"source {source.name!r}: lane {lane} cannot go on, not one of its {count} documents holds text"
-                + (" that is not held out" if kept_out else "")
+                f"source {source.name!r}: lane {lane} cannot continue, none of its {count} documents has text"
+                + (" that is not held out" if hold_out_filter else "")
             )
         state = {"pass": state["pass"] + 1, "chunk": 0, "document": 0}
 

@@ -1,5 +1,4 @@
-"""The loader that Trainer reads: rows from all workers, made into micro-batches here, where the stream's position is
-kept."""
+"""The loader that Trainer reads: micro-batches of the rows from all workers, and the stream's position."""
 
 import copy
 import ctypes
@@ -17,15 +16,15 @@ from recipe.data.stream import RowStream, check_division, source_of_row
 from recipe.errors import DataError
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-PREFETCHED_ROWS = 64  # by each worker: it tokenizes some dozens of rows at once, and must not wait for the others then
+PREFETCHED_ROWS = 64  # per worker: it tokenizes dozens of rows at once, and must not wait for the others
 
 
 class BatchLoader:
-    """Endless micro-batches of `batch_size` rows for one rank; the only owner of the position in the stream.
+    """Endless micro-batches of `batch_size` rows for one rank; owns the position in the stream.
 
-    Not to be prepared by accelerate: the stream has done the sharding. Iterating again goes on where the last row was
-    consumed; it never starts over. `position` is what a checkpoint stores; on several ranks each knows its own lanes,
-    see `merge_positions`. Raises `UserError` where ranks times workers do not divide the lanes.
+    Must not be prepared by accelerate: the stream has done the sharding. Iterating again continues after the last row
+    consumed; it never starts over. A checkpoint stores `position`; on several ranks each knows only its own lanes, see
+    `merge_positions`. Raises `UserError` where ranks times workers do not divide the lanes.
     """
 
     def __init__(self, stream: RowStream, collator: DataCollatorForPackedRows, batch_size: int, num_workers: int = 0):
@@ -42,8 +41,8 @@ class BatchLoader:
     def batches(self) -> Iterator[list[Row]]:
         """The same rows, not yet collated."""
         self.dataset.position = copy.deepcopy(self.position)
-        # The lanes' order owes nothing to torch's generator; a generator of its own keeps DataLoader from drawing on
-        # the run's.
+        # The order of the lanes does not use torch's generator; a separate one keeps DataLoader from drawing on the
+        # run's.
         rows = DataLoader(
             self.dataset,
             batch_size=None,
@@ -70,7 +69,7 @@ class BatchLoader:
             self.position["rows_by_source"][source_of_row(number, self.dataset.weights)] += 1
 
     def passes(self, source: int) -> int:
-        """Complete passes of this rank's fastest lane: above 0, some document has been read twice."""
+        """Complete passes of this rank's fastest lane; above 0, some documents are being read again."""
         return max(lane["pass"] for lane in self.position["lanes"][source])
 
 
@@ -79,8 +78,8 @@ def _as_is(row):
 
 
 def _begin_worker(worker_id: int) -> None:
-    """Leave signals to the main process, and end with it: a killed parent would leave workers behind that wait for
-    ever to hand over their rows."""
+    """Leave signals to the main process, and end with it: workers of a killed parent would wait forever to deliver
+    their rows."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
@@ -94,7 +93,7 @@ def _watched(rows: Iterable[Row]) -> Iterator[Row]:
         if not any(words in str(error) for words in ("exited unexpectedly", "is killed by signal")):
             raise
         raise DataError(
-            f"a data worker was ended from outside, as where memory runs out ({first_line(error)}); use fewer "
+            f"a data worker was killed, for example because memory ran out ({first_line(error)}); use fewer "
             "dataloader_num_workers"
         ) from error
 
@@ -102,11 +101,11 @@ def _watched(rows: Iterable[Row]) -> Iterator[Row]:
 def merge_positions(positions: list[dict], world_size: int) -> dict:
     """One position from those of all ranks: each lane's state from the rank that reads it.
 
-    Rank r reads the rows r, r + world_size, ... after those given out before it began; their number is that of now,
-    but for multiples of `world_size`.
+    Rank r reads the rows r, r + world_size, ... after those returned before it started; that number equals the current
+    one modulo `world_size`.
     """
     rows = {position["rows"] for position in positions}
-    assert len(rows) == 1, f"ranks stand at different rows: {sorted(rows)}"
+    assert len(rows) == 1, f"ranks are at different rows: {sorted(rows)}"
     start = rows.pop() % world_size
     num_lanes, num_sources = len(positions[0]["lanes"][0]), len(positions[0]["lanes"])
     lanes = [

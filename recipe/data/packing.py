@@ -12,15 +12,15 @@ from recipe.data.formats import Content
 from recipe.errors import DataError, UserError
 
 # Text handed to the tokenizer at once: little at first, so that the first row comes soon, then enough to keep its
-# threads busy. Which documents share a call changes no token.
+# threads busy. How documents are grouped does not change any token.
 FIRST_TOKENIZE_BYTES, TOKENIZE_BYTES = 1 << 12, 1 << 18
 
 
 class LaneState(TypedDict("LaneState", {"pass": int})):
-    """Where a lane stands in one source: the first token that it has not given out yet. JSON-able, read by people.
+    """The position of a lane in one source: the first token that it has not returned yet. JSON-able and readable.
 
-    `pass`: times it went through its documents; `chunk`, `document`: places in this pass's order; `token`: place in
-    the document.
+    `pass`: completed passes over its documents; `chunk`, `document`: positions in this pass's order; `token`: position
+    in the document.
     """
 
     chunk: int
@@ -30,7 +30,7 @@ class LaneState(TypedDict("LaneState", {"pass": int})):
 
 @dataclass(frozen=True)
 class Document:
-    """One text (or its token ids), its index in its source, and the lane's state when it is next to be read."""
+    """One text (or its token ids), its index in its source, and the lane's state before it is read."""
 
     index: int
     content: Content
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 
     document: int  # index in the source
     pass_number: int  # from 0
-    first_token: int  # place in the document
+    first_token: int  # position in the document
     num_tokens: int
 
 
@@ -50,9 +50,9 @@ class Piece(NamedTuple):
 class Row:
     """One block of a lane.
 
-    `input_ids`: int32 `[block_size]`. `pieces`: what it is made of, in order, from the source number `source`.
-    `state`: the lane's state in that source after it. `source`, `lane` and `number` (its place in the canonical
-    order) are set by the stream.
+    `input_ids`: int32 `[block_size]`. `pieces`: its parts in order, from the source number `source`.
+    `state`: the lane's state in that source after it. `source`, `lane` and `number` (its position in the
+    canonical order) are set by the stream.
     """
 
     input_ids: np.ndarray
@@ -78,8 +78,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def tokenize(documents: Iterable[Document], tokenizer, source_name: str = "") -> Iterator[tuple[Document, np.ndarray]]:
-    """Each document with its token ids, int32, EOS at the end. Documents without any token give nothing, not even
-    EOS; one that came with its EOS gets no second.
+    """Each document with its token ids, int32, EOS at the end. Documents without tokens are skipped; a
+    document that ends with EOS gets no second one.
 
     Raises `DataError` for a token id that the tokenizer does not have.
     """
@@ -98,10 +98,10 @@ def tokenize(documents: Iterable[Document], tokenizer, source_name: str = "") ->
 
 
 def encode(contents: Sequence[Content], tokenizer) -> list[Sequence[int]]:
-    """Token ids of each text, without special tokens; token ids are given back as they are.
+    """Token ids of each text, without special tokens; token ids are returned unchanged.
 
-    The tokenizers library is called without transformers around it, which would also make offsets and masks that
-    nobody reads, in twice the time. `split_special_tokens` is a setting that transformers passes on in each call.
+    Calls the tokenizers library directly: transformers would also compute unused offsets and masks, in twice the time.
+    `split_special_tokens` is a setting that transformers passes on in each call.
     """
     texts = [content for content in contents if isinstance(content, str)]
     if tokenizer.is_fast:
@@ -116,7 +116,7 @@ def encode(contents: Sequence[Content], tokenizer) -> list[Sequence[int]]:
 
 
 def hash_of_tokenizer(tokenizer) -> str:
-    """A hash of the vocabulary, and of how a text full of odd places is cut into it."""
+    """A hash of the vocabulary, and of how a text full of special cases is tokenized."""
     probe = (
         "It's 1,234.5 x²  \tﬁne\r\n\n    if (a != b): Ünïcode ÉCOLE 你好 🤗 e\u0301 </s><s>[UNK] don't re-run://x_y "
     )
@@ -125,7 +125,7 @@ def hash_of_tokenizer(tokenizer) -> str:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents that are tokenized together: of one pass, so that a small source is not read ahead many times."""
+    """Documents to tokenize together, of one pass each, so that a small source is not read ahead many times."""
     batch, size, limit = [], 0, FIRST_TOKENIZE_BYTES
     for document in documents:
         if batch and document.state["pass"] != batch[0].state["pass"]:
@@ -143,8 +143,8 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def pack(documents: Iterable[tuple[Document, np.ndarray]], block_size: int, skip_tokens: int = 0) -> Iterator[Row]:
     """Cut the running text of one lane into blocks.
 
-    A document goes on in the next block where it does not fit, so every token is in exactly one block. `skip_tokens`:
-    tokens of the first document that an earlier run has given out. Tokens after the last whole block wait for more
+    A document that does not fit continues in the next block, so every token is in exactly one block. `skip_tokens`:
+    tokens of the first document that an earlier run has already used. Tokens after the last whole block wait for more
     documents.
 
     With block_size 4, documents [5 6 2] and [7 8 9 2] (2 = EOS) and more to come:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from recipe.arguments import Config
 from recipe.data.collator import DataCollatorForPackedRows
 from recipe.data.files import FileFacts, is_remote
-from recipe.data.hold_out import KeptOut
+from recipe.data.hold_out import HoldOutFilter
 from recipe.data.lanes import train_and_eval_splits
 from recipe.data.loader import BatchLoader
 from recipe.data.packing import hash_of_tokenizer, load_tokenizer
@@ -22,7 +22,7 @@ from recipe.errors import UserError
 
 @dataclass(frozen=True)
 class Data:
-    """Everything on the data's way to the model."""
+    """The data pipeline of a run."""
 
     sources: tuple[Source, ...]
     tokenizer: PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ class Data:
 
 
 def build_data(config: Config, flash_attention: bool = False) -> Data:
-    """`flash_attention`: whether batches are for a model with that kernel, see `DataCollatorForPackedRows`."""
+    """`flash_attention`: whether the model uses that kernel, see `DataCollatorForPackedRows`."""
     arguments, training = config.data, config.training
     tokenizer = load_tokenizer(config.model.tokenizer)
     train_parts, eval_parts = build_parts(config, tokenizer)
@@ -45,7 +45,7 @@ def build_data(config: Config, flash_attention: bool = False) -> Data:
         arguments.num_lanes,
         rank=training.process_index,
         world_size=training.world_size,
-        kept_out=KeptOut(eval_rows.contents, tokenizer.eos_token_id),
+        hold_out_filter=HoldOutFilter(eval_rows.contents, tokenizer.eos_token_id),
     )
     collator = DataCollatorForPackedRows(tokenizer.eos_token_id, arguments.document_masking, flash_attention)
     loader = BatchLoader(stream, collator, training.per_device_train_batch_size, training.dataloader_num_workers)
@@ -84,7 +84,7 @@ def build_parts(config: Config, tokenizer) -> tuple[list[Part], list[Part]]:
 
 
 def _check_apart(sources: list[Source]) -> None:
-    """A file in two sources would be read twice without a word, and one's hold-out be the other's training."""
+    """A file in two sources would silently be read twice, and be hold-out in one and training data in the other."""
     owner: dict[str, Source] = {}
     for source in sources:
         for file in source.files:
@@ -96,9 +96,9 @@ def _check_apart(sources: list[Source]) -> None:
 
 
 def identity_of(config: Config, parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> dict:
-    """What the canonical order depends on: a position in the stream means nothing where any of it differs.
+    """Everything that the canonical order depends on: if any of it differs, a position in the stream is meaningless.
 
-    A file is known by its name, size and content, wherever it lies; `modified` is for people.
+    A file is identified by name, size and content, not by its folder; `modified` is for people.
     """
     identity: dict = {name: getattr(config.data, name) for name in ("train_seed", "block_size", "num_lanes")}
     identity["tokenizer"] = hash_of_tokenizer(tokenizer)
@@ -128,7 +128,7 @@ def _version_of(file: FileFacts) -> dict:
 
 
 def unigram_entropy(rows: HeldOutRows) -> float:
-    """Entropy of the eval tokens' own frequencies, nats: the loss of a model that knows nothing of context."""
+    """Entropy of the eval tokens' own frequencies, nats: the loss of a model that ignores context."""
     counts = np.bincount(np.concatenate([row.input_ids for row in rows.rows]))
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())

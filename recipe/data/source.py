@@ -1,7 +1,7 @@
 """Text -> documents, each with its index: the embedded corpus, the hub, parquet, jsonl and text files.
 
-A `Source` is a plain value: a list of chunks and what it takes to read one. It holds no open file and no position, so
-it can be sent to workers, and every iteration opens its files afresh.
+A `Source` is a plain value: a list of chunks and what is needed to read one. It holds no open file and no position,
+so it can be sent to workers, and every iteration opens its files again.
 """
 
 import hashlib
@@ -22,15 +22,15 @@ from recipe.errors import DataError, UserError
 
 INDEX = {"parquet": formats.index_parquet, "jsonl": formats.index_jsonl, "text": formats.index_text}
 READ = {"parquet": formats.read_parquet_chunk, "jsonl": formats.read_jsonl_chunk, "text": formats.read_text_chunk}
-INDEX_VERSION = 1  # raise it where an index would come out differently
+INDEX_VERSION = 1  # increase it when an index would differ
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents by index. `fingerprint` changes when what the files hold changes.
+    """Documents by index. `fingerprint` changes when the content of the files changes.
 
-    `can_be_cut`: a chunk may be read in parts. `tokenizer`: hash of the one that made the token ids, where they come
-    from a token cache of the recipe.
+    `can_be_cut`: a chunk may be read in parts. `tokenizer`: hash of the one that made the token ids, for a token
+    cache of the recipe.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Source:
         return sum(chunk.num_bytes for chunk in self.chunks)
 
     def read_chunk(self, chunk: Chunk) -> list[Content]:
-        """The chunk's documents in file order; null rows are empty strings, so that indices stay.
+        """The chunk's documents in file order; null rows are empty strings, so that indices do not shift.
 
-        A failing network is tried again for half a minute. Raises `DataError` for what cannot be read.
+        Network errors are retried for half a minute. Raises `DataError` for chunks that cannot be read.
         """
 
         def read() -> list[Content]:
@@ -82,7 +82,7 @@ def open_source(source: str, text_column: str = "text") -> Source:
     """Find the files behind `source` and count their documents, from metadata where the format has it.
 
     `source`: `docstrings`; `hf://owner/name[/config]`; or a path, glob or fsspec URL of parquet, jsonl or text files.
-    Raises `UserError` for a source that cannot be meant, `DataError` for one that cannot be reached or read.
+    Raises `UserError` for an invalid source, `DataError` for one that cannot be reached or read.
     """
     formats.close_parquet()
     if source == "docstrings":
@@ -94,8 +94,8 @@ def open_source(source: str, text_column: str = "text") -> Source:
 def cut_chunks(chunks: list[Chunk], at_least: int) -> list[Chunk]:
     """Halve all row groups until there are `at_least` pieces, or none has two documents.
 
-    A file with few large row groups is then read more than once, a part each time: dear for huge files, right for
-    small ones.
+    A file with few large row groups is then read several times, one part each time: costly for huge files, acceptable
+    for small ones.
     """
     while len(chunks) < at_least and max(chunk.num_documents for chunk in chunks) > 1:
         chunks = [half for chunk in chunks for half in _halves(chunk)]
@@ -117,7 +117,7 @@ def _halves(chunk: Chunk) -> list[Chunk]:
     return [left, right]
 
 
-# --- how many documents, and where
+# --- the index
 
 
 def _index_files(name: str, paths: list[str], text_column: str) -> Source:
@@ -128,7 +128,7 @@ def _index_files(name: str, paths: list[str], text_column: str) -> Source:
             f"'{name}/*.parquet'"
         )
     kind = kinds.pop()
-    with ThreadPoolExecutor(16) as pool:  # footers of a remote dataset are many small waits
+    with ThreadPoolExecutor(16) as pool:  # a remote dataset has many footers, each a short wait
         found = list(pool.map(lambda path: _index_one(kind, path, text_column), paths))
     chunks, first = [], 0
     for chunk in (chunk for _, index in found for chunk in index.chunks if chunk.num_documents):
@@ -143,8 +143,8 @@ def _index_files(name: str, paths: list[str], text_column: str) -> Source:
 
 
 def _as_the_text_was(source: Source, token_caches: list[str | None]) -> Source:
-    """A token cache with the sizes, files and fingerprint of the source that it was made of: the same order and the
-    same positions. Any other source as it is."""
+    """A token cache with the sizes, files and fingerprint of the source that it was made from, which gives the same
+    order and positions. Any other source is unchanged."""
     if not any(token_caches):
         return source
     parts = [json.loads(about) for about in token_caches if about]
@@ -180,9 +180,9 @@ def _index_one(kind: str, path: str, text_column: str) -> tuple[FileFacts, FileI
 
 
 def _cached_index(kind: str, path: str, text_column: str) -> tuple[FileFacts, FileIndex]:
-    """The file's index, from the cache where it has been made of this version of the file.
+    """The file's index, from the cache if there is one of this version of the file.
 
-    Not for local parquet, whose footer is as quick to read, nor where a server does not tell a file's version.
+    Local parquet is not cached, since its footer is as fast to read, nor files whose server sends no version.
     """
     facts = facts_of(path)
     if (kind == "parquet" and not is_remote(path)) or not facts.modified:
@@ -194,7 +194,7 @@ def _cached_index(kind: str, path: str, text_column: str) -> tuple[FileFacts, Fi
         return facts, FileIndex([Chunk(path, *chunk) for chunk in chunks], *rest)
     except (OSError, ValueError, TypeError):
         index = INDEX[kind](path, text_column)
-    with suppress(OSError):  # a cache that cannot be written costs the time to index again, no more
+    with suppress(OSError):  # without a cache, the next start indexes again
         chunks = [(chunk.position, chunk.num_documents, chunk.num_bytes) for chunk in index.chunks]
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial")

@@ -1,7 +1,7 @@
 """Lanes -> one endless canonical order of rows, the same for any number of ranks and workers, resumable in O(1).
 
 Row g of the run comes from lane `g % num_lanes`, and from the source that `source_of_row(g)` names; rank
-`g % world_size` trains on it; one worker of that rank reads it. So which process reads a row changes nothing about it.
+`g % world_size` trains on it; one worker of that rank reads it. So a row does not depend on the process that reads it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from itertools import accumulate, takewhile
 import torch
 
 from recipe.data.formats import Content
-from recipe.data.hold_out import KeptOut
+from recipe.data.hold_out import HoldOutFilter
 from recipe.data.lanes import Split, deal_chunks, read_lane, start_of_lane
 from recipe.data.packing import Row, pack, tokenize
 from recipe.data.source import Source
@@ -30,8 +30,8 @@ class Part:
 def source_of_row(number: int, weights: Sequence[float]) -> int:
     """The source of row `number`, of a mixture with these weights.
 
-    The Weyl sequence of the golden ratio: any run of n consecutive rows has each source's share of them, to about
-    log n rows, and no state is needed to go on from any row.
+    The Weyl sequence of the golden ratio: in any n consecutive rows, each source has its share to within about log n
+    rows, and no state is needed to continue from any row.
     """
     place = (number * 0x9E3779B97F4A7C15) % 2**64 / 2**64
     bounds = list(accumulate(weights))
@@ -39,10 +39,10 @@ def source_of_row(number: int, weights: Sequence[float]) -> int:
 
 
 class RowStream(torch.utils.data.IterableDataset):
-    """The rows that one rank trains on, in canonical order, for ever; in a DataLoader worker, that worker's share of
+    """The rows that one rank trains on, in canonical order, endlessly; in a DataLoader worker, that worker's share of
     them.
 
-    Yields `Row`s. `position` is `{"rows": rows of the whole run given out so far, "rows_by_source": [how many from
+    Yields `Row`s. `position` is `{"rows": rows of the whole run returned so far, "rows_by_source": [how many from
     each source], "is_exhausted": [whether the end of its first pass has been announced], "lanes": [[LaneState of each
     lane] of each source]}`. Use a DataLoader with `batch_size=None`: it takes one row from each worker in turn, which
     restores the order. Raises `UserError` where ranks times workers do not divide the lanes.
@@ -56,7 +56,7 @@ class RowStream(torch.utils.data.IterableDataset):
         num_lanes: int,
         rank: int = 0,
         world_size: int = 1,
-        kept_out: KeptOut | None = None,
+        hold_out_filter: HoldOutFilter | None = None,
     ):
         self.parts = list(parts)
         self.weights = [part.weight for part in parts]
@@ -65,7 +65,7 @@ class RowStream(torch.utils.data.IterableDataset):
         self.num_lanes = num_lanes
         self.rank = rank
         self.world_size = world_size
-        self.kept_out = kept_out
+        self.hold_out_filter = hold_out_filter
         self.lanes = [deal_chunks(part.source, part.split, num_lanes) for part in parts]
         self.position = self.start()
 
@@ -93,7 +93,7 @@ class RowStream(torch.utils.data.IterableDataset):
 
     def _rows_of(self, source: int, lane: int) -> Iterator[Row]:
         part, state = self.parts[source], self.position["lanes"][source][lane]
-        documents = read_lane(part.source, self.lanes[source][lane], part.split, lane, state, self.kept_out)
+        documents = read_lane(part.source, self.lanes[source][lane], part.split, lane, state, self.hold_out_filter)
         return pack(tokenize(documents, self.tokenizer, part.source.name), self.block_size, skip_tokens=state["token"])
 
 

@@ -1,4 +1,4 @@
-"""A source's token ids, written once on request: parquet files that stand in for the text, in the same order."""
+"""The token ids of a source, written once on request: parquet files that replace the text, in the same order."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ FILE_BYTES = 1 << 28  # of text in one file
 
 
 def write_token_caches(config: Config, folder: Path) -> str | list[dict]:
-    """Write the token ids of the config's sources; returns the `source` to put into the config in their place."""
+    """Write the token ids of the config's sources; returns the `source` that replaces them in the config."""
     tokenizer, entries = load_tokenizer(config.model.tokenizer), config.data.sources
     folders = [folder] if len(entries) == 1 else [folder / f"source-{number}" for number in range(len(entries))]
     for entry, place in zip(entries, folders, strict=True):
@@ -35,9 +35,9 @@ def write_token_caches(config: Config, folder: Path) -> str | list[dict]:
 def write_token_cache(source: Source, tokenizer, folder: Path) -> int:
     """Write the token ids of every document, without EOS, into `folder/tokens-*.parquet`; returns their number.
 
-    A row group for each chunk of the source, in a column of the same name: a config whose `source` is the folder
-    trains on the same rows, and resumes the checkpoints of one that reads the text. Files that an interrupted call
-    has completed are kept. Raises `UserError` where the folder holds something else.
+    One row group per chunk of the source, in a column of the same name. A config whose `source` is the folder trains
+    on the same rows, and can resume checkpoints of one that reads the text. Files completed by an interrupted call are
+    kept. Raises `UserError` where the folder holds other files.
     """
     parts = _parts(source)
     wanted = [folder / f"tokens-{number:05}.parquet" for number in range(len(parts))]
@@ -103,12 +103,12 @@ def _write(source: Source, chunks: list[Chunk], tokenizer, path: Path, about: di
 
 
 def _count_tokens(path: Path, about: dict) -> int:
-    """The tokens of a file written before. Raises `UserError` where it was not made of the same."""
+    """The tokens of a file written before. Raises `UserError` where its source or tokenizer differ."""
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read ({first_line(error)}); remove it, and it is written again") from error
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); remove it to write it again") from error
     found = json.loads((table.schema.metadata or {}).get(TOKEN_CACHE.encode(), "{}"))
-    if {**found, "files": []} != {**about, "files": []}:  # their dates may differ; the fingerprint knows the content
+    if {**found, "files": []} != {**about, "files": []}:  # dates may differ; the fingerprint covers the content
         raise UserError(f"{path} was made of another source or with another tokenizer; name an empty folder")
     return len(table.column(0).combine_chunks().flatten())

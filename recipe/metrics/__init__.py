@@ -20,9 +20,9 @@ from recipe.metrics.perplexity import Perplexity
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """UTF-8 bytes that each id adds to the decoded text: int32 of shape [len(tokenizer)].
 
-    Summed over an encoding this is `len(text.encode())`, where the tokenizer keeps the text as it is: a normalizer
+    Summed over an encoding this is `len(text.encode())`, where the tokenizer keeps the text unchanged: a normalizer
     changes it, and a Llama-style dummy prefix adds one byte to each document. Special tokens and holes count 0.
-    Raises UserError for a tokenizer that is neither byte-level nor of the SentencePiece kind.
+    Raises UserError for a tokenizer that is neither byte-level nor SentencePiece.
     """
     is_byte_level = _is_byte_level(tokenizer)
     lengths = np.zeros(len(tokenizer), dtype=np.int32)
@@ -33,7 +33,7 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
             continue
         if token_id in added:
             lengths[token_id] = len(added[token_id].content.encode())
-        elif is_byte_level:  # a character for each byte
+        elif is_byte_level:  # one character per byte
             lengths[token_id] = len(piece)
         elif re.fullmatch("<0x..>", piece):  # <0xE2> is the one byte E2
             lengths[token_id] = 1
@@ -66,11 +66,11 @@ class NextTokenMetrics:
 
     Results are `perplexity`, `bits_per_byte`, `next_token_accuracy` and `loss`, NaN where nothing was scored. The last
     replaces Trainer's own `eval_loss`, which averages batch means and so moves with the batch size whenever rows
-    differ in scored tokens (transformers#39241). Tokens wait in a temporary folder of this process, so ranks cannot
-    collide; each rank sees all gathered tokens and computes the same result.
+    differ in scored tokens (transformers#39241). Tokens are kept in a temporary folder of this process, so ranks
+    cannot collide; each rank sees all gathered tokens and computes the same result.
 
-    Trainer says `compute_result=True` at the last batch only if accelerate prepared the evaluation loader. With any
-    other loader call `compute()` after the evaluation loop.
+    Trainer passes `compute_result=True` at the last batch only if accelerate prepared the evaluation loader. With
+    other loaders call `compute()` after the evaluation loop.
     """
 
     def __init__(self, byte_lengths: np.ndarray):
@@ -95,7 +95,7 @@ class NextTokenMetrics:
         targets = labels[:, 1:]
         nll = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
         predicted = torch.zeros(targets.shape, dtype=torch.int32, device=logits.device)
-        # Row by row: a float32 copy of the whole batch, at 32k ids, is what makes evaluation run out of memory.
+        # Row by row: with 32k ids, a float32 copy of the whole batch can run out of memory.
         for row in range(logits.shape[0]):
             scores = logits[row, :-1]
             nll[row] = F.cross_entropy(scores.float(), targets[row], ignore_index=IGNORE_INDEX, reduction="none")
@@ -103,7 +103,7 @@ class NextTokenMetrics:
         return nll, predicted
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
-        """Adds one gathered batch ((nll, predicted), labels [B, T]); returns results with the last, else nothing."""
+        """Adds one gathered batch ((nll, predicted), labels [B, T]); returns the results with the last one."""
         nll, predicted = prediction.predictions
         targets = prediction.label_ids[:, 1:]
         is_scored = targets != IGNORE_INDEX
@@ -123,7 +123,7 @@ class NextTokenMetrics:
 
 def _add_batch(module: evaluate.EvaluationModule, **columns: np.ndarray) -> None:
     # `module.add_batch(**columns)` for flat arrays without its Python loop over every value: 205k tokens take 0.004 s
-    # in place of 0.7 s, which is more than a fast model needs to score them.
+    # instead of 0.7 s, which is more than a fast model needs to score them.
     if module.writer is None:
         module.selected_feature_format = module.features
         module._init_writer()

@@ -13,11 +13,10 @@ class BitsPerByte(evaluate.Metric):
     Args:
         predictions: float32, negative log-likelihood in nats of each scored token. Flat: one number a token.
         references: int32, UTF-8 bytes of that target token; 0 for a special token, whose nats still count, because a
-            model must also say where a document ends.
+            model must also predict where a document ends.
     Returns:
         bits_per_byte: float, sum(nats) / (ln 2 x sum(bytes)), both summed in float64 or int64. NaN when the targets
-            hold no bytes at all: there is then no text to spread the bits over, and 0 or infinity would read as a
-            score.
+            have no bytes: 0 or infinity would look like a score.
     """
 
     def _info(self):

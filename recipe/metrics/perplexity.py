@@ -13,8 +13,8 @@ class Perplexity(evaluate.Metric):
     Args:
         predictions: float32, negative log-likelihood in nats of each scored token. Flat: one number a token.
     Returns:
-        loss: float, mean nats per token, summed in float64 over all tokens at once, so that the way the tokens were
-            batched cannot change it. NaN when there is no token or one of them is NaN.
+        loss: float, mean nats per token, summed in float64 over all tokens, so that it does not depend on the
+            batches. NaN when there is no token or one of them is NaN.
         perplexity: float, exp(loss); infinite where that overflows a float (loss above 709), NaN where loss is.
     """
 

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, default_data_collator
 
 from recipe.arguments import parse_config
-from recipe.data.hold_out import KeptOut, digest_of
+from recipe.data.hold_out import HoldOutFilter, digest_of
 from recipe.data.packing import Row
 from recipe.data.pipeline import Data, build_data
 
@@ -118,9 +118,9 @@ def copies_cost(folder: str, files: list[str], held_out: int) -> dict:
     their texts whole."""
     texts = read_texts(files)
     tokenizer = Tokenizer.from_file(str(ROOT / "tokenizer/llama-32k/tokenizer.json"))
-    kept_out, found = KeptOut(texts[:held_out]), {"documents": len(texts), "bytes": sum(map(len, texts))}
+    hold_out_filter, found = HoldOutFilter(texts[:held_out]), {"documents": len(texts), "bytes": sum(map(len, texts))}
     started = time.perf_counter()
-    found["copies"] = sum(map(kept_out.holds, texts[held_out:]))
+    found["copies"] = sum(map(hold_out_filter.holds, texts[held_out:]))
     found["ask"] = time.perf_counter() - started
     started = time.perf_counter()
     for text in texts[held_out:]:

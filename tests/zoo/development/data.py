@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, SequentialSample
 from transformers import TrainerCallback
 
 from recipe.data import pipeline, stream
-from recipe.data.hold_out import KeptOut
+from recipe.data.hold_out import HoldOutFilter
 from recipe.data.lanes import deal_chunks, read_lane, train_and_eval_splits
 from recipe.data.packing import pack
 from tests.zoo.bug import bug
@@ -180,7 +180,7 @@ def forget_hold_out(run: Run):
         return replace(train, hold_out=(0, 0)), held_out
 
     run.patch(pipeline, "train_and_eval_splits", without_hold_out)
-    run.patch(pipeline, "KeptOut", lambda *_: KeptOut())
+    run.patch(pipeline, "HoldOutFilter", lambda *_: HoldOutFilter())
 
 
 @bug("train_eval_overlap", "data", "hold-out read in training", "datasets#5435", RECIPE_EVAL)
