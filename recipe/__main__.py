@@ -21,6 +21,7 @@ USAGE = """usage: python -m recipe COMMAND ...
   tokenize CONFIG.json OUT_DIR [--field value ...]    write the source's token ids once; then use OUT_DIR as `source`
   report RUN_DIR [--bundle]                           findings and curve -> RUN_DIR/report.html; --bundle packs what
                                                       is needed to debug a finding, without data or paths
+  explain [ID]                                        what a finding means, how it was measured, what to try
   trajectory record OUT.json RUN_DIR [RUN_DIR ...]    healthy runs of one config -> a reference curve
 """
 GOOD, UNEXPECTED, USER_INPUT, STOPPED_BY_GUARD = 0, 1, 2, 3
@@ -105,6 +106,16 @@ def report(arguments: list[str]) -> int:
     return GOOD
 
 
+def explain(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("recipe explain")
+    parser.add_argument("id", nargs="?")
+    options = parser.parse_args(arguments)
+    from recipe.explain import explain, overview
+
+    print(explain(options.id) if options.id else overview())
+    return GOOD
+
+
 def trajectory(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("recipe trajectory")
     parser.add_argument("action", choices=["record"])
@@ -123,6 +134,7 @@ COMMANDS = {
     "verify-data": verify_data,
     "tokenize": tokenize,
     "report": report,
+    "explain": explain,
     "trajectory": trajectory,
 }
 

@@ -53,6 +53,12 @@ def explain(name: str) -> str:
     return "\n\n".join([f"## {name}", *wrapped]) + "\n"
 
 
+def overview() -> str:
+    """All ids, a line each."""
+    width = max(map(len, FINDING_IDS))
+    return "\n".join(f"{name:<{width}}  {meaning}" for name, meaning in MEANINGS.items())
+
+
 def table() -> str:
     """A row for each id: what it catches, what it cannot see, when it judges."""
     rows = ["| finding | catches | cannot see | judges |", "|---|---|---|---|"]

@@ -6,6 +6,7 @@ It knows no guard by name. A step's numbers leave the device without waiting and
 the main process; what other ranks record is gathered there over the host's network.
 """
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -116,6 +117,21 @@ class RegressionCallback(TrainerCallback):
     @property
     def reference(self) -> Reference | None:
         return self.session.run.reference if self.session and self.session.run else None
+
+    @property
+    def context(self) -> dict[str, float | int | None]:
+        """For the verdict: prequential nats of unigram and bigram in the last steps that were scored, the sum of the
+        learning rates, and the vocabulary; None where they are not known."""
+        session = self.session
+        taps, run = (session.taps, session.run) if session is not None else (None, None)
+        recent = taps.ngrams.recent if taps is not None and taps.ngrams is not None else []
+        unigram, bigram = map(statistics.fmean, zip(*recent, strict=True)) if recent else (None, None)
+        return {
+            "unigram_of_run": unigram,
+            "bigram_of_run": bigram,
+            "learning_rate_sum": session.learning_rate_sum if run is not None else None,
+            "vocab_size": run.vocab_size or None if run is not None else None,
+        }
 
     def ask_to_stop(self) -> None:
         """Save a checkpoint and end the training after the current step (on several ranks the one after, when all have

@@ -37,6 +37,8 @@ TOKENS_PER_TYPE = 1000
 # Where it stops besides: grams (28 bytes each, 448 MiB in all) and tokens (40 MB in a checkpoint). Chosen, not
 # measured, to bound memory.
 MAX_GRAMS, MAX_TOKENS = 1 << 24, 20_000_000
+# Steps whose mean says what context is worth, for the verdict. Chosen, not measured: noise of single batches is gone.
+RECENT = 50
 # A new model starts at ln(vocabulary), one that copies with tied embeddings at 0.94 of it (7.85 of 8.32, 6M
 # parameters), GPT-2 on web text at 0.3 of it. Chosen between these.
 UNTRAINED_SHARE = 0.75
@@ -295,7 +297,8 @@ TRAINED_BEFORE = "the model was trained before on tokens that were not counted"
 
 class NgramTap:
     """The n-gram model fed with the run's steps, on the main process. `loss`: of the last step, None where nothing was
-    scored or it has stopped. `nats_per_token`: the mean over all tokens scored, what a token of this text tells."""
+    scored or it has stopped. `nats_per_token`: the mean over all tokens scored, what a token of this text tells.
+    `recent`: unigram and bigram loss of the last steps."""
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
@@ -303,6 +306,7 @@ class NgramTap:
         if not vocab_size:
             self.model.stop(NO_VOCABULARY)
         self.loss: NgramLoss | None = None
+        self.recent: list[list[float]] = []
         self._scored, self._nats, self._has_begun = 0, 0.0, False
 
     @property
@@ -323,13 +327,15 @@ class NgramTap:
             self.model.stop("the first loss is not that of an untrained model, so a floor for those says nothing")
         self._has_begun = True
         self._scored, self._nats = self._scored + found.tokens, self._nats + found.tokens * found.floor
+        self.recent = [*self.recent[1 - RECENT :], [found.unigram, found.bigram]]
 
     def save(self) -> dict:
-        return {"scored": self._scored, "nats": self._nats, "has_begun": self._has_begun, **self.model.state()}
+        own = {"scored": self._scored, "nats": self._nats, "has_begun": self._has_begun, "recent": self.recent}
+        return own | self.model.state()
 
     def load(self, state: dict) -> None:
         model = NgramModel.from_state(state)
         if model.vocab_size != self.vocab_size and self.vocab_size:
             raise ValueError(f"counts of a vocabulary of {model.vocab_size:,}, not {self.vocab_size:,}")
         self.model, self._has_begun = model, bool(state["has_begun"])
-        self._scored, self._nats = int(state["scored"]), float(state["nats"])
+        self._scored, self._nats, self.recent = int(state["scored"]), float(state["nats"]), state["recent"]

@@ -78,7 +78,7 @@ class Session:
         self.trainer, self.options, self.reporter, self.ranks = trainer, options, reporter, ranks
         self.output_dir, self.is_main = output_dir, reporter.is_main
         self.history: list[StepRecord] = []
-        self.tokens_seen, self.passes = 0, 1
+        self.tokens_seen, self.passes, self.learning_rate_sum = 0, 1, 0.0
         self.failure: str | None = None
         self.stop_asked = False
         self.run: Run | None = None
@@ -242,6 +242,7 @@ class Session:
         loss = sum(payload["loss"] for payload in ranks) / len(ranks)
         record: StepRecord = {**pending.record, "loss": loss, "grad_norm": ranks[0]["grad_norm"]}
         self.history = [*self.history[1 - HISTORY :], record]
+        self.learning_rate_sum += record["learning_rate"]
         step = Step.gather(self.run, self.taps, record, self.history, self.passes, pending.local, ranks)
         self.runner.observe(step)
         append_line(self.output_dir / "steps.jsonl", record)
@@ -299,7 +300,8 @@ class Session:
             taps[name] = {key: value for key, value in state.items() if not isinstance(value, np.ndarray)}
             kept = {key: value for key, value in state.items() if isinstance(value, np.ndarray)}
             arrays |= {f"{name}.{key}": value for key, value in kept.items()}
-        own = {"step": self.local.step, "passes": self.passes, "reporter": self.reporter.save()}
+        own = {"step": self.local.step, "passes": self.passes, "learning_rate_sum": self.learning_rate_sum}
+        own["reporter"] = self.reporter.save()
         write_state(checkpoint, {**own, "guards": numbers, "taps": taps}, arrays)
 
     def _restore(self, numbers: dict, arrays: dict[str, np.ndarray], checkpoint: Path | None) -> bool:
@@ -308,7 +310,7 @@ class Session:
             taps = {name: {**state, **_part_of(arrays, name)} for name, state in numbers["taps"].items()}
             self.taps.load(taps)
             self.run.pinned.load(_part_of(arrays, "pinned"))
-            self.passes = int(numbers["passes"])
+            self.passes, self.learning_rate_sum = int(numbers["passes"]), float(numbers["learning_rate_sum"])
             self.reporter.load(numbers["reporter"])
             problems = self.runner.load(self.run, numbers["guards"], arrays)
         except Exception as error:
