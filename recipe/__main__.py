@@ -2,7 +2,6 @@
 
 import argparse
 import atexit
-import json
 import logging
 import os
 import signal
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 from recipe.errors import DataError, UserError, exit_code_of, message_of
+from recipe.plain_json import dumps
 from recipe.rundir import write_exit
 
 USAGE = """usage: python -m recipe COMMAND ...
@@ -33,7 +33,7 @@ def train(arguments: list[str]) -> int:
 
     outcome = run_training(config)
     if options.json and outcome.is_main:
-        print(json.dumps(outcome.result))
+        print(dumps(outcome.result))
     return outcome.code
 
 
@@ -43,7 +43,7 @@ def check(arguments: list[str]) -> int:
 
     result = run_check(config)
     if config.training.process_index == 0:
-        print(json.dumps(result) if options.json else format_check(result))
+        print(dumps(result) if options.json else format_check(result))
     return result["exit_code"]
 
 
@@ -55,7 +55,7 @@ def verify_data(arguments: list[str]) -> int:
     from recipe import verify
 
     result = verify.verify_data(config, options.num_batches)
-    print(json.dumps(result) if options.json else verify.format_result(result))
+    print(dumps(result) if options.json else verify.format_result(result))
     return STOPPED_BY_GUARD if result["findings"] else GOOD
 
 
@@ -66,7 +66,7 @@ def tokenize(arguments: list[str]) -> int:
     from recipe.data.token_cache import write_token_caches
 
     sources = write_token_caches(config, options.out_dir)
-    print(json.dumps({"source": sources}))
+    print(dumps({"source": sources}))
     return GOOD
 
 

@@ -18,7 +18,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.training_args import trainer_log_levels
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
-from recipe.guards.finding import FINDING_IDS
+from recipe.guards import FINDING_IDS
 
 Problem = tuple[str, str]  # key (`--key` when it came from the command line, "" for the file itself), message
 

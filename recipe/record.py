@@ -8,6 +8,7 @@ from pathlib import Path
 from recipe.errors import UserError
 from recipe.guards.records import read_lines
 from recipe.rundir import write_json
+from recipe.verdict import HEALTHY
 
 WINDOW = 10
 POINTS = 40
@@ -60,7 +61,7 @@ def load_run(run_dir: Path) -> dict:
         raise UserError(f"{run_dir}: not a run directory ({error})") from error
     verdict = run.get("result", {}).get("verdict")
     steps = read_lines(run_dir / "steps.jsonl")
-    if verdict != "healthy" or not steps or run["finished"] is None:
+    if verdict != HEALTHY or not steps or run["finished"] is None:
         raise UserError(f"{run_dir}: a reference comes from finished, healthy runs; this one's verdict is {verdict}")
     if run["is_dirty"]:
         raise UserError(f"{run_dir}: made from a checkout with uncommitted changes; commit and run again")

@@ -14,8 +14,9 @@ import numpy as np
 
 from recipe.chart import Chart, compact, smooth
 from recipe.errors import UserError
-from recipe.guards.finding import FINDINGS
+from recipe.guards import MEANINGS
 from recipe.guards.records import parse_object, read_and_count_lines
+from recipe.verdict import HEALTHY
 
 RUN_FILES = ("run.json", "steps.jsonl", "evals.jsonl", "findings.jsonl", "samples.jsonl")
 SEVERITIES = ("error", "warning", "info")
@@ -63,13 +64,14 @@ def write_report(run_dir: Path) -> Path:
     run = load_run(run_dir)
     counts = Counter(finding.get("severity") for finding in run.findings)
     has_failed = run.part("result").get("exit_code") not in (0, 130, 143) or counts["error"]
+    is_healthy = run.part("result").get("verdict") == HEALTHY
     values = {
         "run": run,
         "counts": counts,
-        "colour": "error" if has_failed else "warning" if counts["warning"] else "good",
+        "colour": "error" if has_failed else "warning" if counts["warning"] else "good" if is_healthy else "info",
         "figures": key_figures(run),
         "charts": [_loss_chart(run), *(_small_chart(run, *chart) for chart in SMALL_CHARTS)] if run.steps else [],
-        "meanings": FINDINGS,
+        "meanings": MEANINGS,
         "environment": _environment(run),
     }
     return render("report.html.j2", values, run_dir / "report.html")

@@ -13,12 +13,12 @@ import torch
 from recipe import rundir
 from recipe.arguments import Config, format_config
 from recipe.data.pipeline import Data, unigram_entropy
-from recipe.guards import RegressionCallback
-from recipe.guards.diagnosis import root_causes
+from recipe.guards import GUARDS, RegressionCallback
 from recipe.model import count_flops_per_token, describe_kernels
 from recipe.model_card import write_model_card
 from recipe.report import write_report
 from recipe.trainer import PretrainTrainer, SignalCallback, format_seconds
+from recipe.verdict import Learned, Verdict, final_loss, judge_run
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +123,11 @@ def conclude(
     entropy = unigram_entropy(data.eval_rows)
     if is_whole:
         trainer.save_model(str(output_dir / "final"))
+    judged = verdict(guards, signals.received, metrics.get("eval_loss"), entropy)
     code = GOOD if is_whole else 128 + signals.received if signals.received else STOPPED_BY_GUARD
     result = {
-        "verdict": verdict(guards, signals.received),
+        "verdict": judged.text,
+        "verdict_kind": judged.kind,
         "exit_code": code,
         "steps": trainer.state.global_step,
         "tokens_seen": guards.tokens_seen,
@@ -161,17 +163,23 @@ def final_evaluation(trainer: PretrainTrainer) -> dict:
     return {name: metrics[name] for name in names}
 
 
-def verdict(guards: RegressionCallback, received: int | None) -> str:
-    """One phrase: an error says that the loss is not what it seems, a warning that it does not look right. What
-    explains the others comes first."""
-    roots = [finding.id for finding in root_causes(guards.findings)]
-    for severity, words in (("error", "not to be trusted"), ("warning", "suspicious")):
-        ids = dict.fromkeys(finding.id for finding in guards.findings if finding.severity == severity)
-        if ids:
-            return f"{words}: {', '.join(sorted(ids, key=lambda name: name not in roots))}"
-    if guards.failure is not None:
-        return f"not watched to its end: {guards.failure}"
-    return f"interrupted by {signal.Signals(received).name}, healthy so far" if received else "healthy"
+def verdict(
+    guards: RegressionCallback, received: int | None, eval_loss: float | None = None, entropy: float | None = None
+) -> Verdict:
+    """`entropy`: of the tokens that `eval_loss` is about. Without an evaluation (an interrupted run) the last training
+    losses are held against what the frequencies of their own tokens give."""
+    context = guards.context
+    is_prequential = eval_loss is None and context.get("unigram_of_run") is not None
+    learned = Learned(
+        final_loss=final_loss(eval_loss, [record["loss"] for record in guards.history]),
+        unigram=context["unigram_of_run"] if is_prequential else entropy,
+        steps=guards.history[-1]["step"] if guards.history else 0,
+        tokens_seen=guards.tokens_seen,
+        is_prequential=is_prequential,
+        **context,
+    )
+    name = signal.Signals(received).name if received else None
+    return judge_run(guards.findings, learned, guards.judged, guards.cannot_judge, guards.failure, name)
 
 
 def write_results(
@@ -193,7 +201,8 @@ def write_results(
     if not is_whole:
         again = f"bash run_clm.sh {config.path}{_repeated(config.overrides)} --output_dir {output_dir}"
         logger.info(f"a checkpoint is saved; to continue: {again} --resume_from_checkpoint latest")
-    is_judged = {"loss_off_reference", "loss_below_envelope"} & set(result["guards"]["judged"])
+    curves = {name for guard in GUARDS if guard.judges_curve for name in guard.ids}
+    is_judged = curves & set(result["guards"]["judged"])
     unjudged = "" if is_judged else " (the loss curve was not judged)"
     counts = Counter(finding.severity for finding in guards.findings)
     num_judged, num_unjudged = len(result["guards"]["judged"]), len(guards.cannot_judge)

@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from recipe.errors import UserError
+from recipe.plain_json import dumps
 
 STREAM_STATE = "stream_state.json"
 CONSEQUENCES = (1, 130, 143)  # exit codes that another rank's failure causes in this one
@@ -26,7 +27,7 @@ def write_json(path: Path, values: dict) -> None:
     """Write atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(dumps(values, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 

@@ -212,6 +212,7 @@ def train(trainer: PretrainTrainer, guards: RegressionCallback, checkpoint: Path
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state.global_step = rundir.step_of(checkpoint)
         guards.open_files(trainer.args, trainer.state)
+        guards.load(checkpoint)
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return time.perf_counter() - start

@@ -20,7 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from recipe.data.loader import BatchLoader, merge_positions
 from recipe.data.source import Source
 from recipe.errors import UserError
-from recipe.guards import Finding, RegressionCallback
+from recipe.guards import RegressionCallback
 from recipe.guards.records import append_line, keep_until
 from recipe.rundir import STREAM_STATE, read_stream_state, write_json
 
@@ -67,34 +67,29 @@ class StreamCallback(TrainerCallback):
             positions = [None] * args.world_size
             torch.distributed.all_gather_object(positions, position)
             position = merge_positions(positions, args.world_size)
-        self._announce(position, state.global_step)
+        self._announce(position)
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(checkpoint / STREAM_STATE, {**self.belongs_to, "position": position})
             rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._announce(self.loader.position, state.global_step)
+        self._announce(self.loader.position)
 
-    def _announce(self, position: dict, step: int) -> None:
+    def _announce(self, position: dict) -> None:
         for number, lanes in enumerate(position["lanes"]):
             if not self.loader.position["is_exhausted"][number] and any(lane["pass"] > 0 for lane in lanes):
                 self.loader.position["is_exhausted"][number] = position["is_exhausted"][number] = True
-                self.guards.report(self._exhausted(number, step))
+                self._announce_pass(number)
 
-    def _exhausted(self, number: int, step: int) -> Finding:
+    def _announce_pass(self, number: int) -> None:
         source = self.loader.dataset.parts[number].source
         tokens = self.loader.position["rows_by_source"][number] * self.loader.dataset.block_size
-        return Finding(
-            "source_exhausted",
-            "info",
-            step,
-            self.guards.tokens_seen,
-            found=f"after {tokens:,} tokens of {source.name}, the first lane has read all of its share of "
-            f"{source.num_documents:,} documents and begins pass 2",
-            expected="known: the run asks for more tokens than the source holds",
-            action="from here on documents come a second time, in a new order; read the loss accordingly",
-            evidence={"source": number, "documents": source.num_documents, "tokens": tokens},
+        self.guards.begin_pass(
+            tokens,
+            source.name,
+            f"{source.name}: pass 2 begins after {tokens:,} tokens, since the first lane has read its share of "
+            f"{source.num_documents:,} documents; documents repeat from here on, in a new order",
         )
 
 
@@ -184,6 +179,9 @@ class SampleCallback(TrainerCallback):
             return
         self._last_step = state.global_step
         self._known_words = self._known_words or words_of_sources(self.sources, self.tokenizer)
+        if not has_finite_logits(model, self.prompts[0]):
+            logger.warning("step %d | no sample: the model's logits are not finite", state.global_step)
+            return
         for number, prompt in enumerate(self.prompts):
             text = generate(model, self.tokenizer, prompt, self.new_tokens, seed=args.seed + number)
             record = {
@@ -198,6 +196,16 @@ class SampleCallback(TrainerCallback):
         known = "" if share is None else f" ({share:.0%} of its words occur in the corpus)"
         prompt, text = " ".join(record["prompt"].split()), " ".join(text.split())
         logger.info("step %d | sample: %s >> %s%s", state.global_step, prompt, text, known)
+
+
+def has_finite_logits(model, prompt: list[int]) -> bool:
+    """Can the model be sampled from? Leaves its mode as it was."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt], device=model.device)).logits
+    model.train(was_training)
+    return bool(logits.isfinite().all())
 
 
 def generate(model, tokenizer, prompt: list[int], new_tokens: int, seed: int) -> str:
@@ -216,6 +224,7 @@ def generate(model, tokenizer, prompt: list[int], new_tokens: int, seed: int) ->
             temperature=0.7,
             top_p=0.95,
             use_cache=True,
+            remove_invalid_values=True,  # NaN at a later position would end the run in an error of the sampling
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
         )

@@ -64,9 +64,14 @@ def test_a_bundle_has_findings_and_no_secrets(write_config, tmp_path, monkeypatc
     packed = json.loads(texts["run.json"])
     assert packed["arguments"]["hub_token"] == "(removed)"
     assert packed["arguments"]["learning_rate"] == info["arguments"]["learning_rate"]
-    assert packed["versions"] == info["versions"] and packed["result"]["guards"] == info["result"]["guards"]
-    findings = (folder / "findings.jsonl").read_text()
-    assert list(map(json.loads, texts["findings.jsonl"].splitlines())) == list(map(json.loads, findings.splitlines()))
+    assert packed["versions"] == info["versions"]
+    assert packed["result"]["guards"]["judged_steps"] == info["result"]["guards"]["judged_steps"]
+    for line, stored in zip(texts["findings.jsonl"].splitlines(), read_lines(folder / "findings.jsonl"), strict=True):
+        record = json.loads(line)
+        assert all(record[name] == stored[name] for name in ("id", "severity", "step", "tokens_seen", "check"))
+        assert {k: v for k, v in record["evidence"].items() if isinstance(v, float)} == {
+            k: v for k, v in stored["evidence"].items() if isinstance(v, float)
+        }
     assert texts["steps.jsonl"].count("\n") == 6
 
 
@@ -125,6 +130,7 @@ def write_run(folder, texts):
         "trajectory": {"name": "fleet", "description": "of Acme", "points": [{"tokens": 1, "loss": 2.5}]},
         "result": {
             "verdict": "suspicious: loss_spike",
+            "verdict_kind": "findings",
             "tokens_by_source": {"runs/acme-secret": 768},
             "guards": guards,
             "note": "skunkworks",
@@ -173,13 +179,12 @@ def test_a_bundle_keeps_what_a_finding_needs(tmp_path):
     assert packed["device"] == {"name": "NVIDIA H100 80GB HBM3", "count": 1}
     assert packed["trajectory"] == {"name": "(removed)", "points": [{"tokens": 1, "loss": 2.5}]}
     result = packed["result"]
-    assert (result["verdict"], result["tokens_by_source"]) == ("suspicious: loss_spike", [768])
-    assert result["guards"]["cannot_judge"]["loss_spike"] == "the model at (removed) has no eos"
-    assert json.loads(texts["exit.json"]) == {"code": 3, "reason": "the model at (removed) has no eos"}
+    assert (result["verdict_kind"], result["tokens_by_source"]) == ("findings", [768])
+    assert result["guards"] == {"judged": ["row_leak"], "cannot_judge": {"loss_spike": "(removed)"}}
+    assert json.loads(texts["exit.json"]) == {"code": 3, "reason": "(removed)"}
     first, second = map(json.loads, texts["findings.jsonl"].splitlines())
     assert (first["id"], first["step"], first["evidence"]["loss"]) == ("loss_spike", 3, 9.5)
-    assert (first["found"], first["expected"]) == ("loss 9.5, 1/8 of it", "below 4 (median of 64)")
-    assert second["found"] == "the model at (removed) has no eos"
+    assert first["found"] == first["expected"] == second["found"] == "(removed)"
     step = json.loads(texts["steps.jsonl"])
     assert step == {"step": 1, "loss": 2.5, "learning_rate": 0.003, "note": "(removed)"}
 

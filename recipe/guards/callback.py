@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from recipe.guards.attach import Wrapping, find_trainer, make_visible
 from recipe.guards.guard import Finding, Guard
 from recipe.guards.ranks import Ranks
-from recipe.guards.records import StepRecord, append_line, keep_until, read_steps
+from recipe.guards.records import StepRecord, append_line, keep_until, read_state, read_steps, warn_damaged
 from recipe.guards.run import plain_rate
 from recipe.guards.runner import Reporter
 from recipe.guards.session import HISTORY, Options, Session
@@ -139,11 +139,11 @@ class RegressionCallback(TrainerCallback):
         if self.session is not None:
             self.session.stop_asked = True
 
-    def begin_pass(self, tokens_in_pass: int | None) -> None:
-        """A declared further pass over the data: repetition of earlier passes is no fault, and n-gram counts no longer
-        tell what a model may know."""
+    def begin_pass(self, tokens_in_pass: int | None, source: str, message: str) -> None:
+        """A declared further pass over a source: repetition of earlier passes is no fault, and n-gram counts no longer
+        tell what a model may know. Any rank may notice it first; `message` is logged once for each `source`."""
         if self.session is not None:
-            self.session.begin_pass(tokens_in_pass)
+            self.session.announce_pass(source, tokens_in_pass, message)
 
     # --- Trainer's events
 
@@ -304,6 +304,14 @@ class RegressionCallback(TrainerCallback):
         return clip_grad_norm_
 
     # --- files
+
+    def load(self, checkpoint: Path) -> None:
+        """What was found before a checkpoint with which a training has nothing left to do. After `open_files`."""
+        if self.is_main and (saved := read_state(checkpoint)) is not None:
+            try:
+                self.reporter.load(saved[0]["reporter"])
+            except Exception as error:
+                warn_damaged(checkpoint, f"{type(error).__name__}: {error}")
 
     def open_files(self, args, state) -> None:
         """A new run starts new files; a resumed one keeps what was written up to its step, and its history with it."""

@@ -1,10 +1,11 @@
 """What a guard is, and what it says. `taps.py` has what it is given."""
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
+
+from recipe.plain_json import dumps
 
 Severity = Literal["info", "warning", "error"]
 SEVERITIES = ("info", "warning", "error")
@@ -52,7 +53,7 @@ class Finding:
         return " | ".join([head, *(label + text for label, text in parts)])
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return dumps(asdict(self))
 
 
 def _fit(texts: list[str], room: int) -> list[str]:
@@ -110,7 +111,8 @@ class Guard:
         is_symptom: its warnings wait until the probes have run again, and then name what these found.
         explains_symptoms: its probe runs again when a symptom is found.
         rules_out: own id -> word in the likely causes of symptoms that are dropped when this probe finds nothing.
-        judges_curve: it holds the loss curve against an expectation.
+        judges_curve: it compares the loss curve with an expectation.
+        judges_target: it knows on which token each position is scored.
         on_every_rank: `before_step`, `after_step`, `measure` and `save` run on all ranks, not on the main process alone.
         of_one_resume: its findings are about the last resume; the next one forgets them.
         state: what must survive a resume: JSON-able values and numpy arrays. The runner saves and restores it.
@@ -123,6 +125,7 @@ class Guard:
     explains_symptoms: ClassVar[bool] = False
     rules_out: ClassVar[Mapping[str, str]] = {}
     judges_curve: ClassVar[bool] = False
+    judges_target: ClassVar[bool] = False
     on_every_rank: ClassVar[bool] = False
     of_one_resume: ClassVar[bool] = False
 

@@ -6,6 +6,7 @@ fresh, with one warning.
 
 import json
 import logging
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -13,14 +14,15 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 from recipe.guards.guard import SEVERITIES, Finding
+from recipe.plain_json import dumps
 
 logger = logging.getLogger("recipe.guards")
 NUMBERS, ARRAYS = "guards.json", "guards.npz"
 
 
 class StepRecord(TypedDict):
-    """One optimizer step. `loss` in nats per token, `grad_norm` before clipping (None where it is not clipped),
-    `learning_rate` used. `floor` and `ceiling`: n-gram and unigram loss of the same tokens, while there is an
+    """One optimizer step. `loss` in nats per token (null in the file where it is not finite), `grad_norm` before
+    clipping (None where it is not clipped), `learning_rate` used. `floor` and `ceiling`: n-gram and unigram loss of the same tokens, while there is an
     envelope."""
 
     step: int
@@ -35,7 +37,7 @@ class StepRecord(TypedDict):
 
 def append_line(path: Path, record: dict) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(dumps(record) + "\n")
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -65,7 +67,7 @@ def keep_until(path: Path, step: int) -> None:
     if path.exists():
         kept = [record for record in read_lines(path) if type(record.get("step")) is int and record["step"] <= step]
         partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        partial.write_text("".join(dumps(record) + "\n" for record in kept), encoding="utf-8")
         partial.replace(path)
 
 
@@ -74,6 +76,8 @@ def read_steps(path: Path, until: int) -> list[StepRecord]:
     the usual fall of a loss would look like a jump."""
     steps = []
     for record in reversed(read_lines(path)):
+        if record.get("loss", 0.0) is None:  # it was not finite, which JSON cannot hold
+            record["loss"] = math.nan
         if record.get("step") == until - len(steps) and _is_step(record):
             steps.append(record)
     return steps[::-1]
@@ -109,7 +113,7 @@ def write_state(checkpoint: Path, numbers: dict, arrays: dict[str, np.ndarray]) 
         np.savez(file, **arrays)
     partial.replace(checkpoint / ARRAYS)
     partial = checkpoint / f"{NUMBERS}.partial"
-    partial.write_text(json.dumps(numbers), encoding="utf-8")
+    partial.write_text(dumps(numbers), encoding="utf-8")
     partial.replace(checkpoint / NUMBERS)
 
 

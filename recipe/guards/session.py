@@ -85,6 +85,8 @@ class Session:
         self.runner: Runner | None = None
         self.taps: Taps | None = None
         self.local = LocalStep(step=trainer.state.global_step)
+        self._announced: set[str] = set()  # sources whose second pass has begun
+        self._passes: list[tuple[str, int | None, str]] = []  # noticed on this rank, not sent yet
         self._is_due = False  # a step has ended and is not judged yet
         self._pending: PendingStep | None = None
         self._probed_at = 0
@@ -214,6 +216,7 @@ class Session:
         payload = (self._read(pending) if pending is not None else None) or {}
         unreported, self.reporter.unreported = self.reporter.unreported, []
         failed = dict(self.runner.failed) if self.runner is not None else {}
+        payload["passes"], self._passes = self._passes, []
         payload |= {"findings": unreported, "stop": self.stop_asked, "failed": failed, "failure": self.failure}
         ranks = self.ranks.gather(payload)
         if self.is_main:
@@ -234,6 +237,8 @@ class Session:
     @survives
     def _judge(self, pending: PendingStep | None, ranks: list[dict]) -> None:
         self.reporter.report_others([payload["findings"] for payload in ranks])
+        for announced in [announced for payload in ranks for announced in payload["passes"]]:
+            self.announce_pass(*announced)
         for rank, payload in enumerate(ranks[1:], 1):
             for name, what in payload["failed"].items():
                 self.runner.fail(name, f"{what} on rank {rank}")
@@ -246,6 +251,15 @@ class Session:
         step = Step.gather(self.run, self.taps, record, self.history, self.passes, pending.local, ranks)
         self.runner.observe(step)
         append_line(self.output_dir / "steps.jsonl", record)
+
+    def announce_pass(self, source: str, tokens_in_pass: int | None, message: str) -> None:
+        """On other ranks than the main process: to be sent there with the step."""
+        if not self.is_main:
+            self._passes.append((source, tokens_in_pass, message))
+        elif source not in self._announced:
+            self._announced.add(source)
+            logger.info("%s", message)
+            self.begin_pass(tokens_in_pass)
 
     def begin_pass(self, tokens_in_pass: int | None) -> None:
         self.passes += 1
