@@ -10,7 +10,8 @@ from transformers import LlamaForCausalLM
 from recipe.__main__ import run
 from recipe.bundle import write_bundle
 from recipe.errors import UserError
-from recipe.guards.finding import FINDING_IDS
+from recipe.guards import FINDING_IDS
+from recipe.guards.records import read_lines
 
 
 def unshifted(logits, labels, vocab_size, num_items_in_batch=None, **kwargs):

@@ -100,9 +100,9 @@ def contained(hook: Callable) -> Callable:
 class Guard:
     """Base class. A guard overrides the methods that it needs; the runner calls no others.
 
-    The first line of a guard's docstring says what it catches. Its sections `When:`, `Measured:`, `Try:` and `Cannot
-    see:` become the guard's part of docs/findings.md and of `recipe explain ID`. A section for one id only is written
-    `Try (ID):`.
+    The first line of a guard's docstring says what it catches. Its sections `When:`, `Measured:`, `Try:` and
+    `Cannot see:` become the guard's part of docs/findings.md and of `recipe explain ID`. A section for one id only is
+    written `Try (ID):`.
 
     Attributes:
         ids: finding id -> what it means, in one sentence. An id belongs to one guard.

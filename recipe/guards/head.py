@@ -27,7 +27,7 @@ MAX_REMAINDER = 0.15
 # Looked at in each row of a micro-batch, and in all of its rows: 4 rows of 18, of which 16 can be judged, since a
 # position needs the two tokens after it. Chosen, not measured, to keep the sampling short.
 POSITIONS, MAX_POSITIONS = 18, 72
-# Micro-batches. Where a fused loss makes no logits, a sample costs four heads of these positions. Chosen, not measured.
+# Micro-batches. Where a fused loss makes no logits, a sample costs four heads of these positions. Chosen.
 FUSED_EVERY = 8
 
 

@@ -18,8 +18,8 @@ The floor is never above ln V, the loss of a guess that needs no counts: of rand
 unigram says 0.4 more, since it has seen few of them, and a model that has learned nothing was under it (zoo).
 
 An honest model can go below the floor where it shares statistics between tokens and counts cannot: bigrams of rank 3,
--0.13 with 300 tokens, -0.51 with 2,000. Such synthetic data trips the guard. So would a model of bytes or characters in
-time, since it sees further than 5 of them: judging ends after 1,000 tokens for each entry of the vocabulary.
+-0.13 with 300 tokens, -0.51 with 2,000. Such synthetic data trips the guard. So would a model of bytes or characters
+in time, since it sees further than 5 of them: judging ends after 1,000 tokens for each entry of the vocabulary.
 
 Cost on one core of a Xeon: 0.8 to 2.4 us a token, at 0.1M tokens seen as at 10M. Grams a token at 1M and 10M tokens:
 2.1 and 1.4 (4k vocabulary), 3.0 and 2.4 (32k), so 2^24 of them last for 6.7M tokens of the latter.

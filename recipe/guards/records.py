@@ -22,8 +22,8 @@ NUMBERS, ARRAYS = "guards.json", "guards.npz"
 
 class StepRecord(TypedDict):
     """One optimizer step. `loss` in nats per token (null in the file where it is not finite), `grad_norm` before
-    clipping (None where it is not clipped), `learning_rate` used. `floor` and `ceiling`: n-gram and unigram loss of the same tokens, while there is an
-    envelope."""
+    clipping (None where it is not clipped), `learning_rate` used. `floor` and `ceiling`: n-gram and unigram loss of
+    the same tokens, while there is an envelope."""
 
     step: int
     tokens_seen: int
