@@ -1,8 +1,7 @@
 """Every guard on a real run of a stock Trainer: named first where its bug is, silent and judged where it is not.
 
 The bugs are put in from outside, where users put them: loss function, collator, dataset, hooks, optimizer, scheduler,
-checkpoint files. `source_exhausted` is left out, since only the recipe's own stream reports it; `init_loss_off` is
-never more than information, so it is not among the alarms.
+checkpoint files. `init_loss_off` is information but for logits that are probabilities.
 """
 
 import functools
@@ -37,7 +36,7 @@ from recipe.results import verdict
 ROWS, LENGTH, STATES, EOS = 4, 64, 64, 256
 LOSS = ("init_loss_off", "missing_label_shift", "double_label_shift", "wrong_loss_target", "loss_not_finite")
 ATTENTION = ("non_causal_attention", "row_leak")
-COUNTED = ("repeated_data", "token_budget_off", "token_out_of_range", "padding_is_target", "eos_never_target")
+COUNTED = ("repeated_data", "token_out_of_range", "padding_is_target", "eos_never_target")
 EVALUATION = ("eval_not_repeatable", "eval_train_mismatch", "train_eval_overlap", "train_eval_gap")
 OPTIMIZED = ("optimizer_off", "learning_rate_off", "frozen_parameters", "untied_weights")
 CURVES = ("loss_spike", "grad_norm_off", "loss_below_envelope")
@@ -171,9 +170,10 @@ def test_a_resumed_run_is_judged_and_silent_and_keeps_its_memory(healthy):
     resumed = watch(trainer, checkpoint)
     check_healthy(resumed, "resume_jump", "resume_replay", *CURVES[2:])
     assert saved["step"] == 40 and trainer.state.global_step == 66
-    assert resumed.watch.ledger.tokens == guards.watch.ledger.tokens == 66 * 8 * LENGTH
-    assert resumed.watch.counter.counts == guards.watch.counter.counts
-    assert resumed.watch.envelope.tokens_seen == guards.watch.envelope.tokens_seen
+    states = [each.session.runner.save(each.session.run) for each in (guards, resumed)]
+    for name, state in states[0][0].items():
+        if name not in ("ResumeJump", "OptimizerOff"):  # these look again after a resume
+            assert states[1][0].get(name) == state, name
     floors = [[record["floor"] for record in each.history[-26:]] for each in (guards, resumed)]
     assert floors[0] == floors[1]
 
@@ -367,17 +367,6 @@ def test_a_leak_of_a_later_step_is_named_when_the_curve_asks_again(tmp_path):
     check_first(guards, "non_causal_attention", 31, 50)
     curve = guards.findings[1]
     assert curve.id == "loss_below_envelope" and curve.evidence["causes"] == ["non_causal_attention"]
-
-
-def test_a_model_that_sees_no_context_stays_above_the_envelope(tmp_path):
-    model = make_model()
-    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: (torch.zeros_like(args[0]),))
-    guards = train(tmp_path, model=model, steps=320)
-    check_first(guards, "loss_above_envelope", 300, 320)
-
-
-def test_a_model_that_learns_context_is_below_its_unigram(tmp_path):
-    check_healthy(train(tmp_path, steps=320), "loss_above_envelope", "loss_below_envelope")
 
 
 def reference(tmp_path, loss: float) -> str:
@@ -584,16 +573,6 @@ def test_one_train_row_in_twenty_is_an_eval_row_at_another_alignment(tmp_path):
     check_first(guards, "train_eval_overlap", 1, 21)
 
 
-class ShortBatches:
-    def __call__(self, rows):
-        return default_data_collator(rows[:-1])
-
-
-def test_a_collator_that_drops_rows(tmp_path):
-    guards = train(tmp_path, steps=24, more={"data_collator": ShortBatches()})
-    check_first(guards, "token_budget_off", 20)
-
-
 def test_tokens_that_the_embedding_does_not_have(tmp_path):
     """Reachable where the model folds them in; else torch ends the run itself."""
     model, ids = make_model(), text(16).clone()
@@ -757,7 +736,7 @@ def test_altered_weights(saved):
 
 @pytest.mark.parametrize("name", ["guards.json", "guards.npz"])
 @pytest.mark.parametrize("damage", ["half", "empty", "other"])
-def test_a_damaged_state_is_said_once_and_ends_nothing(saved, name, damage, caplog):
+def test_a_damaged_state_is_logged_once_and_ends_nothing(saved, name, damage, caplog):
     checkpoint, make = saved
     whole = (checkpoint / name).read_bytes()
     other = b'{"step": 40}' if name == "guards.json" else b"PK\x05\x06" + bytes(18)
@@ -767,18 +746,8 @@ def test_a_damaged_state_is_said_once_and_ends_nothing(saved, name, damage, capl
         guards = watch(trainer, checkpoint)
     own = [record for record in caplog.records if record.name == "recipe.guards"]
     warnings = [record.getMessage() for record in own if record.levelno >= logging.WARNING]
-    assert len(warnings) == 1 and "the guards' state is damaged" in warnings[0]
+    assert len(warnings) == 1 and "the guards' state cannot be restored" in warnings[0]
     assert trainer.state.global_step == 42 and alarms(guards) == []
-
-
-def test_a_state_from_before_bos_was_counted_is_read(saved, caplog):
-    checkpoint, make = saved
-    state = json.loads((checkpoint / "guards.json").read_text())
-    before = state["watch"]["counts"]["tokens"]
-    del state["watch"]["counts"]["bos_texts"], state["watch"]["counts"]["double_bos"]
-    (checkpoint / "guards.json").write_text(json.dumps(state))
-    guards = watch(make(max_steps=42), checkpoint)
-    assert "damaged" not in caplog.text and guards.watch.counter.counts.tokens > before > 0
 
 
 def test_what_is_active_at_the_save_is_not_said_again(tmp_path):

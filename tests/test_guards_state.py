@@ -1,4 +1,4 @@
-"""What a resumed run reads of the run before it may be damaged: its guards begin anew, or leave the record out."""
+"""What a resumed run reads of the run before it may be damaged: its guards start fresh, or leave the record out."""
 
 import json
 import logging
@@ -10,10 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from recipe.guards import RegressionCallback
-from recipe.guards.finding import Finding
-from recipe.guards.records import StepRecord, fits, read_lines, read_steps
-from recipe.guards.watch import Watch
+from recipe.guards import Finding, RegressionCallback
+from recipe.guards.records import StepRecord, read_lines, read_steps
 
 STEPS, SAVED_AT, ROWS, LENGTH = 8, 6, 4, 24
 FINDING = Finding("loss_spike", "warning", 3, 288, "a jump", "none", ("a bad batch",), "wait", {"losses": [1.0]})
@@ -71,27 +69,29 @@ def resume(finished, tiny_config, tmp_path, caplog):
 # --- whole
 
 
-def test_a_healthy_state_restores_exactly(finished):
-    watch = finished[0].watch
-    numbers, arrays = watch.state()
-    assert numbers["passes"] == 1 and numbers["eval_digests"] and numbers["envelope_losses"] and watch.ledger.tokens
-    again = Watch(watch.facts, watch.reference)
-    again.restore(json.loads(json.dumps(numbers)), arrays)
-    numbers_again, arrays_again = again.state()
-    assert json.dumps(numbers_again) == json.dumps(numbers)
-    assert arrays_again.keys() == arrays.keys()
+def test_a_healthy_state_restores_exactly(finished, resume):
+    """What the resumed run saves at its end is what the uninterrupted one has."""
+    whole, (resumed, warnings) = finished[0].session, resume()
+    assert warnings == []
+    numbers, arrays = whole.runner.save(whole.run)
+    numbers_again, arrays_again = resumed.session.runner.save(resumed.session.run)
+    assert json.dumps(numbers_again) == json.dumps(numbers) and arrays_again.keys() == arrays.keys()
     for name, array in arrays.items():
         assert np.array_equal(arrays_again[name], array), name
+    for name, state in whole.taps.save().items():
+        again = resumed.session.taps.save()[name]
+        for key, value in state.items():
+            assert np.array_equal(again[key], value), (name, key)
 
 
 def test_healthy_files_are_read_whole(finished, resume, tmp_path):
     (tmp_path / "run/findings.jsonl").write_text(FINDING.to_json() + "\n")
-    change(tmp_path, "active", {"loss_spike": asdict(FINDING)})
+    change(tmp_path, "reporter.open", {"loss_spike": {"finding": asdict(FINDING), "checks": {"step": 0}}})
     guards, warnings = resume()
-    assert warnings == [] and guards.findings == [FINDING] and guards.journal.active == {"loss_spike": FINDING}
+    assert warnings == [] and guards.findings == [FINDING]
+    assert guards.reporter.open["loss_spike"].finding == FINDING
     assert {"resume_jump", "eval_not_repeatable"} <= guards.judged
     assert guards.judged_steps["loss_not_finite"] == finished[0].judged_steps["loss_not_finite"] == STEPS
-    assert guards.watch.ledger.tokens == finished[0].watch.ledger.tokens == STEPS * ROWS * LENGTH
     losses = [[record["loss"] for record in each.history] for each in (guards, finished[0])]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS and guards.tokens_seen == finished[0].tokens_seen
 
@@ -120,24 +120,13 @@ def change_array(tmp_path, name: str, array) -> None:
 
 
 DAMAGED = {
-    "active": [{"a": {"b": 1}}, [1], {"loss_spike": {**asdict(FINDING), "step": "3"}}, {"a": 1}, None, ...],
-    "judged_steps": [{"x": "y"}, {"loss_spike": 1.5}, ["loss_spike"]],
-    "pinned_loss": ["x", [1.0], True, ...],
-    "optimizer_states": ["x", None],
-    "learning_rate_agrees": ["no", 1],
-    "watch": [None, []],
-    "watch.passes": ["two", None, 1.5, ...],
-    "watch.labels_are": ["others", 1],
-    "watch.eval_digests": [{"eval_loss": "x"}, [1]],
-    "watch.losses_by_position": ["two", [1.0], [[1, 2.0]], [[1, 2.0, "x"]]],
-    "watch.envelope_losses": ["two", [{"step": 1}], [1]],
-    "watch.rows_by_step": ["two", ["4"], {"1": 4}],
-    "watch.cannot_judge": [["x"], {"loss_spike": 1}],
-    "watch._uneven_steps": ["x"],
-    "watch._floor_sums": [[], [1, "x"], [1, 2.0, 3.0]],
-    "watch._rates": [0, [None, 0.0]],
-    "watch.counts": [None, {}, {"tokens": 1}],
-    "watch.counts.tokens": ["x", ...],
+    "reporter": [None, [], {"open": {"a": 1}}, ...],
+    "reporter.open": [[1], {"loss_spike": {"finding": 1, "checks": {}}}, None],
+    "reporter.judged_steps": [{"x": "y"}, ["loss_spike"]],
+    "passes": ["two", None, ...],
+    "learning_rate_sum": ["x", None],
+    "taps": [None, [], {"ngrams": {}}],
+    "guards": [None, [1], ...],
 }
 
 
@@ -149,30 +138,27 @@ CASES = [
 
 
 @pytest.mark.parametrize(("path", "value"), CASES)
-def test_a_number_of_another_type_is_said_once_and_ends_nothing(resume, tmp_path, path, value):
+def test_a_value_of_another_type_is_logged_once_and_ends_nothing(resume, tmp_path, path, value):
     change(tmp_path, path, value)
-    check_begun_anew(*resume(), path.removeprefix("watch.").split(".")[0])
+    check_started_fresh(*resume())
 
 
 @pytest.mark.parametrize("text", ["[1]", "1", '"x"', "null", "[" * 100_000, "\ufffd"], ids=lambda text: text[:6])
-def test_no_object_is_said_once_and_ends_nothing(resume, tmp_path, text):
+def test_no_object_is_logged_once_and_ends_nothing(resume, tmp_path, text):
     (tmp_path / f"run/checkpoint-{SAVED_AT}/guards.json").write_text(text)
-    check_begun_anew(*resume(), "")
+    check_started_fresh(*resume())
 
 
-@pytest.mark.parametrize("name", ["ledger.tokens", "ledger.rows.place", "ledger.hits.row", "envelope.tokens"])
-@pytest.mark.parametrize(
-    "array", [np.array("x"), np.zeros((2, 2)), np.zeros((0, 7), np.int64)], ids=["text", "2D", "none"]
-)
-def test_an_array_of_another_kind_is_said_once_and_ends_nothing(resume, tmp_path, name, array):
+@pytest.mark.parametrize("name", ["ngrams.tokens", "ngrams.lengths"])
+@pytest.mark.parametrize("array", [np.array("x"), np.zeros((2, 2))], ids=["text", "2D"])
+def test_an_array_of_another_kind_is_logged_once_and_ends_nothing(resume, tmp_path, name, array):
     change_array(tmp_path, name, array)
-    check_begun_anew(*resume(), name)
+    check_started_fresh(*resume())
 
 
-def check_begun_anew(guards: RegressionCallback, warnings: list[str], name: str) -> None:
-    assert len(warnings) == 1 and "the guards' state is damaged" in warnings[0] and name in warnings[0], warnings
-    assert guards.findings == [] and "loss_not_finite" in guards.judged
-    assert guards.watch.ledger.tokens == (STEPS - SAVED_AT) * ROWS * LENGTH
+def check_started_fresh(guards: RegressionCallback, warnings: list[str]) -> None:
+    assert len(warnings) == 1 and "the guards' state cannot be restored" in warnings[0], warnings
+    assert guards.failure is None and guards.findings == [] and "loss_not_finite" in guards.judged
 
 
 def test_a_damaged_pinned_batch_is_not_judged(resume, tmp_path):
@@ -181,10 +167,11 @@ def test_a_damaged_pinned_batch_is_not_judged(resume, tmp_path):
     assert warnings == [] and "the pinned batch failed" in guards.cannot_judge["resume_jump"]
 
 
-def test_an_active_finding_of_another_version_is_left_out(resume, tmp_path):
-    change(tmp_path, "active", {"no_such_guard": {**asdict(FINDING), "id": "no_such_guard"}})
+def test_an_open_finding_of_another_version_is_left_out(resume, tmp_path):
+    other = {"finding": {**asdict(FINDING), "id": "no_such_guard"}, "checks": {"step": 0}}
+    change(tmp_path, "reporter.open", {"no_such_guard": other})
     guards, warnings = resume()
-    assert warnings == [] and guards.journal.active == {}
+    assert warnings == [] and guards.reporter.open == {}
 
 
 # --- records
@@ -201,7 +188,7 @@ def test_what_is_no_record_is_left_out(resume, tmp_path, name):
     guards, warnings = resume()
     assert warnings == [] and guards.findings == []
     assert [record["step"] for record in guards.history] == list(range(1, STEPS + 1))
-    assert all(fits(record["step"], int) for record in read_lines(file))
+    assert all(type(record["step"]) is int for record in read_lines(file))
 
 
 @pytest.mark.parametrize(

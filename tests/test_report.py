@@ -21,7 +21,7 @@ from recipe.chart import (
     smooth,
 )
 from recipe.errors import UserError
-from recipe.guards.finding import FINDINGS as MEANINGS
+from recipe.guards import MEANINGS
 from recipe.guards.records import read_lines
 from recipe.model_card import write_model_card
 from recipe.report import RUN_FILES, write_report
@@ -32,7 +32,7 @@ TOKENS_PER_STEP = 1024
 KERNELS = "attention sdpa | precision fp32 | eager | device cpu"
 FINDINGS = [
     {
-        "id": "source_exhausted",
+        "id": "accumulation_mismatch",
         "severity": "info",
         "step": 30,
         "tokens_seen": 30 * TOKENS_PER_STEP,
@@ -298,7 +298,7 @@ def test_findings_stand_most_severe_first_with_all_their_fields(make_run):
     assert page.has("A guard stopped the run (exit code 3). 1 error, 0 warnings, 1 note.")
     assert page.count("tr", "finding") == 2
     table = text[text.rindex("What to do") :]
-    assert table.index("missing_label_shift") < table.index("source_exhausted")
+    assert table.index("missing_label_shift") < table.index("accumulation_mismatch")
     for finding in FINDINGS:
         assert MEANINGS[finding["id"]] in table
         for words in (finding["found"], finding["expected"], finding["action"], *finding["likely_causes"]):
@@ -311,7 +311,7 @@ def test_findings_are_marked_on_the_loss_chart(make_run):
     page = report_of(make_run(findings=[*FINDINGS, {**FINDINGS[0], "step": 45, "tokens_seen": 45 * TOKENS_PER_STEP}]))
     assert page.count("path", "marker error") == page.count("text", "marker error") == 1
     assert page.count("path", "marker info") == 2 and page.count("text", "marker info") == 1  # one label for both
-    assert page.has("source_exhausted x2")
+    assert page.has("accumulation_mismatch x2")
 
 
 def test_warnings_alone_are_amber(make_run):

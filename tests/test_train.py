@@ -2,9 +2,11 @@
 
 import copy
 import json
+import logging
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,6 @@ from recipe.arguments import parse_config
 from recipe.data.pipeline import build_data
 from recipe.data.source import Source
 from recipe.errors import DataError
-from recipe.guards import RegressionCallback
 from recipe.guards.records import read_lines
 from recipe.rundir import find_checkpoint
 from recipe.trainer import StreamCallback
@@ -250,11 +251,13 @@ def test_an_interrupted_run_saves_a_checkpoint_and_goes_on(write_config, tmp_pat
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_the_end_of_the_source_is_announced_once(write_config, tmp_path, write_parquet):
+def test_the_end_of_the_source_is_announced_once(write_config, tmp_path, write_parquet, caplog):
     path = write_config(eval_skip=50, eval_documents=8, max_steps=50, eval_steps=50, save_steps=50)
     write_parquet(60)
-    assert run(["train", path]) == 0
-    assert [record["id"] for record in read_lines(tmp_path / "run/findings.jsonl")] == ["source_exhausted"]
+    with caplog.at_level(logging.INFO, "recipe.guards"):
+        assert run(["train", path]) == 0
+    assert sum("pass 2 begins" in record.getMessage() for record in caplog.records) == 1
+    assert read_lines(tmp_path / "run/findings.jsonl") == []
     assert json.loads((tmp_path / "run/run.json").read_text())["result"]["passes"] > 1
 
 
@@ -523,14 +526,14 @@ def test_a_killed_worker_is_a_data_error(write_config, tmp_path, capsys, monkeyp
 
 def test_the_end_of_a_pass_on_another_rank_is_announced_at_the_next_checkpoint(write_config, tmp_path):
     config = parse_config(write_config(), ["--use_cpu", "true", "--bf16", "false"])
-    loader, guards = build_data(config).loader, RegressionCallback()
-    guards.journal.open(tmp_path / "findings.jsonl", is_main=True, until=-1)
+    loader, announced = build_data(config).loader, []
+    guards = SimpleNamespace(begin_pass=lambda tokens, source, message: announced.append(source))
     callback = StreamCallback(loader, {}, {}, guards)
-    callback._announce(loader.position, 1)
-    assert guards.findings == []
+    callback._announce(loader.position)
+    assert announced == []
     merged = copy.deepcopy(loader.position)
     merged["lanes"][0][1]["pass"] = 1  # a lane that another rank reads
     for _ in range(2):
-        callback._announce(merged, 2)
-    assert [finding.id for finding in guards.findings] == ["source_exhausted"]
+        callback._announce(merged)
+    assert len(announced) == 1
     assert loader.position["is_exhausted"] == merged["is_exhausted"] == [True]

@@ -31,8 +31,8 @@ def steps(options: Options) -> Result:
     low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
     note = (
         f"Step with the guards / step without, medians of neighbouring blocks: {median:.4f} (middle 80 % of "
-        f"{len(ratios)} pairs: {low:.4f} to {high:.4f}). The parts overlap: judging holds envelope and ledger, the "
-        f"end of a step holds judging. Findings in this run: {', '.join(found['findings']) or 'none'}."
+        f"{len(ratios)} pairs: {low:.4f} to {high:.4f}). The end of a step holds the n-gram model and most of the "
+        f"guards' time; their probes before step 1 are in it, spread over the run. Findings in this run: {', '.join(found['findings']) or 'none'}."
     )
     measured = (
         f"The demo's model and stream (3M parameters, 2,048 tokens a step), {options.steps} steps in one run, guards "
@@ -50,9 +50,9 @@ def preflight(options: Options) -> Result:
     for name, (config, keys) in runs.items():
         found = run_fresh(measure_guards.probes, config=config, **keys)
         stock = run_fresh(measure_guards.training, config=config, **keys)
-        seconds = found["seconds"]
-        row = {"model": name, "tokens a micro-batch": found["tokens"], "all probes, s": seconds["all"]}
-        row |= {f"{probe.removeprefix('_probe_')}, s": seconds.get(probe) for probe in measure_guards.PROBES}
+        row = {"model": name, "tokens a micro-batch": found["tokens"], "all guards, s": found["all"]}
+        slowest = sorted(found["seconds"].items(), key=lambda part: -part[1])[:6]
+        row |= {"slowest": ", ".join(f"{guard} {value:.2f} s" for guard, value in slowest)}
         row |= {"a training step, s": stock["step"]}
         row |= {"peak MB, probes": found["megabytes"][1], "peak MB, 2 steps without": stock["megabytes"][1]}
         rows.append(row)

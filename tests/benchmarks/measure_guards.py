@@ -14,25 +14,19 @@ import torch
 from transformers import TrainerCallback
 
 from recipe.arguments import parse_config
-from recipe.guards import preflight
-from recipe.guards.callback import PreflightDone, RegressionCallback
-from recipe.guards.envelope import Envelope
-from recipe.guards.ledger import Ledger
-from recipe.guards.listener import TargetListener
-from recipe.guards.parameters import ParameterWatch
-from recipe.guards.watch import Watch
+from recipe.guards.callback import RegressionCallback
+from recipe.guards.ngrams import NgramTap
+from recipe.guards.session import PreflightDone
+from recipe.guards.taps import Taps
 from recipe.model import hardware_defaults
 from recipe.train import assemble, open_run
 
 PARTS = {
-    "envelope (learn and score)": (Envelope, "observe"),
-    "ledger (fingerprints)": (Ledger, "observe_train"),
-    "targets in passing": (TargetListener, "_look"),
-    "everything at rank 0's judging": (Watch, "judge"),
-    "parameters, before the update": (ParameterWatch, "before_step"),
+    "n-gram model (learn and score)": (NgramTap, "observe"),
+    "taps, before a micro-batch": (Taps, "begin_micro_step"),
+    "taps, after a micro-batch": (Taps, "end_micro_step"),
     "end of step in all": (RegressionCallback, "on_step_end"),
 }
-PROBES = ("_probe_targets", "_probe_attention", "_probe_tokens", "_probe_accumulation", "_probe_eval")
 
 
 def build(folder: str, config: str, **keys):
@@ -59,7 +53,8 @@ def steps(folder: str, config: str, count: int, block: int, warm: int, **keys) -
         "on": statistics.median(seconds[True]),
         "off": statistics.median(seconds[False]),
         "ratios": ratios,
-        "parts": {name: value / watched for name, value in spent.items()},
+        "parts": {name: value / watched for name, value in spent.items()}
+        | {f"guard {name}": value / watched for name, value in run.guards.session.runner.seconds.items()},
         "findings": [finding.id for finding in run.guards.findings],
     }
 
@@ -102,8 +97,7 @@ def timed(function, spent: dict[str, float], name: str):
     def measured(*arguments, **kwargs):
         started = time.perf_counter()
         try:
-            result = function(*arguments, **kwargs)
-            return list(result) if name.startswith("everything") else result
+            return function(*arguments, **kwargs)
         finally:
             spent[name] += time.perf_counter() - started
 
@@ -111,24 +105,21 @@ def timed(function, spent: dict[str, float], name: str):
 
 
 def probes(folder: str, config: str, **keys) -> dict:
-    """Seconds of each probe of the preflight, and the process's peak memory."""
+    """Seconds of each guard before step 1, and the process's peak memory."""
     run = build(folder, config, max_steps=2, **keys)
-    spent: dict[str, float] = defaultdict(float)
-    for name in PROBES:
-        setattr(preflight, name, timed(getattr(preflight, name), spent, name))
     run.guards.only_check = True
     before = peak_megabytes()
     started = time.perf_counter()
-    preflight.run_probes = timed(preflight.run_probes, spent, "all")
     with contextlib.suppress(PreflightDone):
         run.trainer.train()
     run.guards.on_train_end(run.trainer.args, run.trainer.state, run.trainer.control)
-    unjudged = {**run.guards.cannot_judge, **run.guards.not_applicable}
+    seconds = dict(run.guards.session.runner.seconds)
     return {
-        "seconds": spent,
+        "seconds": {name: value for name, value in seconds.items() if value >= 0.01},
+        "all": sum(seconds.values()),
         "total": time.perf_counter() - started,
         "megabytes": [before, peak_megabytes()],
-        "unjudged": unjudged,
+        "unjudged": {**run.guards.cannot_judge, **run.guards.not_applicable},
         "tokens": run.guards.facts["tokens_per_step"],
     }
 

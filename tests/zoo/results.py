@@ -12,10 +12,9 @@ PART_TITLES = {
     "held_out": "Held out at first, then used: guards were mended by its first score (held_out/first_score.json)",
     "development": "Development: what thresholds were chosen on",
 }
-NOT_HERE = ("source_exhausted",)
 NOTE = """Probes judge before step 1, before step 21 and when a curve finding asks them: their share of steps is small.
 No run here is one for which a reference was recorded (`tests/test_demo.py` has one), and none is compiled (`pytest -m
-slow` has some). `source_exhausted` is no judgment: the recipe's stream reports it."""
+slow` has some)."""
 HEADER = """# The zoo
 
 Written by `python -m tests.zoo`, which runs all of it again. What bugs, twins and columns are: docs/zoo.md."""
@@ -181,7 +180,6 @@ def _judged(judged: dict[str, dict]) -> list[str]:
             or "-",
         }
         for name in FINDING_IDS
-        if name not in NOT_HERE
     ]
     return [format_table(rows), NOTE]
 

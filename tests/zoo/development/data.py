@@ -30,7 +30,7 @@ BLOCK, BATCH = 128, 8
 # --- streams and workers
 
 
-@bug("repeated_data source_exhausted", "data", "finite stream restarted", "the original run", WORKERS, onset=30)
+@bug("repeated_data", "data", "finite stream restarted", "the original run", WORKERS, onset=30)
 def original_take(run: Run):
     """A stream cut by take(N) to 30 steps of rows begins again whenever it ends, for persistent workers."""
     rows = [{name: value.tolist() for name, value in row.items()} for row in run.train_dataset.rows]

@@ -78,7 +78,7 @@ def recipe_separates_by_another_token(run: Run):
     run.patch(stream, "tokenize", tokenize_otherwise)
 
 
-@bug("source_exhausted repeated_data", AREA, "most of the source is lost", "datasets#8044", RECIPE)
+@bug("repeated_data", AREA, "most of the source is lost", "datasets#8044", RECIPE)
 def recipe_loses_most_shards(run: Run):
     """Of 32 row groups one is kept, so that lanes go through their few documents again and again."""
     deal_chunks = stream.deal_chunks

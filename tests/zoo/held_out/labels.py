@@ -28,7 +28,7 @@ def label_smoother_without_shift(run: Run):
     run.model._get_name = name_of_wrapper
 
 
-@bug("loss_above_envelope", AREA, "softmax before cross-entropy", "bkitano/llama-from-scratch#5", ENGLISH)
+@bug("init_loss_off", AREA, "softmax before cross-entropy", "bkitano/llama-from-scratch#5", ENGLISH)
 def softmax_before_cross_entropy(run: Run):
     """The model returns probabilities, and the loss takes them for logits."""
 

@@ -55,7 +55,7 @@ def shuffled_for_each_batch(run: Run):
     run.trainer_class = Shuffling
 
 
-@bug("repeated_data source_exhausted", AREA, "small source of a mixture starts over", "ALMA#63", STREAM, onset=25)
+@bug("repeated_data", AREA, "small source of a mixture starts over", "ALMA#63", STREAM, onset=25)
 def small_source_starts_over(run: Run):
     """Two sources are interleaved until the larger one ends: the smaller one, a quarter its size, is read 4 times."""
     small, large = run.train_dataset.rows[:100], run.train_dataset.rows[100:500]
