@@ -1,11 +1,11 @@
 # Sourced by run_clm.sh and tests/run.sh, which set `repo` (absolute) and run under `set -euo pipefail`. bash 3.2 is enough.
 #
-#   bootstrap [EXTRA ...]    sets env_python to a Python that has everything in pyproject.toml and its EXTRAs; exits 2 or 4 if it cannot
-#   run_child COMMAND ...    runs COMMAND, handing INT and TERM on to it exactly once; sets child_code
+#   bootstrap [EXTRA ...]    sets env_python to a Python with all of pyproject.toml and its EXTRAs installed; exits 2 or 4 on failure
+#   run_child COMMAND ...    runs COMMAND, forwarding INT and TERM to it exactly once; sets child_code
 #   count_nvidia_gpus        prints how many GPUs nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide
 #
-# All words go to stderr. State lives inside the environment: .recipe-stamp (what is installed), .recipe-making and
-# .recipe-installing (begun, not finished), .recipe-made (this script made it), .recipe-lock, .recipe-install.log.
+# All messages go to stderr. State is kept inside the environment: .recipe-stamp (what is installed), .recipe-making and
+# .recipe-installing (started, not finished), .recipe-made (this script made it), .recipe-lock, .recipe-install.log.
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 
@@ -35,16 +35,16 @@ on_signal() {
 run_child() {
   pending_signal='' last_signal=''
   trap 'on_signal INT' INT
-  trap 'on_signal TERM' TERM HUP # a closed terminal is a wish to stop, too
-  # `set -m` gives the child its own process group: the terminal's Ctrl-C then reaches it through on_signal only, not twice. And without it
-  # bash starts background children with SIGINT ignored.
+  trap 'on_signal TERM' TERM HUP # closing the terminal also means stop
+  # `set -m` gives the child its own process group, so the terminal's Ctrl-C reaches it only through on_signal, not twice.
+  # Without it, bash also starts background children with SIGINT ignored.
   set -m
   "$@" </dev/null &
   child=$!
   set +m
   deliver_signal
   signalled=1
-  while [ -n "$signalled" ]; do # a signal interrupts `wait`, which then has not got the child's code
+  while [ -n "$signalled" ]; do # a signal interrupts `wait` before it has the child's code
     signalled='' child_code=0
     wait "$child" 2>/dev/null || child_code=$?
   done
@@ -71,7 +71,7 @@ choose_environment() {
   log=$env_dir/.recipe-install.log
 }
 
-# Runs in any Python since 2.7, to be able to say how old one is.
+# Runs in any Python since 2.7, so that the error can name its version.
 python_probe='
 import sys
 def has(name):
@@ -107,12 +107,12 @@ require_new_python() {
   local version
   version=$("$env_python" -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))' 2>/dev/null) ||
     fail 2 "the environment $env_dir has Python ${version:-that does not start}, and 3.11 or newer is needed:" \
-      "deactivate it (one is then made in $repo/.venv) or activate another"
+      "deactivate it (then one is made in $repo/.venv), or activate another one"
 }
 
-# --- the stamp: silent and instant once all is installed ------------------------------------------------------------------------
+# --- the stamp: no output and no delay once all is installed ------------------------------------------------------------------------
 
-# The repo's path belongs to it: in a copied checkout the copied environment would still import the original.
+# Includes the path of the repo: in a copied checkout, the copied environment would still import the original.
 fingerprint() { printf '%s %s\n' "$(cat "$repo/pyproject.toml" "$repo/constraints.txt" | cksum)" "$repo"; }
 
 is_installed() {
@@ -133,9 +133,9 @@ write_stamp() {
 
 lock_environment() {
   { mkdir -p "$env_dir" && [ -w "$env_dir" ]; } 2>/dev/null ||
-    fail 2 "cannot write to $env_dir: activate a virtual environment of yours, or set RECIPE_VENV to a path where one can be made"
+    fail 2 "cannot write to $env_dir: activate a virtual environment, or set RECIPE_VENV to a writable path"
   if command -v flock >/dev/null 2>&1; then
-    # Children inherit the lock: if this script is killed, the next start waits for the pip that it left behind.
+    # Children inherit the lock: if this script is killed, the next start waits for a pip that is still running.
     exec 9>"$env_dir/.recipe-lock"
     flock -n 9 || say "another start is installing in $env_dir: waiting for it"
     until flock -n 9; do sleep 1; done
@@ -144,18 +144,19 @@ lock_environment() {
   fi
 }
 
-# Without flock: a symbolic link to our process id, which is made with its content in one step.
+# Without flock: a symbolic link to our process id, which is created atomically with its content.
 take_link_lock() {
-  local link=$env_dir/.recipe-lock.pid holder told='' broken=''
+  local link=$env_dir/.recipe-lock.pid holder reported='' broken=''
   until ln -s "$$" "$link" 2>/dev/null && { [ -z "$broken" ] || sleep 1; } && [ "$(readlink "$link")" = "$$" ]; do
     holder=$(readlink "$link" || true)
     if [ -n "$holder" ] && ! kill -0 "$holder" 2>/dev/null; then
-      # Two that wait may both break a dead start's lock, the second one the first one's new lock: hence the second look, a second later.
+      # Two waiting starts may both remove a stale lock, the second one removing the first one's new lock. So the lock is
+      # checked again a second later.
       broken=1
       rm -f "$link"
     else
-      [ -n "$told" ] || say "another start is installing in $env_dir: waiting for it"
-      told=1
+      [ -n "$reported" ] || say "another start is installing in $env_dir: waiting for it"
+      reported=1
       sleep 1
     fi
   done
@@ -179,7 +180,7 @@ last_log_line() {
   printf '%s' "$line"
 }
 
-# The whole process group gets the signal: pip and venv start children of their own, which must not outlive them.
+# Signals the whole process group: pip and venv start child processes, which must not outlive them.
 run_logged() {
   signal_whole_group=1
   run_child "$@" >>"$log" 2>&1
@@ -217,21 +218,21 @@ prepare_own_environment() {
     require_new_python
     say "installing what is missing in $env_dir (up to 3 minutes; log: $log)"
   elif [ -e "$env_dir/.recipe-made" ]; then
-    say "the environment in $env_dir no longer works: it is made anew"
+    say "the environment in $env_dir no longer works: making it again"
     make_environment
   else
-    fail 2 "$env_dir is there, was not made by this script, and is no working environment: move it away, or set RECIPE_VENV to another path"
+    fail 2 "$env_dir exists, was not made by this script, and is not a working environment: move it away, or set RECIPE_VENV to another path"
   fi
 }
 
 prepare_active_environment() {
-  has_pip || fail 2 "the active environment $env_dir has no pip: put pip into it, or deactivate it (one is then made in $repo/.venv)"
+  has_pip || fail 2 "the active environment $env_dir has no pip: install pip in it, or deactivate it (then one is made in $repo/.venv)"
   say "the active environment $env_dir lacks $missing"
-  say "installing that there; what it has and pyproject.toml allows stays (about 1-3 minutes; log: $log)"
+  say "installing it there; packages that pyproject.toml allows are kept (about 1-3 minutes; log: $log)"
 }
 
-# Prints the names that pyproject.toml and the extras require and the environment lacks. With CONSTRAINTS, writes there the lines of
-# constraints.txt that touch no package which is there already and is good enough: an active environment keeps its own torch.
+# Prints the required packages (of pyproject.toml and the extras) that the environment lacks. With CONSTRAINTS, writes to it
+# the lines of constraints.txt except those of packages that are already good enough: an active environment keeps its torch.
 missing_packages() { # CONSTRAINTS [EXTRA ...]
   "$env_python" - "$repo" "$@" <<'PYTHON'
 import re
@@ -273,8 +274,8 @@ if constraints:
 PYTHON
 }
 
-# pip writes INSTALLER after a package's last file. Metadata without it, made since our installation began, is a package that was cut off
-# half way and that pip would take for whole.
+# pip writes INSTALLER after a package's last file. Metadata without it, newer than the start of our installation, belongs to
+# a package whose installation was interrupted, and which pip would take as complete.
 discard_half_installed() {
   local info
   [ -e "$env_dir/.recipe-installing" ] || return 0
@@ -293,10 +294,10 @@ has_torch() { ls "$env_dir"/lib/python3.*/site-packages/torch/version.py >/dev/n
 
 install_torch() {
   if [ -n "${TORCH_INDEX_URL:-}" ]; then
-    # Its dependencies come with the rest: such an index seldom has the versions that constraints.txt names.
+    # Its dependencies are installed with the rest: such an index rarely has the versions in constraints.txt.
     pip_install --no-deps --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' "$repo/constraints.txt")"
   elif [ "$(uname -s)" = Linux ] && [ "$(count_nvidia_gpus)" = 0 ] && ! has_torch; then
-    say "no NVIDIA GPU seen: pip's default torch may be several GB; for the small CPU build stop this and set TORCH_INDEX_URL (README)"
+    say "no NVIDIA GPU found: pip's default torch may be several GB; for the small CPU build, stop this and set TORCH_INDEX_URL (README)"
   fi
 }
 
@@ -317,12 +318,12 @@ install_environment() { # [EXTRA ...]
     require_new_python
     missing=$(missing_packages '' "$@") || fail 2 "cannot read what $env_dir has installed: deactivate it, or activate another environment"
     if [ -z "$missing" ] && [ ! -e "$env_dir/.recipe-installing" ]; then
-      write_stamp "$@" 2>/dev/null || true # read-only is fine: it is looked at again next time
+      write_stamp "$@" 2>/dev/null || true # a read-only environment is fine: it is checked again next time
       return 0
     fi
   fi
   lock_environment
-  if ! is_installed "$@"; then # another start may have done it while this one waited
+  if ! is_installed "$@"; then # another start may have installed it in the meantime
     : >"$log"
     if [ -n "$env_is_active" ]; then
       prepare_active_environment
@@ -341,6 +342,6 @@ install_environment() { # [EXTRA ...]
 bootstrap() { # [EXTRA ...]
   choose_environment
   is_installed "$@" || install_environment "$@"
-  # An active environment may hold another checkout's `recipe`, or none.
+  # An active environment may contain another checkout's `recipe`, or none.
   export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains. `bash run_clm.sh --help` tells how.
+# Trains a language model. `bash run_clm.sh --help` shows how.
 set -euo pipefail
 
 script=${BASH_SOURCE[0]}
@@ -14,40 +14,41 @@ print_usage() {
   cat <<'USAGE'
 bash run_clm.sh [CONFIG.json] [--field value ...]
 
-Trains a language model. Without CONFIG.json: recipe/configs/llama_180m.json where there is a CUDA GPU, recipe/configs/cpu_demo.json
-where there is none. --field value overrides any key of the config. The first use makes the Python environment (about 1-3 minutes).
+Trains a language model. Without CONFIG.json it trains recipe/configs/llama_180m.json if there is a CUDA GPU, otherwise
+recipe/configs/cpu_demo.json. --field value overrides any key of the config. The first use makes the Python environment
+(about 1-3 minutes).
 
   bash run_clm.sh --max_steps 100 --learning_rate 1e-3
   bash run_clm.sh my_config.json --output_dir runs/mine
 
-Several GPUs are all used, by torch.distributed.run. Variables that change what happens:
+All GPUs are used, by torch.distributed.run. Environment variables:
   CUDA_VISIBLE_DEVICES   the GPUs to use; empty: none
-  NPROC                  number of processes, also without GPU (default: one for each GPU)
-  RECIPE_PYTHON          the Python (3.11 or newer) that the environment is made with
-  RECIPE_VENV            where the environment is (default: the active one, else .venv beside this script)
-  TORCH_INDEX_URL        package index to take torch from when installing, for example the one with the small CPU builds
+  NPROC                  number of processes, also without a GPU (default: one per GPU)
+  RECIPE_PYTHON          the Python (3.11 or newer) that makes the environment
+  RECIPE_VENV            folder of the environment (default: the active one, or .venv beside this script)
+  TORCH_INDEX_URL        package index to install torch from, for example the one with the small CPU builds
 
 Exit codes: 0 good, 1 unexpected, 2 your input, 3 a guard stopped the run, 4 data, disk or network,
 130 / 143 interrupted, with a checkpoint saved if it was training.
 USAGE
 }
 
-# Sets config, if the first argument is one, and shift_config. A relative path may start here or at the checkout.
+# Sets config, if the first argument is one, and shift_config. A relative path may start here or in the checkout.
 choose_given_config() {
   config='' shift_config=0
   case ${1:---} in -*) return 0 ;; esac
   config=$1 shift_config=1
   [ -f "$config" ] || config=$repo/$1
-  [ -f "$config" ] || fail 2 "no such config file: $1 (try recipe/configs/cpu_demo.json; --help tells more)"
+  [ -f "$config" ] || fail 2 "no such config file: $1 (try recipe/configs/cpu_demo.json; see --help)"
 }
 
-# Sets gpus to the number that the environment's torch can use. Asks torch, which takes seconds, only if nvidia-smi lists some.
+# Sets gpus to the number that the environment's torch can use. Starts torch, which takes seconds, only if nvidia-smi lists any.
 count_gpus() {
   gpus=$(count_nvidia_gpus) torch_problem=''
   [ "$gpus" != 0 ] || return 0
   local listed=$gpus
   gpus=$("$env_python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || gpus=0
-  [ "$gpus" != 0 ] || torch_problem="nvidia-smi lists $listed GPU(s) but torch can use none (its CPU build, or a driver too old for it)"
+  [ "$gpus" != 0 ] || torch_problem="nvidia-smi lists $listed GPU(s) but torch can use none (a CPU build of torch, or a driver that is too old)"
 }
 
 choose_default_config() {
@@ -68,7 +69,7 @@ wants_cpu() {
   grep -qE '"use_cpu"[[:space:]]*:[[:space:]]*true' "$config"
 }
 
-# Sets processes: NPROC, or one for each GPU.
+# Sets processes: NPROC, or one per GPU.
 count_processes() {
   processes=${NPROC:-$gpus}
   if [ -z "${NPROC:-}" ] && { [ "$gpus" -le 1 ] || wants_cpu "$@"; }; then processes=1; fi
@@ -82,7 +83,7 @@ train() {
   local cores
   cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null) || cores=$processes
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / processes > 1 ? cores / processes : 1))}"
-  # torchrun kills its children 30 s after a signal: too early for a large checkpoint on a slow disk.
+  # torchrun kills its children 30 s after a signal, which is too early for a large checkpoint on a slow disk.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
   run_child "$env_python" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m recipe train "$config" "$@"
 }
@@ -92,7 +93,7 @@ reported_code() { sed -n 's/.*"code"[[:space:]]*:[[:space:]]*\([0-9][0-9]*\).*/\
 reported_reason() { sed -n 's/.*"reason"[[:space:]]*:[[:space:]]*"\(.*\)".*/\1/p' "$RECIPE_EXIT_FILE" | head -n 1; }
 
 case ${1:-} in -h | --help) print_usage && exit 0 ;; esac
-case ${NPROC:-1} in 0* | *[!0-9]*) fail 2 "NPROC must be a whole number from 1 on, not '$NPROC'" ;; esac
+case ${NPROC:-1} in 0* | *[!0-9]*) fail 2 "NPROC must be a whole number of at least 1, not '$NPROC'" ;; esac
 choose_given_config "$@"
 shift "$shift_config"
 bootstrap
@@ -110,6 +111,6 @@ trap 'rm -f "$RECIPE_EXIT_FILE"' EXIT
 train "$@"
 code=$(reported_code)
 code=${code:-$child_code}
-# torchrun's own report of the failure has pushed the run's message off the screen.
+# Repeats the run's message, which torchrun's own error report has scrolled off the screen.
 if [ "$processes" -gt 1 ] && [ "$code" != 0 ]; then say "exit code $code: $(printf '%b' "$(reported_reason)")"; fi
 exit "$code"

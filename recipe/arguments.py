@@ -53,7 +53,7 @@ class SourceArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class DataArguments:
-    """What it is trained on, and which documents belong to eval alone."""
+    """The training data, and which documents belong to eval only."""
 
     source: str | list  # "docstrings", path, glob, URL, "hf://owner/name/config", or a list of {"path", "weight"}
     text_column: str = "text"  # column or JSON key that holds the text

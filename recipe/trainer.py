@@ -194,8 +194,8 @@ class SampleCallback(TrainerCallback):
             append_line(Path(args.output_dir) / "samples.jsonl", record)
         share = record["words_in_corpus"]
         known = "" if share is None else f" ({share:.0%} of its words occur in the corpus)"
-        prompt, text = " ".join(record["prompt"].split()), " ".join(text.split())
-        logger.info("step %d | sample: %s >> %s%s", state.global_step, prompt, text, known)
+        sample = " ".join(f"{record['prompt']} >> {text}".split())
+        logger.info("step %d | sample: %.85s%s", state.global_step, sample, known)  # samples.jsonl has all of it
 
 
 def has_finite_logits(model, prompt: list[int]) -> bool:

@@ -41,7 +41,7 @@ case "$1 $2" in
     printf '%s\n' "${FAKE_PIP_OUTPUT:-Successfully installed}"
     exit "${FAKE_PIP_CODE:-0}" ;;
   "-m recipe" | "-m torch.distributed.run")
-    report='{\n  "code": %s,\n  "reason": "as told, code 9"\n}\n'
+    report='{\n  "code": %s,\n  "reason": "as reported, code 9"\n}\n'
     [ -z "${FAKE_REPORT:-}" ] || printf "$report" "$FAKE_REPORT" >"$RECIPE_EXIT_FILE"
     echo '{"loss": 1.0}'
     hang train
@@ -216,7 +216,7 @@ def test_nproc_overrides_the_number_of_processes(checkout):
 def test_a_bad_nproc_is_the_users_mistake(checkout, bad):
     result = checkout.run(NPROC=bad)
     assert (result.returncode, checkout.calls) == (2, [])
-    assert f"NPROC must be a whole number from 1 on, not '{bad}'" in result.stderr
+    assert f"NPROC must be a whole number of at least 1, not '{bad}'" in result.stderr
 
 
 @pytest.mark.parametrize("where", ["config", "option"])
@@ -274,7 +274,7 @@ def test_the_runs_own_code_is_returned(checkout, code):
 def test_the_reported_code_wins_over_torchruns_1(checkout, code):
     result = checkout.run(NPROC="2", FAKE_CODE="1", FAKE_REPORT=str(code))
     assert result.returncode == code
-    assert (f"run_clm.sh: exit code {code}: as told, code 9\n" in result.stderr) == (code != 0)
+    assert (f"run_clm.sh: exit code {code}: as reported, code 9\n" in result.stderr) == (code != 0)
     assert not list(checkout.state.glob("recipe-exit.*")), "the exit file is removed"
 
 
@@ -447,7 +447,7 @@ def test_an_unwritable_place_is_the_users_to_mend(fresh):
     result = fresh.run(RECIPE_VENV="/dev/null/env")
     assert result.returncode == 2
     assert (
-        "cannot write to /dev/null/env: activate a virtual environment of yours, or set RECIPE_VENV" in result.stderr
+        "cannot write to /dev/null/env: activate a virtual environment, or set RECIPE_VENV" in result.stderr
     )
 
 
@@ -461,11 +461,11 @@ def test_a_folder_that_is_no_environment_is_left_alone(fresh):
     assert precious.read_text() == "all of it"
 
 
-def test_an_environment_whose_python_went_away_is_made_anew(checkout):
+def test_an_environment_whose_python_went_away_is_made_again(checkout):
     (checkout.root / ".venv" / "bin" / "python").unlink()
     result = checkout.run()
     assert result.returncode == 0
-    assert "no longer works: it is made anew" in result.stderr
+    assert "no longer works: making it again" in result.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -477,7 +477,7 @@ def test_interrupted_while_the_environment_is_made(fresh, how):
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
     assert how == signal.SIGKILL or "interrupted; the next start continues" in err
     assert fresh.run().returncode == 0
-    assert len(fresh.calls_of("-m venv")) == 2, "a half-made environment is made anew"
+    assert len(fresh.calls_of("-m venv")) == 2, "a half-made environment is made again"
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -203,12 +203,12 @@ def test_two_runs_cannot_share_a_directory(write_config, tmp_path, capsys):
     assert "another run is writing into it" in capsys.readouterr().err
 
 
-def test_the_command_to_go_on_says_the_overrides_again():
-    from recipe.results import _said_again
+def test_the_command_to_resume_repeats_the_overrides():
+    from recipe.results import _repeated
 
     words = ("--output_dir", "x", "--max_steps", "30", "--seed=3", "--resume_from_checkpoint=latest")
-    assert _said_again(words) == " --max_steps 30 --seed=3"
-    assert _said_again(()) == ""
+    assert _repeated(words) == " --max_steps 30 --seed=3"
+    assert _repeated(()) == ""
 
 
 def test_a_directory_that_holds_a_run_is_not_written_into(write_config, capsys, tmp_path):
@@ -429,7 +429,7 @@ def test_another_stream_is_taken_up_when_the_user_says_so(write_config, tmp_path
     assert run(["train", write_config()]) == 0
     resume = ["--resume_from_checkpoint", str(tmp_path / "run/checkpoint-3"), "--output_dir", str(tmp_path / "run")]
     assert run(["train", write_config(train_seed=7), *resume, "--on_changed_stream", "continue"]) == 0
-    assert "documents may be missed or come twice" in caplog.text
+    assert "documents may be missed or read twice" in caplog.text
     state = json.loads((tmp_path / "run/checkpoint-6/stream_state.json").read_text())
     assert state["position"]["rows"] == 24
 
