@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import is_flash_attn_2_available
 
 from recipe.errors import UserError
+from recipe.internals import attention_of
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def describe_kernels(model: PreTrainedModel, training_args) -> str:
     device = training_args.device.type
     matmul = torch.backends.cuda.matmul.fp32_precision if device == "cuda" else None
     compiled = f"torch.compile ({training_args.torch_compile_backend})" if training_args.torch_compile else "eager"
-    parts = [f"attention {model.config._attn_implementation}", f"precision {precision}", compiled, f"device {device}"]
+    parts = [f"attention {attention_of(model)}", f"precision {precision}", compiled, f"device {device}"]
     if matmul is not None:
         parts.insert(2, f"fp32 matrix products in {matmul}")
     return " | ".join(parts)

@@ -20,6 +20,7 @@ from recipe.data.stream import HeldOutRows
 from recipe.errors import DataError, UserError, exit_code_of, message_of
 from recipe.guards import RegressionCallback
 from recipe.guards.trajectory import load_reference
+from recipe.internals import load_weights
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
 from recipe.model import build_model, choose_attention, why_not_compile
 from recipe.results import Outcome, conclude, describe_run
@@ -209,7 +210,7 @@ def train(trainer: PretrainTrainer, guards: RegressionCallback, checkpoint: Path
     start = time.perf_counter()
     if checkpoint is not None and rundir.step_of(checkpoint) >= trainer.args.max_steps:
         logger.info("%s is at the last step: nothing left to train", checkpoint)
-        trainer._load_from_checkpoint(str(checkpoint))
+        load_weights(trainer, str(checkpoint))
         trainer.state.global_step = rundir.step_of(checkpoint)
         guards.open_files(trainer.args, trainer.state)
         guards.load(checkpoint)

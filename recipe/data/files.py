@@ -12,6 +12,7 @@ from typing import TypeVar
 import fsspec
 
 from recipe.errors import DataError, UserError
+from recipe.internals import cached_filesystems
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -37,7 +38,7 @@ def _hold_file_systems() -> None:
     classes = [fsspec.AbstractFileSystem]
     for cls in classes:
         classes += cls.__subclasses__()
-    _held[:] = [instance for cls in classes for instance in cls._cache.values()]
+    _held[:] = cached_filesystems(classes)
 
 
 os.register_at_fork(before=_hold_file_systems)

@@ -9,6 +9,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from recipe.guards.guard import PROBE, Finding, Guard, NotApplicable, Verdict, contained
 from recipe.guards.taps import sample
+from recipe.internals import has_step_post_hooks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PARTS = ("first moment", "second moment", "step")
@@ -64,7 +65,7 @@ class OptimizerOff(Guard):
             raise NotApplicable("fp16 loss scaling, which some optimizers undo themselves")
         if type(optimizer) not in (Adam, AdamW):
             raise NotApplicable(f"{type(optimizer).__name__} is not torch's own Adam or AdamW")
-        if optimizer._optimizer_step_post_hooks:  # they run before the one here, and may change what it looks at
+        if has_step_post_hooks(optimizer):  # they run before the one here, and may change what it looks at
             raise NotApplicable("a hook of somebody else runs after the optimizer's step")
         plain = [group for group in optimizer.param_groups if not (group.get("amsgrad") or group.get("maximize"))]
         self._watched = [parameter for group in plain for parameter in _smallest_and_largest(group["params"])]

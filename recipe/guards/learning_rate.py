@@ -10,6 +10,7 @@ from transformers.trainer_utils import SchedulerType
 
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
 from recipe.guards.run import Parameters, plain_rate
+from recipe.internals import created_scheduler
 
 Rates = list[tuple[float | None, float | None]]
 
@@ -136,7 +137,7 @@ class LearningRate(Guard):
 
 def schedule_of(trainer) -> Callable[[int], float] | CannotJudge:
     """The factor on the initial rate by optimizer step, or why there is none to compare with."""
-    if not getattr(trainer, "_created_lr_scheduler", False):
+    if not created_scheduler(trainer):
         return CannotJudge("the scheduler is the user's own, or the optimizer's")
     if trainer.accelerator.scaler is not None:
         return CannotJudge("fp16 loss scaling skips steps now and then, and the schedule with them")

@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from recipe.guards.batches import input_ids_of
 from recipe.guards.trajectory import Reference, find_reference
+from recipe.internals import is_compiled_module
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 Parameters = list[tuple[str, torch.nn.Parameter]]
@@ -151,10 +152,7 @@ def reference_facts(trainer: Trainer, model: torch.nn.Module, inputs) -> dict:
 
 def is_compiled(trainer: Trainer) -> bool:
     """Whether any module of the model is compiled: hooks set now would never be called, or split its graph."""
-    return trainer.args.torch_compile or any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None)
-        for module in trainer.model_wrapped.modules()
-    )
+    return trainer.args.torch_compile or any(map(is_compiled_module, trainer.model_wrapped.modules()))
 
 
 def rows_of_embedding(model: torch.nn.Module) -> int | None:

@@ -18,6 +18,7 @@ from transformers import Trainer
 from recipe.guards.batches import IGNORE_INDEX, SeenTokens, flags_of, input_ids_of
 from recipe.guards.guard import CannotJudge
 from recipe.guards.run import Run, is_compiled
+from recipe.internals import original_forward, prepare_inputs
 
 # What the probes look at: rows of the micro-batch (fewer of long ones, but two, so that one can be compared with the
 # other), and positions where the length makes no difference. Measured on the 180M: 2,048 tokens and rows of 256 halved
@@ -37,7 +38,7 @@ class Batch:
         self.run, self.model, self.is_first = run, run.model, is_first
         self.num_items_in_batch = num_items_in_batch
         self.twin = twin_of(run.trainer)
-        self.all_inputs = self.twin._prepare_inputs(dict(inputs) if isinstance(inputs, Mapping) else inputs)
+        self.all_inputs = prepare_inputs(self.twin, dict(inputs) if isinstance(inputs, Mapping) else inputs)
         missing = ("input_ids", "labels")
         if isinstance(self.all_inputs, Mapping):
             missing = [name for name in missing if not isinstance(self.all_inputs.get(name), torch.Tensor)]
@@ -155,7 +156,7 @@ class PinnedBatch:
             with undisturbed(self.run.model), torch.no_grad():
                 self.run.model.eval()
                 twin = twin_of(self.run.trainer)
-                compute_loss = loss_of(twin, self.run.model, twin._prepare_inputs(dict(self.rows)), None)
+                compute_loss = loss_of(twin, self.run.model, prepare_inputs(twin, dict(self.rows)), None)
                 return [float(compute_loss().mean()) for _ in range(times)]
         except Exception as error:  # a probe never ends a run
             raise CannotJudge(f"the pinned batch failed with {type(error).__name__}: {error}") from error
@@ -180,7 +181,7 @@ def eagerly(trainer: Trainer):
 @contextmanager
 def without_autocast(model: torch.nn.Module) -> Iterator[None]:
     """accelerate replaces the model's forward by one with autocast, and keeps the original."""
-    wrapped, original = vars(model).get("forward"), vars(model).get("_original_forward")
+    wrapped, original = vars(model).get("forward"), original_forward(model)
     try:
         if original is not None:
             model.forward = original

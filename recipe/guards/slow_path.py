@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipe.guards.guard import PROBE, Finding, Guard, Verdict
-from recipe.guards.internals import count_graph_breaks, count_graphs
 from recipe.guards.run import LOW_PRECISION
+from recipe.internals import count_graph_breaks, count_graphs
 
 
 class SlowPath(Guard):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from recipe.errors import UserError
+from recipe.internals import begin_metric
 from recipe.metrics.bits_per_byte import BitsPerByte
 from recipe.metrics.next_token_accuracy import IGNORE_INDEX, NextTokenAccuracy
 from recipe.metrics.perplexity import Perplexity
@@ -126,5 +127,5 @@ def _add_batch(module: evaluate.EvaluationModule, **columns: np.ndarray) -> None
     # instead of 0.7 s, which is more than a fast model needs to score them.
     if module.writer is None:
         module.selected_feature_format = module.features
-        module._init_writer()
+        begin_metric(module)
     module.writer.write_table(pa.table(columns).cast(module.features.arrow_schema))

@@ -1,0 +1,78 @@
+"""Private names of transformers, accelerate, torch, evaluate and fsspec that the recipe needs, in one place.
+
+tests/test_internals.py uses each of them, so that its test names the upgrade that breaks one.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+# --- transformers
+
+
+def created_scheduler(trainer) -> bool:
+    """Whether the Trainer made the learning rate's scheduler itself, from its arguments."""
+    return getattr(trainer, "_created_lr_scheduler", False)
+
+
+def prepare_inputs(trainer, inputs):
+    """A micro-batch as the Trainer gives it to the model: on its device."""
+    return trainer._prepare_inputs(inputs)
+
+
+def load_weights(trainer, checkpoint: str) -> None:
+    trainer._load_from_checkpoint(checkpoint)
+
+
+def attention_of(model) -> str | None:
+    """The attention implementation in force: `eager`, `sdpa`, `flash_attention_2`, ..."""
+    return getattr(model.config, "_attn_implementation", None)
+
+
+# --- accelerate
+
+
+def original_forward(model: torch.nn.Module) -> Callable | None:
+    """The model's own forward, where accelerate has replaced it by one with autocast."""
+    return vars(model).get("_original_forward")
+
+
+# --- torch
+
+
+def is_compiled_module(module: torch.nn.Module) -> bool:
+    """By `torch.compile(module)` or `module.compile()`."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def has_step_post_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer._optimizer_step_post_hooks)
+
+
+def count_graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def count_graph_breaks() -> int:
+    """Graph breaks, each reason as often as it came."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+def is_grad_switch(func: Callable) -> bool:
+    """Whether a `TorchFunctionMode` is given `torch.no_grad`'s or `torch.enable_grad`'s switch."""
+    return func is torch._C._set_grad_enabled
+
+
+# --- evaluate, fsspec
+
+
+def begin_metric(module) -> None:
+    """Make an `evaluate` module's table, to which batches are added."""
+    module._init_writer()
+
+
+def cached_filesystems(classes) -> Iterator[object]:
+    """The instances that fsspec keeps of these classes."""
+    for cls in classes:
+        yield from cls._cache.values()

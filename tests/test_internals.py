@@ -1,0 +1,141 @@
+"""Each private name that the recipe needs is there and does what it is used for: a failure names the upgrade."""
+
+import ast
+import re
+from pathlib import Path
+
+import fsspec
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import Trainer, TrainingArguments
+
+from recipe import internals
+from recipe.metrics.perplexity import Perplexity
+
+RECIPE = Path(internals.__file__).parent
+# Of Python itself, methods that the recipe overrides or that are documented in spite of their name, and buffers and
+# parameters of modules, which torch documents for `Module.__setattr__`.
+DOCUMENTED = {"_getframe", "_exit", "_run_exitfuncs", "_save_checkpoint", "_replace", "_fields", "_asdict", "_C"}
+DOCUMENTED |= {"_buffers", "_parameters", "_python_dispatch"}
+
+
+def make_trainer(tiny_model, tmp_path, **arguments) -> Trainer:
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
+    values = dict(output_dir=str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True, report_to=[])
+    return Trainer(tiny_model, TrainingArguments(**{**values, **arguments}), train_dataset=rows)
+
+
+def test_transformers_created_scheduler(tiny_model, tmp_path):
+    trainer = make_trainer(tiny_model, tmp_path)
+    assert not internals.created_scheduler(trainer)
+    trainer.train()
+    assert internals.created_scheduler(trainer)
+
+
+def test_transformers_prepare_inputs(tiny_model, tmp_path):
+    inputs = {"input_ids": torch.arange(4)[None], "nested": {"labels": torch.arange(4)[None]}}
+    prepared = internals.prepare_inputs(make_trainer(tiny_model, tmp_path), inputs)
+    assert torch.equal(prepared["nested"]["labels"], inputs["nested"]["labels"])
+
+
+def test_transformers_load_weights(tiny_model, tmp_path):
+    trainer = make_trainer(tiny_model, tmp_path, save_strategy="steps", save_steps=1)
+    trainer.train()
+    saved = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.zero_()
+    internals.load_weights(trainer, str(tmp_path / "checkpoint-1"))
+    assert all(torch.equal(value, saved[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_transformers_saves_through_the_method_that_the_recipe_overrides(tiny_model, tmp_path):
+    called = []
+
+    class Saving(Trainer):
+        def _save_checkpoint(self, model, trial):
+            called.append(self.state.global_step)
+            super()._save_checkpoint(model, trial)
+
+    trainer = make_trainer(tiny_model, tmp_path, save_strategy="steps", save_steps=1)
+    trainer.__class__ = Saving
+    trainer.train()
+    assert called == [1] and (tmp_path / "checkpoint-1").is_dir()
+
+
+def test_transformers_attention_of(tiny_model):
+    assert internals.attention_of(tiny_model) in ("sdpa", "eager")
+
+
+def test_accelerate_original_forward(tiny_model, tmp_path):
+    assert internals.original_forward(tiny_model) is None
+    trainer = make_trainer(tiny_model, tmp_path, bf16=True)
+    trainer.train()
+    assert callable(internals.original_forward(trainer.model))
+
+
+def test_torch_is_compiled_module():
+    plain = torch.nn.Linear(2, 2)
+    assert not internals.is_compiled_module(plain)
+    assert internals.is_compiled_module(torch.compile(plain, backend="eager"))
+    plain.compile(backend="eager")
+    assert internals.is_compiled_module(plain)
+
+
+def test_torch_has_step_post_hooks():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    assert not internals.has_step_post_hooks(optimizer)
+    optimizer.register_step_post_hook(lambda *arguments: None)
+    assert internals.has_step_post_hooks(optimizer)
+
+
+def test_torch_counts_graphs_and_breaks():
+    def broken(x):
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    torch._dynamo.reset()
+    before = internals.count_graphs(), internals.count_graph_breaks()
+    torch.compile(broken, backend="eager")(torch.zeros(3))
+    assert internals.count_graphs() == before[0] + 2 and internals.count_graph_breaks() == before[1] + 1
+
+
+def test_torch_is_grad_switch():
+    switched = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if internals.is_grad_switch(func):
+                switched.append(args[0])
+            return func(*args, **(kwargs or {}))
+
+    with Watch(), torch.no_grad():
+        pass
+    assert switched == [False, True]
+
+
+def test_evaluate_begin_metric(tmp_path):
+    module = Perplexity(cache_dir=str(tmp_path))
+    module.selected_feature_format = module.features
+    internals.begin_metric(module)
+    assert module.writer is not None
+
+
+def test_fsspec_cached_filesystems():
+    instance = fsspec.filesystem("memory")
+    assert instance in list(internals.cached_filesystems([type(instance)]))
+
+
+def test_private_names_are_used_there_only():
+    """Attributes of other objects than the recipe's own, and of modules, that begin with an underscore."""
+    found = []
+    for path in sorted(RECIPE.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        own = set(re.findall(r"(?:self|cls)\.(_\w+)|def (_\w+)|^    (_\w+)[:,]? ", source, flags=re.M))
+        own = {name for names in own for name in names if name}
+        for node in ast.walk(ast.parse(source)):
+            is_private = isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr)
+            if is_private and node.attr not in own | DOCUMENTED and path.name != "internals.py":
+                found.append((path.relative_to(RECIPE).as_posix(), node.attr))
+    assert found == []
