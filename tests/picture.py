@@ -10,15 +10,14 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from recipe.__main__ import run
 from recipe.chart import Chart, compact, smooth
 from recipe.guards.records import read_lines
+from tests.test_demo import DEMO, unshifted
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "recipe" / "configs" / "cpu_demo.json"
 OUT = ROOT / "docs" / "demo_loss.svg"
 WIDTH, HEIGHT = 960, 440
 BELOW_WINDOW = 10  # steps of the mean that the guard compares with the n-gram model
@@ -46,17 +45,12 @@ text.marker { fill: currentColor; font: 600 11px ui-monospace, "DejaVu Sans Mono
 """
 
 
-def unshifted(self, logits, labels, vocab_size, **kwargs):
-    """The original run's bug: position i is scored on token i."""
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-
-
 def train_both(folder: Path) -> tuple[Path, Path]:
     """Run directories of the shipped demo, as it is and with the label shift removed from outside."""
     healthy, broken = folder / "healthy", folder / "unshifted"
-    assert run(["train", str(DEMO), "--output_dir", str(healthy)]) == 0
+    assert run(["train", DEMO, "--output_dir", str(healthy)]) == 0
     with mock.patch.object(LlamaForCausalLM, "loss_function", unshifted):
-        assert run(["train", str(DEMO), "--output_dir", str(broken)]) == 0
+        assert run(["train", DEMO, "--output_dir", str(broken)]) == 0
     return healthy, broken
 
 

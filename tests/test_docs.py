@@ -270,6 +270,14 @@ def test_the_minimum_versions_in_readme_are_those_of_the_package():
     assert all(word in first_screen for word in [f"Python {project['requires-python'].removeprefix('>=')}", *words])
 
 
+def test_the_steps_in_readme_are_those_of_its_picture():
+    picture = (ROOT / "docs" / "demo_loss.svg").read_text(encoding="utf-8")
+    steps = dict(re.findall(r">(\w+), step (\d+)</text>", picture))
+    caption = " ".join(README.split("demo_loss.svg)")[1].split("##")[0].split())
+    assert steps["missing_label_shift"] == "0" and "before step 1" in caption
+    assert f"steps {steps['loss_off_reference']} and {steps['loss_below_envelope']}" in caption
+
+
 def test_readme_is_short():
     lines = README.splitlines()
     prose = [line for line in lines if not line.startswith(("|", "bash "))]

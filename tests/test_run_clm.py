@@ -446,9 +446,7 @@ def test_pip_failure_names_the_line_and_the_log_and_the_next_start_goes_on(fresh
 def test_an_unwritable_place_is_the_users_to_mend(fresh):
     result = fresh.run(RECIPE_VENV="/dev/null/env")
     assert result.returncode == 2
-    assert (
-        "cannot write to /dev/null/env: activate a virtual environment, or set RECIPE_VENV" in result.stderr
-    )
+    assert "cannot write to /dev/null/env: activate a virtual environment, or set RECIPE_VENV" in result.stderr
 
 
 def test_a_folder_that_is_no_environment_is_left_alone(fresh):
