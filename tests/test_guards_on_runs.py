@@ -800,6 +800,27 @@ def test_updates_that_bf16_rounds_away(tmp_path, learning_rate, lost):
         check_healthy(guards, "lost_updates")
 
 
+def test_a_window_of_updates_goes_on_after_a_resume(tmp_path, caplog):
+    def make(steps):
+        run = dict(learning_rate=2e-5, save_strategy="steps", save_steps=20, train=as_rows(text(66 * ROWS)))
+        return make_trainer(tmp_path, model=make_model().to(torch.bfloat16), steps=steps, **run)
+
+    assert alarms(watch(make(20))) == []
+    check_first(watch(make(66), tmp_path / "run/checkpoint-20"), "lost_updates", 64)
+    assert "damaged" not in caplog.text
+
+
+class AveragesLeftBehind(TrainerCallback):
+    def on_save(self, args, state, control, model=None, **kwargs):
+        for parameter in model.parameters():
+            parameter.data.mul_(0.999)
+
+
+def test_weights_that_a_save_leaves_in_the_model(tmp_path):
+    run = dict(steps=22, save_strategy="steps", save_steps=20, more={"callbacks": [AveragesLeftBehind()]})
+    check_first(train(tmp_path, **run), "lost_updates", 21)
+
+
 def under_autocast(tmp_path, *callbacks: TrainerCallback, **autocast) -> RegressionCallback:
     trainer, guards = make_trainer(tmp_path, steps=12), RegressionCallback()
     for callback in (guards, *callbacks):

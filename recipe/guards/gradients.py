@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from recipe.guards.finding import Finding
-from recipe.guards.thresholds import CLIPPED_AWAY, GRADIENT_ERROR, MOVING_ELEMENTS, QUIET_STEPS, UNCLIPPED
+from recipe.guards.thresholds import CLIPPED_AWAY, GRADIENT_ERROR, MOVING_ELEMENTS, UNCLIPPED
 from recipe.guards.updates import LOW_PRECISION, Parameters, sample
 
 
@@ -127,26 +127,6 @@ def check_dropped(step: int, tokens_seen: int, norms: Sequence[float]) -> Findin
         likely_causes=("a loss that is not finite, hidden by the training step",),
         action="look at the batches of this step; the loss that is logged is not theirs",
         evidence={"at_step": before},
-    )
-
-
-def check_written(step: int, tokens_seen: int, name: str, changes: Sequence[float], was_saved: bool) -> Finding | None:
-    """`changes`: of the parameter between the last steps, this one last. Somebody who writes to the weights now and
-    then (a projection, slow weights) does so on purpose; weights that changed while the run was saved or evaluated,
-    `was_saved`, were put there and not put back."""
-    earlier = changes[:-1]
-    if not changes[-1] > 0 or len(earlier) < QUIET_STEPS or sum(change > 0 for change in earlier) > 1:
-        return None
-    return Finding(
-        "lost_updates",
-        "warning" if was_saved else "info",
-        step,
-        tokens_seen,
-        found=f"{name} was changed between steps {step - 1} and {step}, by something else than the optimizer",
-        expected="no change, as between the steps before",
-        likely_causes=("averaged or older weights were put into the model and left there",),
-        action="look for what writes to the weights when the run is saved or evaluated",
-        evidence={"change": changes[-1], "steps_before": len(earlier)},
     )
 
 

@@ -66,7 +66,7 @@ class LocalStep:
     """One optimizer step on this rank. `step`: optimizer steps before it. `learning_rates`: `(lr, initial_lr)` of each
     parameter group; `scheduled_rates`: what the scheduler says they are. `grad_norm`: before clipping, None where
     nothing is clipped; `clipped_norm`: of all gradients after clipping, where it was measured. `was_saved`: or
-    evaluated, since the step before."""
+    evaluated, since the step before. `weights_before`, `weights_after`: see `updates.sample_once`."""
 
     step: int = 0
     losses: list[torch.Tensor] = field(default_factory=list)
@@ -80,6 +80,8 @@ class LocalStep:
     gradients: list[torch.Tensor | None] = field(default_factory=list)
     was_saved: bool = False
     num_tokens: int = 0
+    weights_before: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights_after: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def learning_rate(self) -> float:
@@ -153,6 +155,7 @@ class GradientNorms(NamedTuple):
     now: float
     changed: float
     rest: float
+    of_matrices: bool = False  # see `GradientTap`
 
 
 @dataclass
@@ -416,7 +419,7 @@ class Taps:
 
     def name_gradients(self, norms: list[list[float] | None]) -> list[GradientNorms]:
         pairs = zip(self.gradients, norms, strict=True)
-        return [GradientNorms(tap.name, tap.is_low, *each) for tap, each in pairs if each is not None]
+        return [GradientNorms(tap.name, tap.is_low, *each, tap.of_matrices) for tap, each in pairs if each is not None]
 
     def save(self) -> dict[str, dict]:
         """By tap. The n-gram model's is the main process's."""

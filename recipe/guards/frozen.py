@@ -1,0 +1,204 @@
+"""Parameters that should train and do not."""
+
+import re
+from collections.abc import Iterator
+
+import torch
+
+from recipe.guards import updates
+from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
+from recipe.guards.run import LOW_PRECISION, Parameters
+from recipe.guards.taps import MOVING_ELEMENTS
+from recipe.guards.updates import FIRST_STEPS, MOVING_RATE, PLAIN_GRADIENT
+
+
+class FrozenParameters(Guard):
+    """Parameters that should train do not move.
+
+    When: before step 1; after the first 8 steps with a rate above 1e-6, after a resume too; after 16 steps without a
+        gradient.
+    Measured: the parameter groups and `requires_grad`; in the first steps up to 4,096 elements of each parameter
+        before and after the step, and its largest gradient; at every step, whether it has a gradient. An error:
+        parameters in no optimizer group, or with a gradient and no movement. A warning: no gradient; more than half of
+        a new model frozen, or of the model without gradient later. Information: fewer, and experts without tokens.
+    Try: building the optimizer from the final model, after it was wrapped, cast and resized. Without a gradient: look
+        for `detach()` or `no_grad()` on the path to the loss.
+    Cannot see: parameters that stop moving later while their gradient is still computed; movement of half-precision
+        weights; before step 1, an optimizer outside of torch that keeps copies.
+    """
+
+    ids = {"frozen_parameters": "Parameters that should train do not move."}
+    # Without gradient, after steps that had one. Chosen, not measured: routing finds every expert sooner.
+    STOPPED_STEPS = 16
+    # Of a new model's parameters, excluded on purpose; fixed sinusoidal positions are below it. Chosen, not measured.
+    FROZEN_SHARE = 0.5
+
+    def setup(self, run) -> None:
+        self.training = [(name, p) for name, p in run.named_parameters if p.requires_grad]
+        self._before = self._largest = None
+        self._payload: dict = {}
+        device = next((p.device for _, p in self.training), None)
+        reached = torch.zeros(2, len(self.training), device=device)  # largest gradient in the first steps, has moved
+        # num_steps: measured of the first ones, one more once they were sent. steps_without: a gradient, after one
+        self.state = {"num_steps": 0, "reached": reached, "steps_without": {}}
+
+    def inspect(self, run) -> Iterator[Verdict]:
+        yield self.judge_groups(run.named_parameters, run.optimizer, run.is_new_model) or self.clear(check=PROBE)
+
+    def before_step(self, local) -> None:
+        stopped = self._count_steps_without()
+        self._payload = {"stopped": stopped} if stopped else {}
+        if not self.training:
+            return
+        if self.state["num_steps"] == FIRST_STEPS:
+            self._payload["reached"] = self.state["reached"]
+            self.state["num_steps"] += 1
+        elif self.state["num_steps"] < FIRST_STEPS and local.learning_rate > MOVING_RATE:
+            self._before = updates.sample_once(local.weights_before, self.training)
+            self._largest = updates.largest_gradients(self.training)
+
+    def after_step(self, local) -> None:
+        if self._before is None:
+            return
+        moved = updates.have_moved(self._before, updates.sample_once(local.weights_after, self.training))
+        reached = torch.stack([self._largest, moved.to(self._largest)])
+        self.state["reached"] = torch.maximum(self.state["reached"], reached)
+        self.state["num_steps"] += 1
+        self._before = self._largest = None
+
+    def _count_steps_without(self) -> list[str]:
+        """Those that have just had none for STOPPED_STEPS steps."""
+        counts, stopped = self.state["steps_without"], []
+        for name, parameter in self.training:
+            if parameter.grad is not None:
+                counts[name] = 0
+            elif name in counts:
+                counts[name] += 1
+                stopped += [name] if counts[name] == self.STOPPED_STEPS else []
+        return stopped
+
+    def measure(self, local) -> dict | None:
+        return self._payload or None
+
+    def observe(self, step) -> Iterator[Verdict]:
+        measured = step.payload(self) or {}
+        if "stopped" in measured:
+            yield self.judge_stopped(self.training, measured["stopped"])
+        if "reached" in measured:
+            yield self.judge(self.training, *measured["reached"]) or self.clear(check="first_steps")
+
+    def save(self) -> dict:
+        return {**self.state, "reached": self.state["reached"].cpu().numpy()}
+
+    def load(self, state: dict) -> None:
+        """The first steps are measured to their end, or again: the optimizer was built again."""
+        fresh = self.state
+        super().load({**state, "reached": torch.from_numpy(state["reached"]).to(fresh["reached"])})
+        if state["num_steps"] > FIRST_STEPS or state["reached"].shape != fresh["reached"].shape:
+            self.state |= {"num_steps": 0, "reached": fresh["reached"]}
+
+    # --- judging
+
+    @classmethod
+    def judge_groups(cls, parameters: Parameters, optimizer, is_new_model: bool) -> Finding | None:
+        """Every parameter that wants a gradient is in a parameter group, and few of a new model do not want one.
+
+        `parameters`: of the model as the optimizer got it. Raises `CannotJudge` where an optimizer that is not torch's
+        holds none of them: it may keep copies, and `judge` sees whether those come back.
+        """
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        training = [(name, p) for name, p in parameters if p.requires_grad]
+        missing = [name for name, p in training if id(p) not in held]
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        if missing and len(missing) == len(training) and not type(inner).__module__.startswith("torch.optim"):
+            raise CannotJudge(f"{type(inner).__name__} holds none of the model's parameters itself, perhaps copies")
+        if not missing:
+            return cls._judge_on_purpose(parameters, is_new_model)
+        found = f"{len(missing)} of {len(training)} parameters in no optimizer group"
+        expected = "every parameter with requires_grad in one"
+        causes = ("the optimizer was built before the final model", "groups were chosen by name and miss some")
+        action = "build the optimizer from the wrapped, cast and resized model, or set requires_grad to False"
+        return cls._finding("error", found, expected, causes, missing, PROBE, action)
+
+    @classmethod
+    def _judge_on_purpose(cls, parameters: Parameters, is_new_model: bool) -> Finding | None:
+        frozen = [name for name, p in parameters if not p.requires_grad]
+        if not frozen:
+            return None
+        share = share_of(frozen, parameters)
+        is_odd = is_new_model and share > cls.FROZEN_SHARE
+        found = f"{share:.1%} of the parameters have requires_grad False"
+        expected = "most of a new model trains" if is_odd else "this, if it is on purpose"
+        causes = ("frozen on purpose (adapters, fixed positions)", "frozen by an earlier script")
+        action = "parameter.requires_grad_(True) for what shall train"
+        return cls._finding("warning" if is_odd else "info", found, expected, causes, frozen, PROBE, action)
+
+    @classmethod
+    def judge(cls, parameters: Parameters, largest: list[float], moved: list[float]) -> Finding | None:
+        """Over the first steps every parameter is reached by a gradient, and moves. `largest`: of `largest_gradients`
+        over these steps; `moved`: whether each parameter moved in any of them."""
+        rows = [(n, p, *row) for (n, p), *row in zip(parameters, largest, moved, strict=True) if p.requires_grad]
+        # In low precision it may be a lost update, and few elements may all sit still under small gradients.
+        plain = [row for row in rows if row[1].dtype not in LOW_PRECISION and row[1].numel() >= MOVING_ELEMENTS]
+        still = [name for name, _, top, has_moved in plain if top > PLAIN_GRADIENT and not has_moved]
+        if still:
+            found = f"{len(still)} of {len(rows)} parameters have a gradient and do not move"
+            causes = ("the optimizer holds other tensors than the model", "their group has a learning rate of 0")
+            return cls._finding("error", found, "every one moves", causes, still, "first_steps")
+        unreached = [name for name, _, top, has_moved in rows if top == 0.0 and not has_moved]
+        causes = ("the forward pass does not use them", "detach() or no_grad() on their path to the loss")
+        found = f"of {len(rows)} parameters without gradient in {FIRST_STEPS} steps"
+        return cls._without_gradient(unreached, parameters, found, 0.0, causes, "first_steps") if unreached else None
+
+    @classmethod
+    def judge_stopped(cls, parameters: Parameters, stopped: list[str]) -> Finding:
+        """`stopped`: parameters that had a gradient before and have had none for STOPPED_STEPS steps."""
+        causes = ("requires_grad was set to False", "the forward pass no longer uses them")
+        found = f"of {len(parameters)} parameters lost their gradient {cls.STOPPED_STEPS} steps ago"
+        return cls._without_gradient(stopped, parameters, found, cls.FROZEN_SHARE, causes, "stopped")
+
+    @classmethod
+    def _without_gradient(cls, names, parameters, found: str, max_share: float, causes, check: str) -> Finding:
+        """`max_share`: of the elements; so many may be without a gradient on purpose."""
+        idle, cut = split_idle(names, parameters)
+        if not cut:
+            causes = ("experts to which no token is routed",)
+            return cls._finding("info", f"{len(idle)} {found}", "few, for some steps", causes, idle, check)
+        severity = "warning" if share_of(cut, parameters) > max_share else "info"
+        return cls._finding(severity, f"{len(cut)} {found}", "a gradient in every step", causes, cut, check)
+
+    @classmethod
+    def _finding(cls, severity, found: str, expected: str, causes, names: list[str], check: str, action="") -> Finding:
+        return cls.finding(
+            severity,
+            found=f"{found} ({updates.first_of(names)})",
+            expected=expected,
+            causes=causes,
+            action=action or "follow the first of them from the forward pass to optimizer.param_groups",
+            evidence={"names": names[:20], "count": len(names)},
+            check=check,
+        )
+
+
+def share_of(names: list[str], parameters: Parameters) -> float:
+    sizes = {name: parameter.numel() for name, parameter in parameters}
+    return sum(sizes[name] for name in names) / max(1, sum(sizes.values()))
+
+
+def split_idle(names: list[str], parameters: Parameters) -> tuple[list[str], list[str]]:
+    """Experts without tokens, and all others of `names`.
+
+    Such an expert is one of a list inside a layer (`layers.0.experts.3.w1`), of which others of the same shape are not
+    among `names`. A list at the top is the layers themselves: one of them without gradient is a fault.
+    """
+    idle = []
+    for name in names:
+        numbers = list(re.finditer(r"(?<=\.)\d+(?=\.)", name))
+        if len(numbers) < 2:
+            continue
+        begin, end = name[: numbers[-1].start()], name[numbers[-1].end() :]
+        sibling = re.compile(re.escape(begin) + r"\d+" + re.escape(end))
+        shapes = {other: p.shape for other, p in parameters if sibling.fullmatch(other)}
+        if any(other not in names and shape == shapes[name] for other, shape in shapes.items()):
+            idle.append(name)
+    return idle, [name for name in names if name not in idle]

@@ -1,0 +1,50 @@
+"""Input and output embedding that should share their weights."""
+
+from collections.abc import Iterator
+
+import torch
+
+from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
+from recipe.guards.updates import is_partial
+
+
+class UntiedWeights(Guard):
+    """Embedding and head should share their weights and do not.
+
+    When: before step 1, after a resume too.
+    Measured: where the config says `tie_word_embeddings`, both must be one memory.
+    Try: `model.tie_weights()` before the optimizer is built, or `tie_word_embeddings: false`.
+    Cannot see: sharded weights, a head of another shape.
+    """
+
+    ids = {"untied_weights": "Embedding and head should share their weights and do not."}
+
+    def inspect(self, run) -> Iterator[Verdict]:
+        yield self.judge(run.model) or self.clear(check=PROBE)
+
+    @classmethod
+    def judge(cls, model: torch.nn.Module) -> Finding | None:
+        if not hasattr(getattr(model, "config", None), "get_text_config"):
+            raise CannotJudge("the model has no config of transformers that says whether to tie them")
+        if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+            return None
+        head = model.get_output_embeddings()
+        if head is None or not isinstance(getattr(head, "weight", None), torch.Tensor):
+            raise CannotJudge("the model has no output embedding with a weight")
+        embedding, output = model.get_input_embeddings().weight, head.weight
+        if is_partial(embedding) or is_partial(output):
+            raise CannotJudge("the embeddings are sharded or have no memory")
+        if embedding.shape != output.shape:
+            raise CannotJudge(f"the embedding is {tuple(embedding.shape)} and the head {tuple(output.shape)}")
+        if embedding.data_ptr() == output.data_ptr():
+            return None
+        is_equal = torch.equal(embedding, output.to(embedding))
+        return cls.finding(
+            "warning",
+            found=f"embedding and head are two tensors, {'equal so far' if is_equal else 'with different values'}",
+            expected="one, as tie_word_embeddings is true",
+            causes=("the model was moved, emptied or wrapped after tying", "a checkpoint without the head was loaded"),
+            action="model.tie_weights() before the optimizer is built, or tie_word_embeddings false",
+            evidence={"shape": list(embedding.shape), "is_equal": is_equal},
+            check=PROBE,
+        )

@@ -1,0 +1,281 @@
+"""Updates that do not arrive: on hand-written numbers, and on tiny models under torch's AdamW."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from recipe.guards.guard import NotApplicable
+from recipe.guards.lost_updates import LostUpdates
+from recipe.guards.taps import GradientNorms, LocalStep
+from recipe.guards.updates import FIRST_STEPS, count_moved, count_small, sample_gradients, sample_once
+
+LOST_STEPS, LOST_ELEMENTS = LostUpdates.LOST_STEPS, LostUpdates.LOST_ELEMENTS
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def named(model):
+    return list(model.named_parameters())
+
+
+def llama(**changes):
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
+
+
+# --- low precision
+
+
+class AdamWOnFloat32Copies(torch.optim.AdamW):
+    """AdamW on float32 copies whose result is written to the bf16 weights: as mixed-precision optimizers do."""
+
+    def __init__(self, parameters, **kwargs):
+        self.low = list(parameters)
+        super().__init__([p.detach().float().requires_grad_() for p in self.low], **kwargs)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        copies = self.param_groups[0]["params"]
+        for copy, low in zip(copies, self.low, strict=True):
+            copy.grad = low.grad.float()
+        super().step()
+        for copy, low in zip(copies, self.low, strict=True):
+            low.copy_(copy)
+
+
+def lost(dtype, optimizer_class, learning_rate):
+    model = llama(initializer_range=0.1).to(dtype)
+    parameters = named(model)
+    optimizer = optimizer_class(model.parameters(), lr=learning_rate)
+    before = sample_once({}, parameters)
+    for _ in range(LOST_STEPS):
+        backward(model)
+        optimizer.step()
+    counts = count_moved(before, sample_gradients(parameters), parameters, LOST_STEPS * learning_rate).tolist()
+    return LostUpdates.judge_moved(*counts, learning_rate)
+
+
+def backward(model):
+    model.zero_grad()
+    ids = torch.randint(0, 64, (2, 16))
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_pure_bf16_at_a_small_rate_loses_its_updates():
+    finding = lost(torch.bfloat16, torch.optim.AdamW, 5e-5)
+    assert finding.severity == "warning" and finding.evidence["moved"] < 0.3 * finding.evidence["judged"]
+    json.dumps(finding.evidence)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "optimizer", "learning_rate"),
+    [
+        (torch.bfloat16, AdamWOnFloat32Copies, 5e-5),
+        (torch.bfloat16, torch.optim.AdamW, 3e-3),  # large steps are not lost
+        (torch.bfloat16, torch.optim.AdamW, 1e-8),  # a warmup's: float32 would not show either
+        (torch.float32, torch.optim.AdamW, 5e-5),
+    ],
+)
+def test_updates_that_are_kept_are_silent(dtype, optimizer, learning_rate):
+    assert lost(dtype, optimizer, learning_rate) is None
+
+
+def test_few_elements_are_not_judged():
+    assert LostUpdates.judge_moved(0, LOST_ELEMENTS - 1, 1e-5) is None
+    assert LostUpdates.judge_moved(0, LOST_ELEMENTS, 1e-5) is not None
+    assert count_moved({}, {}, [("w", nn.Parameter(torch.zeros(3)))], 1.0).tolist() == [0, 0]
+
+
+# --- small updates
+
+
+def test_adams_first_steps_are_of_the_size_of_the_rate():
+    before, gradient = {"w": torch.zeros(100)}, {"w": torch.ones(100)}
+    for moved, small in ((-1e-3, 0), (-4e-5, 100), (1e-3, 100), (0.0, 100)):  # the third goes uphill
+        assert count_small(before, {"w": before["w"] + moved}, gradient, {"w": 1e-3}).tolist() == [small, 100]
+    assert count_small(before, before, {"w": torch.zeros(100)}, {"w": 1e-3}).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("small", "found"), [(40, False), (60, True)])
+def test_small_updates_are_found(small, found):
+    assert (LostUpdates.judge_small(small, 100) is not None) is found
+    assert LostUpdates.judge_small(0, 0) is None
+
+
+# --- writes
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ([0.0] * 20 + [0.1], True),
+        ([0.0] * 20, False),
+        ([0.1] * 20, False),  # a projection after each step
+        ([0.0] * 4 + [0.1], False),  # too early to say
+    ],
+)
+def test_who_begins_to_write_to_the_weights_is_found(changes, found):
+    finding = LostUpdates.judge_writes("norm", changes, was_saved=True)
+    assert (finding is not None) is found
+    assert not found or (finding.id, finding.severity) == ("lost_updates", "warning")
+    assert not found or LostUpdates.judge_writes("norm", changes, was_saved=False).severity == "info"
+
+
+@pytest.mark.parametrize("vector", [True, False])
+@pytest.mark.parametrize("is_loss_scaled", [True, False])
+def test_writes_to_the_small_parameter_alone_are_judged(vector, is_loss_scaled):
+    model = llama()
+    guard = set_up(model, torch.optim.AdamW(model.parameters()))
+    found = []
+    for number in range(1, 31):
+        norms = GradientNorms("norm", False, 1.0, 0.0, 1.0, 1.0, 0.3 * (number == 30), 0.0, of_matrices=not vector)
+        step = observed(guard, None, gradients=[norms], run=SimpleNamespace(is_loss_scaled=is_loss_scaled))
+        found += [(number, finding.severity) for finding in step]
+    assert found == ([(30, "info")] if vector and not is_loss_scaled else [])
+
+
+# --- the guard over steps
+
+
+def set_up(model, optimizer, step=0, **facts) -> LostUpdates:
+    given = dict(
+        named_parameters=named(model),
+        model=model,
+        optimizer=optimizer,
+        inner_optimizer=optimizer,
+        optimizer_name=type(optimizer).__name__,
+        is_adam="Adam" in type(optimizer).__name__,
+        is_sharded=False,
+        is_compiled=False,
+        step=step,
+    )
+    guard = LostUpdates()
+    guard.setup(SimpleNamespace(**{**given, **facts}))
+    return guard
+
+
+def observed(guard, measured, **step) -> list:
+    known = {"gradients": [], "was_saved": False, "run": SimpleNamespace(is_loss_scaled=False), **step}
+    measured = {name: getattr(value, "tolist", lambda v=value: v)() for name, value in (measured or {}).items()}
+    return list(guard.observe(SimpleNamespace(payload=lambda _: measured or None, **known)))
+
+
+def steps(guard, model, optimizer, rates) -> list:
+    """One step for each rate: `(number, check, whether it found something)` of all that it yields."""
+    verdicts = []
+    for number, rate in enumerate(rates, 1):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        backward(model)
+        local = LocalStep(learning_rates=[(rate, None)])
+        guard.before_step(local)
+        optimizer.step()
+        guard.after_step(local)
+        found = observed(guard, guard.measure(local))
+        verdicts += [(number, verdict.check, hasattr(verdict, "found")) for verdict in found]
+    return verdicts
+
+
+def saved(guard, *run, **facts) -> LostUpdates:
+    """A new guard with the guard's state, as a checkpoint keeps it."""
+    state = {
+        name: value if hasattr(value, "dtype") else json.loads(json.dumps(value))
+        for name, value in guard.save().items()
+    }
+    fresh = set_up(*run, **{"step": 5, **facts})
+    fresh.load(state)
+    return fresh
+
+
+@pytest.mark.parametrize(("epsilon", "found"), [(1e-8, False), (1e3, True)])
+def test_the_first_steps_of_adam(epsilon, found):
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters(), eps=epsilon)
+    rates = [0.0, *[1e-3] * (FIRST_STEPS + 5)]
+    assert steps(set_up(model, optimizer), model, optimizer, rates) == [(FIRST_STEPS + 2, "small", found)]
+
+
+def test_of_a_resumed_run_without_state_and_of_other_optimizers_they_are_not_judged():
+    model = llama()
+    for optimizer, step in (
+        (torch.optim.AdamW(model.parameters(), eps=1e3), 5),
+        (torch.optim.SGD(model.parameters()), 0),
+    ):
+        guard = set_up(model, optimizer, step=step)
+        assert steps(guard, model, optimizer, [1e-3] * (FIRST_STEPS + 5)) == []
+        with pytest.raises(NotApplicable, match="half-precision"):
+            list(guard.inspect(None))
+
+
+@pytest.mark.parametrize(("rate", "found"), [(2e-5, True), (3e-3, False)])
+def test_low_precision_is_judged_in_windows(rate, found):
+    model = llama(initializer_range=0.1).bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters())
+    verdicts = steps(set_up(model, optimizer), model, optimizer, [rate] * (2 * LOST_STEPS + 3))
+    assert verdicts == [(LOST_STEPS, "weights", found), (2 * LOST_STEPS, "weights", found)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "saved_at"),
+    [(torch.float32, 3), (torch.float32, FIRST_STEPS), (torch.float32, 12), (torch.bfloat16, 3), (torch.float16, 9)],
+)
+def test_what_is_measured_goes_on_after_a_resume(dtype, saved_at):
+    def run(is_saved):
+        torch.manual_seed(1)
+        model = llama(initializer_range=0.1).to(dtype)
+        optimizer = torch.optim.AdamW(model.parameters(), eps=1e2 if dtype == torch.float32 else 1e-4)
+        guard = set_up(model, optimizer)
+        verdicts = steps(guard, model, optimizer, [1e-4] * saved_at)
+        guard = saved(guard, model, optimizer) if is_saved else guard
+        verdicts += steps(guard, model, optimizer, [1e-4] * (LOST_STEPS + 2 - saved_at))
+        return [verdict[1:] for verdict in verdicts], guard.save()
+
+    (verdicts, state), (expected, kept) = run(is_saved=True), run(is_saved=False)
+    assert verdicts == expected and len(verdicts) == 1
+    assert all(torch.equal(*map(torch.as_tensor, (state[name], kept[name]))) for name in state)
+
+
+def test_a_window_of_other_weights_does_not_fit():
+    model, other = (llama(num_hidden_layers=layers).bfloat16() for layers in (2, 1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    guard = set_up(model, optimizer)
+    steps(guard, model, optimizer, [1e-4])
+    with pytest.raises(RuntimeError):
+        saved(guard, other, torch.optim.AdamW(other.parameters()))
+
+
+# --- casts
+
+
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_the_casts_of_an_open_autocast_context(is_stale):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    guard, found = set_up(model, optimizer), []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(3):
+            guard.before_micro_step(None)
+            model(torch.randn(2, 16)).sum().backward()
+            assert list(guard.after_micro_step(None, None)) == []
+            optimizer.step()
+            found += observed(guard, guard.measure(None))
+            if not is_stale:
+                torch.clear_autocast_cache()
+    assert [hasattr(verdict, "found") for verdict in found] == [False, is_stale, is_stale]
+    assert not model[0]._forward_hooks and guard.failure is None
+
+
+@pytest.mark.parametrize("facts", [{"is_sharded": True}, {"is_compiled": True}, {}])
+def test_without_autocast_or_a_plain_layer_no_hook_is_set(facts):
+    model = nn.Sequential(nn.Linear(16, 16))
+    guard = set_up(model, torch.optim.AdamW(model.parameters()), **facts)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(facts)):
+        guard.before_micro_step(None)
+    assert not model[0]._forward_hooks
