@@ -17,6 +17,7 @@ from transformers import Trainer
 
 from recipe.guards.batches import IGNORE_INDEX, SeenTokens, flags_of, input_ids_of
 from recipe.guards.guard import CannotJudge
+from recipe.guards.head import LossTargets, recover_loss_targets
 from recipe.guards.run import Run, is_compiled
 from recipe.internals import original_forward, prepare_inputs
 
@@ -37,6 +38,7 @@ class Batch:
     def __init__(self, run: Run, inputs, num_items_in_batch, is_first: bool):
         self.run, self.model, self.is_first = run, run.model, is_first
         self.num_items_in_batch = num_items_in_batch
+        self._targets: LossTargets | None = None
         self.twin = twin_of(run.trainer)
         self.all_inputs = prepare_inputs(self.twin, dict(inputs) if isinstance(inputs, Mapping) else inputs)
         missing = ("input_ids", "labels")
@@ -61,6 +63,13 @@ class Batch:
     def loss_of(self, inputs: dict | None = None) -> Callable[[], torch.Tensor]:
         """The trainer's own loss of these inputs, in the trainer's precision."""
         return loss_of(self.twin, self.model, inputs or self.inputs, self.num_items_in_batch)
+
+    def targets(self) -> LossTargets:
+        """What the positions of `inputs` are really scored on, in train mode; recovered once. Raises `CannotJudge`."""
+        if self._targets is None:
+            self.model.train()
+            self._targets = recover_loss_targets(self.model, self.loss_of())
+        return self._targets
 
     def count_items(self, inputs: dict):
         """`num_items_in_batch` as the trainer counts it for a step of these rows alone: for some models it counts the

@@ -3,15 +3,15 @@ to."""
 
 import json
 import math
-import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipe.errors import UserError
-from recipe.guards.guard import Finding
-from recipe.guards.thresholds import TOLERANCES
 
 TRAJECTORIES = Path(__file__).parent.parent / "trajectories"
+# How far a fact of the run may be from the reference's and still be the same config. Chosen, not measured: a few added
+# tokens or another way of counting, and a rate that was rounded. Bands are in the references, with their origin.
+TOLERANCES = {"parameters": 0.02, "learning_rate": 0.01}
 
 
 @dataclass(frozen=True)
@@ -107,95 +107,3 @@ def find_reference(trajectory: str, facts: dict) -> tuple[Reference | None, str]
             return reference, ""
         reasons.append(reason)
     return None, "; ".join(reasons) or "no reference is shipped"
-
-
-def check_reference(reference: Reference, steps: list[int], tokens: list[int], losses: list[float]) -> Finding | None:
-    """Hold the median of the last `window` losses against the band, and the red flags.
-
-    The lists are parallel, one entry a step, oldest first; the last entry is now. Silent until the window is full,
-    outside the reference's range, and while losses are not finite (another guard's business). Going under is a
-    warning.
-    """
-    window = reference.window
-    recent = losses[-window:]
-    if len(recent) < window or not all(math.isfinite(loss) for loss in recent):
-        return None
-    loss = statistics.median(recent)
-    middle_tokens = tokens[-1 - (window - 1) // 2]  # where the median belongs on a falling curve
-    evidence = {"window": window, "median_loss": loss, "tokens": middle_tokens, "reference": reference.name}
-    flagged = [flag for flag in reference.red_flags if steps[-1] < flag["before_step"] and loss < flag["loss_below"]]
-    band = reference.at(middle_tokens)
-    if band is not None:
-        evidence |= {"low": band.low, "high": band.high, "expected_loss": band.loss}
-    if flagged:
-        expected = f"not below {flagged[0]['loss_below']} before step {flagged[0]['before_step']}"
-        return _too_low(loss, expected, steps[-1], tokens[-1], evidence)
-    if band is None or band.low <= loss <= band.high:
-        return None
-    expected = f"{band.low:.2f} to {band.high:.2f} (reference {reference.name})"
-    if loss < band.low:
-        return _too_low(loss, expected, steps[-1], tokens[-1], evidence)
-    return Finding(
-        "loss_off_reference",
-        reference.above,
-        steps[-1],
-        tokens[-1],
-        found=f"loss {loss:.2f}, falling slower than its reference",
-        expected=expected,
-        likely_causes=(
-            "learning rate or schedule differs from the reference's",
-            "labels shifted twice",
-            "harder data",
-        ),
-        action="compare run.json with the reference's provenance",
-        evidence=evidence,
-    )
-
-
-def _too_low(loss: float, expected: str, step: int, tokens_seen: int, evidence: dict) -> Finding:
-    return Finding(
-        "loss_off_reference",
-        "warning",
-        step,
-        tokens_seen,
-        found=f"loss {loss:.2f}, too good to be true",
-        expected=expected,
-        likely_causes=(
-            "the model sees the token it is asked for (labels not shifted, attention not causal)",
-            "the same documents come round again",
-            "easier data than the reference's",
-        ),
-        action="do not trust this run; read the probes' findings first",
-        evidence=evidence,
-    )
-
-
-def check_grad_norm(
-    reference: Reference, steps: list[int], tokens: list[int], grad_norms: list[float]
-) -> Finding | None:
-    """Hold the median gradient norm (before clipping) of the window against the reference's phase. Above is a warning,
-    below information."""
-    phase = next((p for p in reference.grad_norm_phases if p["from_step"] <= steps[-1] <= p["to_step"]), None)
-    recent = grad_norms[-reference.window :]
-    inside = phase is not None and steps[-1] - phase["from_step"] + 1 >= reference.window
-    if not inside or len(recent) < reference.window or not all(math.isfinite(norm) for norm in recent):
-        return None
-    norm = statistics.median(recent)
-    if phase["low"] <= norm <= phase["high"]:
-        return None
-    return Finding(
-        "grad_norm_off",
-        "warning" if norm > phase["high"] else "info",
-        steps[-1],
-        tokens[-1],
-        found=f"gradient norm {norm:.2f} before clipping",
-        expected=f"{phase['low']} to {phase['high']} in steps {phase['from_step']} to "
-        f"{phase['to_step']} (reference {reference.name})",
-        likely_causes=("learning rate too high", "a bad batch")
-        if norm > phase["high"]
-        else ("a calmer run than the reference",),
-        action="look at the loss beside it"
-        if norm > phase["high"]
-        else "nothing: this phase is an expectation, not a measurement",
-        evidence={"window": reference.window, "median_grad_norm": norm, **phase},
-    )
