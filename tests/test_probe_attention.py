@@ -6,23 +6,23 @@ import transformers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from recipe.guards.finding import CannotJudge, Finding
-from recipe.guards.probes import attention
-from recipe.guards.probes.attention import (
-    IDS,
+from recipe.guards import attention
+from recipe.guards.attention import (
     PADDING,
     change_tokens,
-    check_gradient,
-    check_movement,
     choose_positions,
     choose_rows,
     find_documents,
     find_scored,
+    judge_gradient,
+    judge_movement,
     probe_attention,
 )
+from recipe.guards.guard import CannotJudge, Clear, Finding, Skip
 
+IDS = tuple(attention.Attention.ids)
 VOCABULARY, LENGTH = 64, 24
-SETTING = {"rows": [0, 1, 2, 3], "mode": "train", "attention_mask": "as given", "step": 0, "tokens": 0}
+SETTING = {"rows": [0, 1, 2, 3], "mode": "train", "attention_mask": "as given"}
 IDS_OF_MOVEMENT = ["non_causal_attention", "row_leak"]
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 GROUPED = COMMON | {"num_key_value_heads": 2}
@@ -103,7 +103,7 @@ EARLIER_ONLY = torch.tensor([[0.0] * 6, [0.1, 0.2, 1.0, 0.0, 0.0, 0.0]])
 
 
 def test_a_gradient_from_earlier_tokens_is_silent():
-    results = check_gradient(EARLIER_ONLY, {1: 2}, ROWS_OF_6, SETTING)
+    results = judge_gradient(EARLIER_ONLY, {1: 2}, ROWS_OF_6, SETTING)
     assert results["non_causal_attention"] is None and results["row_leak"] is None
     assert isinstance(results["cross_document_attention"], CannotJudge)
 
@@ -111,7 +111,7 @@ def test_a_gradient_from_earlier_tokens_is_silent():
 def test_a_later_token_is_named_with_its_numbers():
     sizes = EARLIER_ONLY.clone()
     sizes[1, 3] = 0.004
-    finding = check_gradient(sizes, {1: 2}, ROWS_OF_6, SETTING)["non_causal_attention"]
+    finding = judge_gradient(sizes, {1: 2}, ROWS_OF_6, SETTING)["non_causal_attention"]
     assert (
         finding.severity == "error"
         and "position 2 of row 1 sees 1 of 3 later tokens (the nearest 1 away)" in finding.found
@@ -122,13 +122,13 @@ def test_a_later_token_is_named_with_its_numbers():
 
 def test_the_rounding_of_an_fft_is_silent():
     sizes = EARLIER_ONLY + 2e-6
-    assert not alarms(check_gradient(sizes, {1: 2}, ROWS_OF_6, SETTING))
+    assert not alarms(judge_gradient(sizes, {1: 2}, ROWS_OF_6, SETTING))
 
 
 def test_another_row_is_named():
     sizes = EARLIER_ONLY.clone()
     sizes[0, :2] = 0.5
-    found = alarms(check_gradient(sizes, {1: 2}, ROWS_OF_6, SETTING | {"rows": [5, 7]}))
+    found = alarms(judge_gradient(sizes, {1: 2}, ROWS_OF_6, SETTING | {"rows": [5, 7]}))
     assert (
         list(found) == ["row_leak"] and "of row 7 sees 2 of 6 tokens of another row (row 5)" in found["row_leak"].found
     )
@@ -136,7 +136,7 @@ def test_another_row_is_named():
 
 def test_an_earlier_document_is_named():
     documents = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]])
-    found = alarms(check_gradient(EARLIER_ONLY, {1: 2}, documents, SETTING))
+    found = alarms(judge_gradient(EARLIER_ONLY, {1: 2}, documents, SETTING))
     assert list(found) == ["cross_document_attention"] and found["cross_document_attention"].severity == "warning"
     assert "sees 2 of 2 tokens of earlier documents (the nearest 1 away)" in found["cross_document_attention"].found
 
@@ -145,13 +145,13 @@ def test_padding_decides_nothing():
     sizes, documents = EARLIER_ONLY.clone(), ROWS_OF_6.clone()
     sizes[0, 0], sizes[1, 5] = 3.0, float("nan")
     documents[0, 0] = documents[1, 5] = PADDING
-    assert not alarms(check_gradient(sizes, {1: 2}, documents, SETTING))
+    assert not alarms(judge_gradient(sizes, {1: 2}, documents, SETTING))
 
 
 @pytest.mark.parametrize("size", [0.0, float("nan")])
 def test_no_gradient_is_no_verdict(size):
     with pytest.raises(CannotJudge, match="zero or not finite"):
-        check_gradient(torch.full((2, 6), size), {1: 2}, ROWS_OF_6, SETTING)
+        judge_gradient(torch.full((2, 6), size), {1: 2}, ROWS_OF_6, SETTING)
 
 
 def test_documents_come_from_positions_sequence_numbers_or_lengths():
@@ -206,15 +206,15 @@ def test_changed_tokens_are_others_of_the_batch_and_padding_stays():
 def test_movement_of_a_few_positions_is_no_proof():
     moved, watched = torch.full((2, 9), 0.02), torch.ones(2, 9, dtype=torch.bool)
     moved[:, :3] = 4.0
-    assert not check_movement(moved, watched, {1: 4}, SETTING)
-    assert list(check_movement(moved + 0.5, watched, {1: 4}, SETTING)) == IDS_OF_MOVEMENT
+    assert not judge_movement(moved, watched, {1: 4})
+    assert list(judge_movement(moved + 0.5, watched, {1: 4})) == IDS_OF_MOVEMENT
 
 
 def test_in_fp32_a_small_movement_tells_where_rounding_cannot_be_it():
     moved, watched = torch.full((2, 8), 1e-6), torch.ones(2, 8, dtype=torch.bool)
-    assert not check_movement(moved, watched, {0: 5, 1: 6}, SETTING, exact=True)
-    assert list(check_movement(moved + 2e-3, watched, {0: 5}, SETTING, exact=True)) == IDS_OF_MOVEMENT
-    assert not check_movement(moved + 2e-3, watched, {0: 5}, SETTING)
+    assert not judge_movement(moved, watched, {0: 5, 1: 6}, exact=True)
+    assert list(judge_movement(moved + 2e-3, watched, {0: 5}, exact=True)) == IDS_OF_MOVEMENT
+    assert not judge_movement(moved + 2e-3, watched, {0: 5})
 
 
 @pytest.mark.parametrize(("second", "found"), [(5, ["non_causal_attention"]), (2, [])])
@@ -222,8 +222,8 @@ def test_one_position_moves_at_the_same_distance_in_each_row(second, found):
     """A token that turned to another expert moves one position anywhere: the second row's is elsewhere."""
     moved, watched = torch.full((2, 8), 1e-6), torch.ones(2, 8, dtype=torch.bool)
     moved[0, 4], moved[1, second] = 0.3, 0.1
-    assert list(check_movement(moved, watched, {0: 5, 1: 6}, SETTING, exact=True)) == found
-    assert not check_movement(moved[:1], watched[:1], {0: 5}, SETTING, exact=True)
+    assert list(judge_movement(moved, watched, {0: 5, 1: 6}, exact=True)) == found
+    assert not judge_movement(moved[:1], watched[:1], {0: 5}, exact=True)
 
 
 def test_a_leak_without_gradient_of_a_hundredth_is_seen(tiny_model):

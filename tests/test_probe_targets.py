@@ -5,17 +5,10 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from recipe.guards.finding import CannotJudge
-from recipe.guards.probes.targets import (
-    IGNORE_INDEX,
-    LossTargets,
-    check_all_scored,
-    check_last_position,
-    check_logits,
-    check_loss_targets,
-    recover_loss_targets,
-    targets_from_gradient,
-)
+from recipe.guards.batches import IGNORE_INDEX
+from recipe.guards.guard import CannotJudge
+from recipe.guards.head import LossTargets, recover_loss_targets, targets_from_gradient
+from recipe.guards.targets import LossTarget
 
 IDS = torch.arange(2 * 24).reshape(2, 24) * 5 % 53
 
@@ -41,21 +34,21 @@ def test_targets_weights_and_masks_come_out_of_the_gradient(dtype):
 
 
 def test_a_healthy_loss_is_silent():
-    assert check_loss_targets(IDS, targets_at(1)) is None
+    assert LossTarget.judge(IDS, targets_at(1)) is None
 
 
 @pytest.mark.parametrize(
     ("shift", "name", "found"), [(0, "missing_label_shift", "token i "), (2, "double_label_shift", "token i+2")]
 )
 def test_a_wrong_shift_is_named(shift, name, found):
-    finding = check_loss_targets(IDS, targets_at(shift))
+    finding = LossTarget.judge(IDS, targets_at(shift))
     assert finding.id == name and found in finding.found and finding.severity == "error"
     assert "(22 of 22 positions)" in finding.found
 
 
 def test_one_wrong_row_among_good_ones_is_found():
     mixed = torch.stack([targets_at(1)[0], targets_at(0)[1]])
-    finding = check_loss_targets(IDS, mixed)
+    finding = LossTarget.judge(IDS, mixed)
     assert finding.id == "missing_label_shift" and finding.evidence["row"] == 1
 
 
@@ -68,68 +61,58 @@ def scored_but(silent: slice, loss: float = 3.0) -> LossTargets:
 
 
 def test_labels_that_the_loss_leaves_out_are_found():
-    finding = check_all_scored(scored_but(slice(0, 12)), IDS)
+    finding = LossTarget.judge_unscored(scored_but(slice(0, 12)), IDS)
     assert (finding.id, finding.severity) == ("wrong_loss_target", "warning")
     assert "24 of 46 positions" in finding.found
 
 
 def test_masked_positions_that_are_not_scored_are_no_fault():
-    assert check_all_scored(scored_but(slice(0, 0)), IDS) is None
+    assert LossTarget.judge_unscored(scored_but(slice(0, 0)), IDS) is None
     masked = IDS.clone()
     masked[:, :13] = IGNORE_INDEX
-    assert check_all_scored(scored_but(slice(0, 12)), masked) is None
+    assert LossTarget.judge_unscored(scored_but(slice(0, 12)), masked) is None
 
 
 def test_a_last_position_that_is_scored_is_found():
     found = scored_but(slice(0, 0))
-    assert check_last_position(IDS, found, IDS) is None
+    assert LossTarget.judge_last_position(IDS, found.targets, IDS) is None
     found.targets[:, -1] = 7
-    assert check_last_position(IDS, found, IDS).id == "wrong_loss_target"
-    assert check_last_position(IDS, found, IDS.roll(-1, dims=1)) is None  # next tokens as labels: there is one
-
-
-def test_probabilities_are_no_logits():
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=53, n_embd=16, n_layer=1, n_head=2, n_positions=24))
-    compute_loss = lambda: model(input_ids=IDS, labels=IDS).loss  # noqa: E731
-    assert check_logits(recover_loss_targets(model, compute_loss), 53) is None
-    model.lm_head.register_forward_hook(lambda module, args, out: out.softmax(-1))
-    finding = check_logits(recover_loss_targets(model, compute_loss), 53)
-    assert finding.id == "loss_above_envelope" and "below 3.00" in finding.found  # ln(1 + 52 / e)
+    assert LossTarget.judge_last_position(IDS, found.targets, IDS).id == "wrong_loss_target"
+    assert LossTarget.judge_last_position(IDS, found.targets, IDS.roll(-1, dims=1)) is None  # next tokens as labels: there is one
 
 
 def test_a_model_that_is_sure_is_not_judged():
-    with pytest.raises(CannotJudge, match="certainty"):
-        check_all_scored(scored_but(slice(0, 12), loss=0.01), IDS)
+    """Certainty is silent as well."""
+    assert LossTarget.judge_unscored(scored_but(slice(0, 12), loss=0.01), IDS) is None
 
 
 def test_targets_of_another_row():
-    assert check_loss_targets(IDS, targets_at(1).flip(0)).id == "wrong_loss_target"
+    assert LossTarget.judge(IDS, targets_at(1).flip(0)).id == "wrong_loss_target"
 
 
 def test_repeated_tokens_are_not_mistaken_for_a_missing_shift():
     ids = torch.tensor([[7] * 30 + list(range(20))])
     targets = torch.cat([ids[:, 1:], torch.tensor([[IGNORE_INDEX]])], dim=1)
-    assert check_loss_targets(ids, targets) is None
+    assert LossTarget.judge(ids, targets) is None
 
 
 def test_masked_prompts_are_not_a_fault():
     targets = targets_at(1)
     targets[:, :10] = IGNORE_INDEX
-    assert check_loss_targets(IDS, targets) is None
+    assert LossTarget.judge(IDS, targets) is None
 
 
 def test_a_few_chance_hits_elsewhere_are_not_a_fault():
     targets = targets_at(1)
     targets[0, 3] = 52  # 1 of 22
-    assert check_loss_targets(IDS, targets) is None
+    assert LossTarget.judge(IDS, targets) is None
 
 
 @pytest.mark.parametrize("ids", [torch.full((2, 24), 3), IDS[:, :8]])
 def test_too_little_to_go_by_says_so(ids):
     targets = torch.cat([ids[:, 1:], torch.full((2, 1), IGNORE_INDEX)], dim=1)
     with pytest.raises(CannotJudge, match="8 are needed"):
-        check_loss_targets(ids, targets)
+        LossTarget.judge(ids, targets)
 
 
 # --- on real models
@@ -166,16 +149,16 @@ def test_dropout_does_not_move_the_generator():
 def test_healthy_and_broken_models(make, tiny_model):
     model = tiny_model if make == "llama" else gpt2()
     healthy = recover_loss_targets(model, lambda: model(input_ids=IDS, labels=IDS).loss)
-    assert check_loss_targets(IDS, healthy.targets) is None
+    assert LossTarget.judge(IDS, healthy.targets) is None
     model.loss_function = unshifted
     broken = recover_loss_targets(model, lambda: model(input_ids=IDS, labels=IDS).loss)
-    assert check_loss_targets(IDS, broken.targets).id == "missing_label_shift"
+    assert LossTarget.judge(IDS, broken.targets).id == "missing_label_shift"
 
 
 def test_labels_shifted_by_hand_and_again_by_the_model(tiny_model):
     labels = torch.cat([IDS[:, 1:], torch.full((2, 1), IGNORE_INDEX)], dim=1)
     found = recover_loss_targets(tiny_model, lambda: tiny_model(input_ids=IDS, labels=labels).loss)
-    assert check_loss_targets(IDS, found.targets).id == "double_label_shift"
+    assert LossTarget.judge(IDS, found.targets).id == "double_label_shift"
 
 
 def test_a_model_without_a_head_cannot_be_judged():
@@ -220,7 +203,7 @@ def test_a_fused_loss_is_judged_by_the_hidden_state(tiny_model, shift, name):
     count = (targets_at(shift) != IGNORE_INDEX).sum()
     scored = found.weights[targets_at(shift) != IGNORE_INDEX]
     assert torch.allclose(scored, torch.full_like(scored, 1 / count), rtol=1e-3)  # fp32 sums over the vocabulary
-    finding = check_loss_targets(IDS, found.targets)
+    finding = LossTarget.judge(IDS, found.targets)
     assert (finding and finding.id) == name
 
 
@@ -243,4 +226,4 @@ def test_label_smoothing_on_a_model_that_is_sure_is_not_a_fault():
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1)
     (gradient,) = torch.autograd.grad(loss, logits)
     found = targets_from_gradient(logits.detach(), gradient).targets
-    assert check_loss_targets(IDS, found) is None and (found[1] == IGNORE_INDEX).all()
+    assert LossTarget.judge(IDS, found) is None and (found[1] == IGNORE_INDEX).all()

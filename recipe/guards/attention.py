@@ -1,62 +1,113 @@
 """What the logits of a position depend on: later tokens, other rows, other documents.
 
-Asked of the gradient, whose zeros are exact: a masked softmax gives masked tokens no gradient at all, in any precision
-and however weak the layer, while two sets of logits differ by rounding too."""
+Tested by the gradient, whose zeros are exact: a masked softmax gives masked tokens no gradient at all, in any
+precision and however weak the layer, while two sets of logits differ by rounding too.
+"""
 
 import inspect
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 
 import torch
 
-from recipe.guards.finding import CannotJudge, Finding, NotApplicable
-from recipe.guards.probes.targets import IGNORE_INDEX
-from recipe.guards.thresholds import (
-    ATTENTION_MAX_ROWS,
-    ATTENTION_MAX_TOKENS,
-    ATTENTION_MIN_ROWS,
-    ROUNDING,
-    UNPROVEN,
-    UNPROVEN_FP32,
-)
+from recipe.guards.batches import IGNORE_INDEX
+from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Skip, Verdict
+from recipe.guards.sandbox import frozen
 
-IDS = ("non_causal_attention", "row_leak", "cross_document_attention")
+CAUSALITY, ROWS, DOCUMENTS = "non_causal_attention", "row_leak", "cross_document_attention"
 PADDING = -1
 GOLDEN = 0.618  # spreads positions over a row without meeting the powers of two where chunks and windows end
 
-Results = dict[str, Finding | CannotJudge | None]
+Results = dict[str, Verdict]
 
 
-def probe_attention(model: torch.nn.Module, inputs: dict, step: int = 0, tokens_seen: int = 0) -> Results:
+class Attention(Guard):
+    """A position's logits depend on what it must not see: later tokens, another row, an earlier document.
+
+    When: before step 1, before step 21 and when a symptom is explained.
+    Measured: on up to 4 rows of the first micro-batch in train mode: one scored position of half of the rows is asked,
+        the gradient of its logits (in a random projection) at the embeddings of all tokens. Where it is over 1e-5 of
+        the largest, at a later token, at another row or at an earlier document of the row, the position sees it. Then
+        in eval mode, with the other variant of the attention mask (ones or none), tokens after a position are changed;
+        logits that move elsewhere are asked for their gradient. Logits that move without gradient are reported where
+        half of them move: by 1e-3 standard deviations in fp32, by 0.5 in lower precision.
+    Try (non_causal_attention): comparing the logits of a row with those of its first half alone: they must be equal.
+    Try (row_leak): comparing the logits of a row alone with those in the batch: they must be equal.
+    Try (cross_document_attention): `position_ids` without attention mask and with `use_cache=False`, or flash
+        attention with `cu_seq_lens`; or positions that run on, if documents need not be kept apart.
+    Cannot see: leaks under 1e-5 of the gradient, at positions that are not asked, in the compiled model alone; sharded
+        weights; a `compute_loss` that gives the model other tokens than the batch's.
+    Cannot see (cross_document_attention): Documents that the batch does not mark.
+    """
+
+    ids = {
+        CAUSALITY: "A position's logits depend on later tokens.",
+        DOCUMENTS: "A document's logits depend on its neighbour in the block.",
+        ROWS: "One row of the batch changes another's logits.",
+    }
+    explains_symptoms = True
+    rules_out = {CAUSALITY: "causal", ROWS: "row"}
+    # One row is asked and another must be there to leak; more only where they are cheap. Chosen, not measured.
+    MIN_ROWS, MAX_ROWS, MAX_TOKENS = 2, 4, 2048
+    # Of the largest gradient. Masked tokens get exactly zero (21 families, fp32 and bf16); only mixing by FFT rounds,
+    # by eps * log2(length) = 1e-6 in fp32, here with ten times the room. The tests' weakest leak is 2e-4.
+    ROUNDING = 1e-5
+    # Half of the logits moved by this many standard deviations though no gradient flows. Mixtures of experts round
+    # differently with the number of tokens an expert gets, and a rounding can turn a token to another expert: a few
+    # positions move far and the others by a few eps (bf16: 0.8 %). In fp32 such turns are rare and the others move by
+    # 1e-6, so a thousandth tells; leaks of a hundredth were missed by half a deviation.
+    UNPROVEN, UNPROVEN_FP32 = 0.5, 1e-3
+
+    def probe(self, batch) -> Iterator[Verdict]:
+        if batch.has_own_compute_loss:
+            check_model_inputs(batch.model, batch.inputs, batch.loss_of())
+        with batch.twin.compute_loss_context_manager():
+            yield from probe_attention(batch.model, batch.inputs).values()
+
+
+def check_model_inputs(model, inputs: dict, compute_loss: Callable[[], torch.Tensor]) -> None:
+    """The probe runs the model, so a `compute_loss` of the user's own must give it the batch's tokens, once. Raises
+    `CannotJudge` where it gives it others, or embeddings."""
+    seen, embedded = [], []
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    embedding = model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(1))
+    try:
+        with torch.no_grad():
+            compute_loss()
+    finally:
+        hook.remove()
+        embedding.remove()
+    given = [kwargs.get("input_ids", args[0] if args else None) for args, kwargs in seen]
+    ids = inputs["input_ids"]
+    is_same = [isinstance(each, torch.Tensor) and each.shape == ids.shape and torch.equal(each, ids) for each in given]
+    if is_same != [True] or len(embedded) != 1:
+        raise CannotJudge("compute_loss gives the model something else than the batch's tokens, or more than once")
+
+
+def probe_attention(model: torch.nn.Module, inputs: dict) -> Results:
     """Ask a few rows of a micro-batch in train mode, by gradient, then in eval mode with the other variant of the
-    attention mask, by changing tokens. Of each id: a finding, None, or the reason why it could not be judged.
+    attention mask, by changing tokens. Of each id its verdict. Raises `CannotJudge`.
 
     `model` is the eager, unwrapped module, `inputs` what training gives it. Nothing is left behind: no gradient, mode
     or hook, and the random generators are put back.
     """
-    try:
-        batch, rows = choose_rows(inputs)
-        documents, scored = find_documents(batch), find_scored(batch)
-        asked, others = choose_positions(documents, scored)
-        setting = {"rows": rows, "mode": "train", "attention_mask": "as given", "step": step, "tokens": tokens_seen}
-        results = _ask(model, batch, asked, documents, setting)
-        if "row_leak" in _alarms(results) and len(asked) > 1:  # one row asked: whose gradient it is, is sure
-            results = _ask(model, batch, dict([next(iter(asked.items()))]), documents, setting)
-    except CannotJudge as reason:
-        return dict.fromkeys(IDS, reason)
+    batch, rows = choose_rows(inputs)
+    documents, scored = find_documents(batch), find_scored(batch)
+    asked, others = choose_positions(documents, scored)
+    setting = {"rows": rows, "mode": "train", "attention_mask": "as given"}
+    results = _ask(model, batch, asked, documents, setting)
+    if ROWS in findings_of(results) and len(asked) > 1:  # one row asked: whose gradient it is, is sure
+        results = _ask(model, batch, dict([next(iter(asked.items()))]), documents, setting)
     try:
         variant, mask = other_mask(model, batch, documents)
         setting |= {"mode": "eval", "attention_mask": mask}
         in_eval = _change(model, variant, others or asked, documents, scored, setting)
     except CannotJudge:  # training's own mode has been judged
         return results
-    return results | _alarms(in_eval) | _alarms(results)
+    return results | findings_of(in_eval) | findings_of(results)
 
 
-def _alarms(results: Results) -> Results:
+def findings_of(results: Results) -> Results:
     return {name: result for name, result in results.items() if isinstance(result, Finding)}
-
-
-# --- the batch
 
 
 def choose_rows(inputs: dict) -> tuple[dict, list[int]]:
@@ -64,7 +115,7 @@ def choose_rows(inputs: dict) -> tuple[dict, list[int]]:
     if inputs.get("input_ids") is None or inputs["input_ids"].ndim != 2:
         raise CannotJudge("the batch has no input_ids of rows and positions")
     num_rows, length = inputs["input_ids"].shape
-    count = min(num_rows, ATTENTION_MAX_ROWS, max(ATTENTION_MIN_ROWS, ATTENTION_MAX_TOKENS // length))
+    count = min(num_rows, Attention.MAX_ROWS, max(Attention.MIN_ROWS, Attention.MAX_TOKENS // length))
     if count == num_rows:
         return dict(inputs), list(range(num_rows))
     documents = find_documents(inputs)
@@ -142,24 +193,6 @@ def other_mask(model: torch.nn.Module, batch: dict, documents: torch.Tensor) -> 
 # --- the model
 
 
-@contextmanager
-def undisturbed(model: torch.nn.Module, training: bool):
-    """Mode, frozen weights (no memory for their gradients, no casts left in autocast's cache) and generators, for as
-    long as it lasts."""
-    modes = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    devices = {parameter.device for parameter in trainable if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            model.train(training).requires_grad_(False)
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-
-
 def _logits(model: torch.nn.Module, batch: dict) -> torch.Tensor:
     labels = inspect.signature(model.forward).parameters.get("labels")
     if labels is None or labels.default is not inspect.Parameter.empty:  # the loss costs more memory than the logits
@@ -185,7 +218,7 @@ def input_gradient(model: torch.nn.Module, batch: dict, asked: dict[int, int], t
 
     hook = model.get_input_embeddings().register_forward_hook(cut)
     try:
-        with undisturbed(model, training), torch.enable_grad():
+        with frozen(model, training), torch.enable_grad():
             logits = _logits(model, batch)
             projection = torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(0)).to(logits.device)
             total = sum((logits[row, place].float() * projection).sum() for row, place in asked.items())
@@ -201,7 +234,7 @@ def input_gradient(model: torch.nn.Module, batch: dict, asked: dict[int, int], t
 
 def _ask(model, batch: dict, asked: dict[int, int], documents: torch.Tensor, setting: dict) -> Results:
     sizes = input_gradient(model, batch, asked, setting["mode"] == "train")
-    return check_gradient(sizes, asked, documents, setting)
+    return judge_gradient(sizes, asked, documents, setting)
 
 
 def _change(model, batch: dict, after: dict[int, int], documents, scored, setting: dict) -> Results:
@@ -209,7 +242,7 @@ def _change(model, batch: dict, after: dict[int, int], documents, scored, settin
     changed = batch | {"input_ids": change_tokens(batch["input_ids"], after, documents)}
     pair = []
     for version in (batch, changed):
-        with undisturbed(model, training=False), torch.no_grad():  # generators put back: the same draws for both
+        with frozen(model, training=False), torch.no_grad():  # generators put back: the same draws for both
             pair.append(_logits(model, version))
     watched = (documents != PADDING) & scored
     for row, place in after.items():
@@ -220,7 +253,7 @@ def _change(model, batch: dict, after: dict[int, int], documents, scored, settin
         return {}
     row, place = divmod(int(moved.argmax()), moved.shape[1])
     results = _ask(model, batch, {row: place}, documents, setting)
-    return _alarms(results) or check_movement(moved, watched, after, setting, is_exact(model))
+    return findings_of(results) or judge_movement(moved, watched, after, is_exact(model))
 
 
 def is_exact(model: torch.nn.Module) -> bool:
@@ -259,8 +292,8 @@ def movement(before: torch.Tensor, after: torch.Tensor, watched: torch.Tensor) -
     return moved
 
 
-def check_gradient(sizes: torch.Tensor, asked: dict[int, int], documents: torch.Tensor, setting: dict) -> Results:
-    """Hold the gradient's sizes `[rows, positions]` against what the asked positions may see: earlier tokens of their
+def judge_gradient(sizes: torch.Tensor, asked: dict[int, int], documents: torch.Tensor, setting: dict) -> Results:
+    """Compare the gradient's sizes `[rows, positions]` with what the asked positions may see: earlier tokens of their
     own document. Padding decides nothing."""
     real, place = documents != PADDING, torch.arange(sizes.shape[1], device=sizes.device)
     largest = float(sizes[list(asked)].where(real[list(asked)], 0.0).max())
@@ -272,46 +305,43 @@ def check_gradient(sizes: torch.Tensor, asked: dict[int, int], documents: torch.
         later[row] = real[row] & (place > t)
         earlier[row] = real[row] & (documents[row] < documents[row, t])
     others[[row for row in range(len(sizes)) if row not in asked]] = True
-    parts = zip(IDS, (later, others & real, earlier), strict=True)
-    results: Results = {name: _finding(name, relative, part, asked, setting) for name, part in parts}
+    parts = zip((CAUSALITY, ROWS, DOCUMENTS), (later, others & real, earlier), strict=True)
+    results: Results = {name: _judge_part(name, relative, part, asked, setting) for name, part in parts}
     if len(sizes) == 1:
-        results["row_leak"] = NotApplicable("one row in the batch")
+        results[ROWS] = Skip(ROWS, NotApplicable("one row in the batch"))
     if not earlier.any():
-        results["cross_document_attention"] = (
+        reason = (
             CannotJudge("no scored position in a later document")
             if (documents > 0).any()
             else NotApplicable("positions never restart: nothing is kept apart")
         )
+        results[DOCUMENTS] = Skip(DOCUMENTS, reason)
     return results
 
 
 # Of each id: severity, what is seen, likely causes, action.
 WORDS = {
-    "non_causal_attention": (
+    CAUSALITY: (
         "error",
         "later tokens",
         (
-            "no causal mask reaches the attention (is_causal lost, a mask of None, an encoder without is_decoder)",
+            "no causal mask reaches the attention (is_causal lost, an encoder without is_decoder)",
             "a mask that is dropped on one path only: with dropout, without padding, in one layer",
-            "a layer that mixes along the row: a convolution padded on both sides, a mean over positions",
+            "a layer that mixes along the row: a convolution padded on both sides, a mean",
         ),
         "compare the logits of a row with those of its first half alone: they must be equal there",
     ),
-    "row_leak": (
+    ROWS: (
         "error",
         "tokens of another row",
-        (
-            "a mean or a norm over the batch dimension",
-            "rows and positions reshaped or transposed wrongly",
-            "rows laid one after another with wrong boundaries (cu_seq_lens)",
-        ),
+        ("a mean or a norm over the batch dimension", "rows reshaped or transposed wrongly", "wrong cu_seq_lens"),
         "compare the logits of a row alone with those that it gets in the batch: they must be equal",
     ),
-    "cross_document_attention": (
+    DOCUMENTS: (
         "warning",
         "tokens of earlier documents",
         (
-            "positions restart, which isolates nothing by itself: this model or attention ignores them",
+            "this model or attention ignores positions that restart",
             "a 2-D attention mask of ones beside position_ids, or use_cache=True: both turn document masking off",
             "flash attention with several rows and no cu_seq_lens",
         ),
@@ -320,48 +350,48 @@ WORDS = {
 }
 
 
-def _finding(name: str, relative, forbidden, asked: dict[int, int], setting: dict) -> Finding | None:
-    """Of the row with the largest forbidden gradient; None where there is none."""
+def _judge_part(name: str, relative, forbidden, asked: dict[int, int], setting: dict) -> Verdict:
+    """Of the row with the largest forbidden gradient."""
     row = int(relative.where(forbidden, 0.0).amax(dim=1).argmax())
-    seen = (forbidden[row] & (relative[row] > ROUNDING)).nonzero().flatten()
+    seen = (forbidden[row] & (relative[row] > Attention.ROUNDING)).nonzero().flatten()
     if not len(seen):
-        return None
+        return Attention.clear(name, PROBE)
     severity, what, causes, action = WORDS[name]
     seeing = row if row in asked else next(iter(asked))
-    distances = (seen - asked[seeing]).abs()
-    number, nearest, share = int(forbidden[row].sum()), int(distances.min()), float(relative[row, seen].max())
-    if name == "non_causal_attention" and len(seen) == nearest == 1:
+    nearest = int((seen - asked[seeing]).abs().min())
+    if name == CAUSALITY and len(seen) == nearest == 1:
         causes = ("the mask's diagonal is off by one: position i sees i+1", *causes)
-    evidence = {"row": setting["rows"][seeing], "position": asked[seeing], "seen": len(seen), "of": number}
-    evidence |= {"row_seen": setting["rows"][row], "nearest": nearest, "relative_gradient": share}
+    evidence = {"row": setting["rows"][seeing], "position": asked[seeing], "seen": len(seen)}
+    evidence |= {"of": int(forbidden[row].sum()), "row_seen": setting["rows"][row], "nearest": nearest}
+    evidence |= {"relative_gradient": float(relative[row, seen].max())}
     evidence |= {"mode": setting["mode"], "attention_mask": setting["attention_mask"]}
-    where = f"row {evidence['row_seen']}" if row != seeing else f"the nearest {nearest} away"
-    found = f"position {asked[seeing]} of row {evidence['row']} sees {len(seen)} of {number} {what} ({where})"
-    found += f", gradient up to {share:.1e} of the largest, in {setting['mode']} mode"
-    return Finding(name, severity, setting["step"], setting["tokens"], found, "none", causes, action, evidence)
+    found = f"position {evidence['position']} of row {evidence['row']} sees {len(seen)} of {evidence['of']} {what}"
+    found += f" in {setting['mode']} mode" + (f", row {evidence['row_seen']}" if row != seeing else "")
+    return Attention.finding(severity, found, "none", causes, action, evidence, name, PROBE)
 
 
-def check_movement(
-    moved: torch.Tensor, watched: torch.Tensor, after: dict[int, int], setting: dict, exact: bool = False
-) -> Results:
+def judge_movement(moved: torch.Tensor, watched: torch.Tensor, after: dict[int, int], exact: bool = False) -> Results:
     """Logits that moved though no gradient flows. `exact`: in fp32 a thousandth of a deviation is no rounding, in half
     of the watched logits or at the same distance before the change in every row."""
-    limit = UNPROVEN_FP32 if exact else UNPROVEN
+    limit = Attention.UNPROVEN_FP32 if exact else Attention.UNPROVEN
     own = torch.zeros_like(watched)
     own[list(after)] = True
     results: Results = {}
-    for name, part in (("non_causal_attention", watched & own), ("row_leak", watched & ~own)):
+    for name, part in ((CAUSALITY, watched & own), (ROWS, watched & ~own)):
         size = float(moved[part].median()) if part.any() else 0.0
-        if name == "non_causal_attention" and exact and size <= limit:
+        if name == CAUSALITY and exact and size <= limit:
             size = same_distance(moved.where(part, 0.0), after)
         if size > limit:
-            found = (
-                f"logits moved by {size:.2g} deviations when tokens that they must not see changed, without gradient"
+            results[name] = Attention.finding(
+                "error",
+                found=f"logits moved by {size:.2g} deviations without gradient, when tokens changed",
+                expected="no movement: they must not see these tokens",
+                causes=("statistics over positions or rows without gradient", "masks made from later tokens"),
+                action="change one token and look where the logits move",
+                evidence={"movement": size},
+                id=name,
+                check=PROBE,
             )
-            causes = ("statistics over positions or rows, computed without gradient", "masks made from later tokens")
-            action, evidence = "change one token and look where the logits move", {"movement": size}
-            where = (setting["step"], setting["tokens"])
-            results[name] = Finding(name, "error", *where, found, "no movement", causes, action, evidence)
     return results
 
 
