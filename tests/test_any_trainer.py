@@ -271,12 +271,12 @@ JUDGED = {
     *("missing_label_shift", "double_label_shift", "wrong_loss_target", "init_loss_off"),
     *("non_causal_attention", "row_leak", "eval_not_repeatable", "eval_train_mismatch"),
     *("frozen_parameters", "untied_weights", "learning_rate_off", "loss_not_finite", "loss_spike", "grad_norm_off"),
-    *("token_out_of_range", "padding_is_target", "eos_never_target", "token_budget_off", "repeated_data"),
+    *("token_out_of_range", "padding_is_target", "eos_never_target", "repeated_data"),
     "loss_below_envelope",  # the one above needs 300 steps
 }
 WITH_EVALUATION = {"train_eval_gap", "train_eval_overlap"}
 ENVELOPE = {"loss_below_envelope"}
-PADDING_FREE = {"row_leak", "token_budget_off"}
+PADDING_FREE = {"row_leak"}
 
 
 def assert_healthy(guards: RegressionCallback, but: set = frozenset(), also: set = frozenset()) -> None:

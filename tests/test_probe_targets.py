@@ -11,7 +11,6 @@ from recipe.guards.probes.targets import (
     LossTargets,
     check_all_scored,
     check_last_position,
-    check_logits,
     check_loss_targets,
     recover_loss_targets,
     targets_from_gradient,
@@ -86,16 +85,6 @@ def test_a_last_position_that_is_scored_is_found():
     found.targets[:, -1] = 7
     assert check_last_position(IDS, found, IDS).id == "wrong_loss_target"
     assert check_last_position(IDS, found, IDS.roll(-1, dims=1)) is None  # next tokens as labels: there is one
-
-
-def test_probabilities_are_no_logits():
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=53, n_embd=16, n_layer=1, n_head=2, n_positions=24))
-    compute_loss = lambda: model(input_ids=IDS, labels=IDS).loss  # noqa: E731
-    assert check_logits(recover_loss_targets(model, compute_loss), 53) is None
-    model.lm_head.register_forward_hook(lambda module, args, out: out.softmax(-1))
-    finding = check_logits(recover_loss_targets(model, compute_loss), 53)
-    assert finding.id == "loss_above_envelope" and "below 3.00" in finding.found  # ln(1 + 52 / e)
 
 
 def test_a_model_that_is_sure_is_not_judged():
