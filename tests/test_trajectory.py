@@ -6,15 +6,9 @@ import math
 import pytest
 
 from recipe.errors import UserError
-from recipe.guards.trajectory import (
-    TRAJECTORIES,
-    Point,
-    Reference,
-    check_grad_norm,
-    check_reference,
-    find_reference,
-    load_reference,
-)
+from recipe.guards.grad_norm import GradNorm
+from recipe.guards.off_reference import LossOffReference
+from recipe.guards.trajectory import TRAJECTORIES, Point, Reference, find_reference, load_reference
 
 REFERENCE = Reference(
     name="test",
@@ -30,7 +24,7 @@ TOKENS = [1000 * step for step in STEPS]
 
 
 def check(losses, reference=REFERENCE, tokens=TOKENS, steps=STEPS):
-    return check_reference(reference, steps[: len(losses)], tokens[: len(losses)], losses)
+    return LossOffReference.judge(reference, steps[len(losses) - 1], tokens[: len(losses)], losses)
 
 
 def test_the_band_is_linear_in_log_tokens():
@@ -85,11 +79,13 @@ def test_beyond_its_last_point_it_says_nothing():
 
 
 def test_gradient_norms_are_judged_in_their_phase_alone():
-    assert check_grad_norm(REFERENCE, STEPS, TOKENS, [2.0] * 10) is None
-    assert check_grad_norm(REFERENCE, STEPS, TOKENS, [9.0] * 10).severity == "warning"
-    assert check_grad_norm(REFERENCE, STEPS, TOKENS, [0.1] * 10).severity == "info"
-    assert check_grad_norm(REFERENCE, [30 + s for s in STEPS], TOKENS, [9.0] * 10) is None
-    assert check_grad_norm(REFERENCE, STEPS[:4], TOKENS[:4], [9.0] * 4) is None
+    judge = GradNorm.judge_phase
+    assert judge(REFERENCE, 10, [2.0] * 10) is None
+    assert judge(REFERENCE, 10, [9.0] * 10).severity == "warning"
+    assert judge(REFERENCE, 10, [0.1] * 10).severity == "info"
+    assert judge(REFERENCE, 40, [9.0] * 10) is None
+    assert judge(REFERENCE, 4, [9.0] * 4) is None
+    assert judge(REFERENCE, 10, [9.0] * 9 + [None]) is None
 
 
 @pytest.mark.parametrize(
@@ -157,12 +153,13 @@ def curve(table, last):
 
 
 def first_finding(reference, steps, losses):
-    for now in range(1, len(steps) + 1):
-        tokens = [step * 4 * 12 * 1024 for step in steps[:now]]
-        finding = check_reference(reference, steps[:now], tokens, losses[:now])
+    """The step of the first finding, and the finding."""
+    for now, step in enumerate(steps, 1):
+        tokens = [each * 4 * 12 * 1024 for each in steps[:now]]
+        finding = LossOffReference.judge(reference, step, tokens, losses[:now])
         if finding is not None:
-            return finding
-    return None
+            return step, finding
+    return None, None
 
 
 def test_the_table_is_the_original_one(original):
@@ -174,21 +171,21 @@ def test_the_table_is_the_original_one(original):
 
 
 def test_the_broken_run_is_called_before_half_of_its_120_steps(original):
-    finding = first_finding(original, *curve(BROKEN, 120))
-    assert finding.severity == "warning" and finding.step < 60
+    step, finding = first_finding(original, *curve(BROKEN, 120))
+    assert finding.severity == "warning" and step < 60
 
 
 def test_the_expected_run_is_silent(original):
-    assert first_finding(original, *curve(HEALTHY, 10_000)) is None
+    assert first_finding(original, *curve(HEALTHY, 10_000)) == (None, None)
 
 
 def test_the_red_flag_alone_catches_the_end_of_the_broken_run(original):
     bandless = Reference(**{**original.__dict__, "points": (Point(10**12, 1.0, 0.5, 1.5),)})
-    finding = first_finding(bandless, *curve(BROKEN, 120))
-    assert "not below 3.0 before step 1000" in finding.expected and 90 < finding.step <= 120
+    step, finding = first_finding(bandless, *curve(BROKEN, 120))
+    assert "not below 3.0 before step 1000" in finding.expected and 90 < step <= 120
 
 
 def test_slower_than_the_table_is_information(original):
     steps, losses = curve(HEALTHY, 600)
-    finding = first_finding(original, steps, [loss + 2 for loss in losses])
+    _, finding = first_finding(original, steps, [loss + 2 for loss in losses])
     assert finding.severity == "info"

@@ -27,9 +27,7 @@ class LossNotFinite(Guard):
             self.taps = (*self.taps, "tokens")
 
     def observe(self, step) -> Iterator[Verdict]:
-        norm = step.record["grad_norm"]
-        if self.is_scaled and norm is not None and not math.isfinite(norm):
-            norm = None  # the loss scaler skips the step, as it does now and then
+        norm = None if self.is_scaled else step.record["grad_norm"]  # the scaler skips steps that are not finite
         finding = self.judge(step.losses, norm, step.scored, self.world_size)
         for gradient in step.gradients if not self.is_scaled else []:
             finding = finding or self.judge_dropped(gradient.total, gradient.before, gradient.now)
@@ -40,7 +38,7 @@ class LossNotFinite(Guard):
         cls, losses: list[float], grad_norm: float | None, scored: list[int] | None = None, world_size: int = 1
     ) -> Finding | None:
         """`losses`: of each micro-batch, rank after rank. `scored`: targets of each; one without any has a loss of 0.
-        `grad_norm`: None where it is not measured, or not finite because a scaled step is skipped."""
+        `grad_norm`: None where it is not measured, or scaled."""
         counts = scored if scored is not None else [1] * len(losses)
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss) or (loss == 0.0 and counts[i] > 0)]
         if not bad and (grad_norm is None or math.isfinite(grad_norm)):

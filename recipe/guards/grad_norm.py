@@ -16,8 +16,7 @@ class GradNorm(Guard):
         above `max_grad_norm` keep 1.1 times what clipping should leave. The norm of all gradients after clipping: a
         warning below 0.01 of what it should be. Where the reference has phases (the original project's table): the
         median norm before clipping of its window of steps; above is a warning, below is information.
-    Try: comparing a parameter's gradient before and after `clip_grad_norm_`; unscaling gradients before it. Above a
-        reference: a lower learning rate.
+    Try: comparing a parameter's gradient before and after `clip_grad_norm_`. Above a reference: a lower learning rate.
     Cannot see: runs without clipping; clipping under fp16 loss scaling, FSDP or DeepSpeed; a jump of the norm alone.
     """
 
@@ -33,19 +32,18 @@ class GradNorm(Guard):
         self.max_norm = run.args.max_grad_norm or 0.0
         self.reference = run.reference if run.reference is not None and run.reference.grad_norm_phases else None
         self.judges_clipping = not (run.is_loss_scaled or run.is_sharded)
-        if not self.max_norm:
-            raise CannotJudge("gradients are not clipped, so no norm is measured")
         if not self.judges_clipping and self.reference is None:
             raise CannotJudge("gradients are scaled or sharded, so what clipping leaves is not known")
         self.state = {"unclipped_steps": 0}
 
     def observe(self, step) -> Iterator[Verdict]:
+        if (norm := step.record["grad_norm"]) is None:
+            raise CannotJudge("gradients are not clipped, so no norm is measured")
         if self.reference is not None and len(step.history) >= self.reference.window:
             (norms,) = step.columns(self.reference.window, "grad_norm")
             yield self.judge_phase(self.reference, step.number, norms) or self.clear(check="phase")
         if not self.judges_clipping:
             return
-        norm = step.record["grad_norm"]
         if step.clipped_norm is not None:
             yield self.judge_left(norm, self.max_norm, step.clipped_norm) or self.clear(check="left")
         for gradient in step.gradients[:1]:

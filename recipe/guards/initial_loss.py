@@ -53,8 +53,7 @@ class InitialLoss(Guard):
 
     @classmethod
     def judge_shares(cls, vocab_size: int) -> Finding:
-        """Cross entropy applies softmax itself. Of probabilities it cannot get below that of a 1 among zeros."""
-        lowest = math.log(1 + (vocab_size - 1) / math.e)
+        lowest = math.log(1 + (vocab_size - 1) / math.e)  # cross entropy of a 1 among zeros
         found = f"logits are probabilities: the loss cannot fall below {lowest:.2f}"
         causes, action = ("softmax in the model's head, and again in the loss",), "return logits, without softmax"
         return cls.finding("error", found, "logits, before softmax", causes, action, {"lowest": lowest}, check=PROBE)

@@ -43,8 +43,7 @@ class LossOffReference(Guard):
     def judge(cls, reference: Reference, step: int, tokens: Sequence[int], losses: Sequence[float]) -> Finding | None:
         """`tokens`, `losses`: of the last steps, oldest first. Silent until the window is full, outside of the
         reference's range, and while losses are not finite, which is another guard's finding."""
-        window = reference.window
-        recent = losses[-window:]
+        recent, window = losses[-reference.window :], reference.window
         if len(recent) < window or not all(map(math.isfinite, recent)):
             return None
         loss = statistics.median(recent)

@@ -1,0 +1,66 @@
+"""The learning rate against the schedule, on numbers."""
+
+import json
+
+import pytest
+
+from recipe.guards.guard import CannotJudge
+from recipe.guards.learning_rate import LearningRate, expected_learning_rates
+
+LINEAR = expected_learning_rates("linear", 1e-3, 10, 100)
+
+
+def rate(step, lr, **kwargs):
+    return LearningRate.judge(step, [(lr, 1e-3)], LINEAR, 1e-3, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("cosine", None),
+        ("constant", None),
+        ("constant_with_warmup", None),
+        ("cosine_with_min_lr", {"min_lr": 1e-4}),
+        ("warmup_stable_decay", {"num_decay_steps": 20}),
+    ],
+)
+def test_every_schedule_that_is_followed_is_silent(name, arguments):
+    multiplier = expected_learning_rates(name, 1e-3, 10, 100, arguments)
+    for step in range(100):
+        assert LearningRate.judge(step, [(1e-3 * multiplier(step), 1e-3)], multiplier, 1e-3) is None
+
+
+def test_schedules_that_follow_a_metric_cannot_be_judged():
+    for name in ("reduce_lr_on_plateau", "greedy"):
+        with pytest.raises(CannotJudge, match=name):
+            expected_learning_rates(name, 1e-3, 10, 100)
+
+
+def test_a_schedule_that_runs_too_fast_is_named():
+    findings = [rate(step, 1e-3 * LINEAR(4 * step), world_size=4) for step in range(20)]
+    onset = next(i for i, finding in enumerate(findings) if finding)
+    assert onset <= 2 and findings[onset].likely_causes[0].startswith("the schedule advances 4 times a step")
+
+
+def test_one_step_early_or_late_is_no_fault():
+    assert all(rate(step, 1e-3 * LINEAR(max(0, step + late))) is None for step in range(100) for late in (-1, 0, 1))
+
+
+def test_a_schedule_that_started_again_after_a_resume_is_found():
+    finding = rate(50, 1e-3 * LINEAR(0))
+    assert finding.severity == "warning"
+    json.dumps(finding.evidence)
+
+
+def test_a_checkpoint_that_brought_its_own_rate_is_found_unless_the_optimizer_is_the_users():
+    used = [(5e-4 * LINEAR(30), 5e-4), (5e-4 * LINEAR(30), 5e-4)]
+    assert "asked for" in LearningRate.judge(30, used, LINEAR, asked_for=1e-3).expected
+    assert LearningRate.judge(30, used, LINEAR, asked_for=None) is None
+
+
+def test_groups_with_rates_of_their_own_are_silent_and_each_is_judged():
+    groups = [(initial * LINEAR(40), initial) for initial in (1e-3, 2e-2)]
+    assert LearningRate.judge(40, groups, LINEAR, 1e-3) is None
+    assert "group 1" in LearningRate.judge(40, [groups[0], (2e-2, 2e-2)], LINEAR, 1e-3).found
+    assert LearningRate.judge(40, [(None, None)], LINEAR, 1e-3) is None  # an optimizer without a rate
+    assert LearningRate.judge(40, [], LINEAR, 1e-3) is None

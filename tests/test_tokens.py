@@ -1,0 +1,169 @@
+"""The guards that count tokens, on counts and on rows made by hand."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from recipe.guards.batches import SCORED, VALID, SeenTokens
+from recipe.guards.double_bos import DoubleBos, count_bos
+from recipe.guards.eos import EosNeverTarget
+from recipe.guards.padding import PaddingIsTarget
+from recipe.guards.run import bos_token_id_of, tokenizer_sizes_of
+from recipe.guards.token_range import TokenRange
+
+
+def seen(rows, valid=True, scored=False):
+    """Of equal rows; `valid` and `scored` of each position or of all."""
+    ids = np.array(rows)
+    return SeenTokens(ids, (VALID * np.broadcast_to(valid, ids.shape) + SCORED * np.broadcast_to(scored, ids.shape)))
+
+
+def step_of(*tokens):
+    return SimpleNamespace(tokens=[(0, number, each) for number, each in enumerate(tokens)])
+
+
+def verdict(guard, *tokens):
+    (only,) = guard.observe(step_of(*tokens))
+    return only
+
+
+def set_up(guard, **facts):
+    guard = guard()
+    guard.setup(SimpleNamespace(**facts))
+    return guard
+
+
+# --- on counts
+
+
+def test_ids_outside_of_the_embedding():
+    assert TokenRange.judge(0, 99, rows=100) is None
+    assert TokenRange.judge(0, 100, rows=100).severity == "error"
+    assert TokenRange.judge(-200, 99, rows=100).severity == "warning"
+
+
+def test_padding_among_the_targets():
+    def judge(**changes):
+        return PaddingIsTarget.judge(**{"targets": 9_000, "padding": 0, "rows": 0, "filled": 0, **changes})
+
+    assert judge() is judge(targets=0) is judge(targets=2_000) is None
+    assert judge(padding=99) is None
+    assert judge(targets=10**6, padding=101) is None
+    assert judge(padding=101).severity == "warning"
+    assert judge(rows=300, filled=3) is judge(rows=1000, filled=9) is None
+    assert "4 of 300 rows" in judge(rows=300, filled=4).found
+
+
+def test_eos_that_is_never_a_target():
+    enough = EosNeverTarget.MIN_SEEN
+    assert EosNeverTarget.judge(tokens=10_000, in_text=100, scored=100) is None
+    assert EosNeverTarget.judge(tokens=10_000, in_text=200, scored=100) is None  # prompts are masked
+    assert EosNeverTarget.judge(tokens=0, in_text=0, scored=0) is None
+    assert EosNeverTarget.judge(tokens=10_000, in_text=enough - 1, scored=0) is None
+    assert EosNeverTarget.judge(tokens=10_000, in_text=enough, scored=0).severity == "warning"
+    assert EosNeverTarget.judge(tokens=10_000, in_text=0, scored=0) is None
+    assert EosNeverTarget.judge(tokens=2_000_000, in_text=0, scored=0).severity == "info"
+
+
+def test_most_texts_begin_with_two_bos():
+    enough = DoubleBos.MIN_TEXTS
+    assert DoubleBos.judge(enough, enough).severity == "warning"
+    assert DoubleBos.judge(enough - 1, enough - 1) is DoubleBos.judge(0, 0) is None
+    assert DoubleBos.judge(enough, int(DoubleBos.MIN_SHARE * enough)) is None
+
+
+# --- counting
+
+
+def test_ids_are_kept_in_mind():
+    guard = set_up(TokenRange, embedding_rows=100)
+    assert verdict(guard, seen([[1, 99]])) == guard.clear()
+    assert verdict(guard, seen([[1, 2]]), seen([[1, 100]])).severity == "error"
+    assert verdict(guard, seen([[1, 2]])).evidence == {"lowest": 0, "highest": 100, "embedding_rows": 100}
+    assert list(guard.observe(step_of())) == []
+
+
+def test_scored_padding_and_rows_of_one_token_are_counted():
+    guard, length = set_up(PaddingIsTarget), PaddingIsTarget.FILLED_TOKENS
+    scored = np.arange(length) > 0
+    text = np.arange(length) % 7
+    verdict(guard, seen([text, [5] * length], scored=scored), seen([[5] * length], scored=scored & (text < 6)))
+    assert guard.state == {"targets": 3 * (length - 1) - 9, "padding": 0, "rows": 3, "filled": 1}
+    verdict(guard, seen([text], valid=text < 6, scored=scored), seen([[5] * 8], scored=True))
+    assert guard.state == {"targets": 4 * (length - 1) - 1, "padding": 9, "rows": 5, "filled": 1}
+
+
+def test_eos_is_counted_in_the_text_and_among_the_targets():
+    guard = set_up(EosNeverTarget, eos_token_ids=(3, 4))
+    valid, scored = np.array([1, 1, 1, 1, 0, 0]), np.array([0, 1, 0, 1, 1, 0])
+    verdict(guard, seen([[3, 3, 4, 7, 3, 3]], valid=valid != 0, scored=scored != 0))
+    assert guard.state == {"tokens": 4, "in_text": 2, "scored": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "texts", "doubled"),
+    [
+        ([1, 1, 7, 8, 9], 1, 1),
+        ([7, 1, 1, 8, 1, 1, 9], 2, 2),  # packed
+        ([1, 7, 8, 1, 9, 9], 2, 0),
+        ([1, 1, 1, 7, 7, 7], 1, 0),  # no template does this; an ordinary token may
+        ([7, 7, 7, 1, 1], 0, 0),  # the row ends too soon to tell
+        ([7, 7], 0, 0),
+    ],
+)
+def test_texts_that_begin_with_bos_are_counted(row, texts, doubled):
+    guard = set_up(DoubleBos, bos_token_id=1)
+    verdict(guard, seen([row]))
+    assert guard.state == {"texts": texts, "doubled": doubled}
+    verdict(guard, seen([[1, 1, 1, 1, 5, 6]], valid=np.array([0, 0, 1, 1, 1, 1]) != 0))  # padded on the left, by BOS
+    assert guard.state == {"texts": texts + 1, "doubled": doubled + 1}
+
+
+@pytest.mark.parametrize("tokens", [3, 64])
+def test_an_ordinary_token_taken_for_bos_is_silent(tokens):
+    guard, ids = set_up(DoubleBos, bos_token_id=1), np.random.default_rng(0).integers(tokens, size=(500, 8, 32))
+    assert all(verdict(guard, seen(rows)) == guard.clear() for rows in ids)
+    assert guard.state["texts"] > DoubleBos.MIN_TEXTS and count_bos(ids[0] == 1)[0] < guard.state["texts"]
+
+
+# --- facts
+
+
+def test_bos_is_the_tokenizers_or_the_configs_unless_it_ends_documents_or_pads():
+    def bos(tokenizer, **config):
+        return bos_token_id_of(SimpleNamespace(config=SimpleNamespace(**config)), tokenizer)
+
+    tokenizer = SimpleNamespace(bos_token_id=5, eos_token_id=6, pad_token_id=None)
+    assert bos(tokenizer, bos_token_id=1) == bos(SimpleNamespace(tokenizer=tokenizer)) == 5
+    assert bos(None, bos_token_id=1) == bos(SimpleNamespace(bos_token_id=None), bos_token_id=1) == 1
+    for config in ({"eos_token_id": [5, 7]}, {"pad_token_id": 5}):
+        assert bos(tokenizer, **config) is None
+    assert bos(None) is bos(object(), bos_token_id=None) is bos_token_id_of(object(), None) is None
+
+
+class Vocabulary:
+    vocab_size = 100
+
+    def __len__(self):
+        return 104
+
+
+@pytest.mark.parametrize(
+    ("rows", "severity"), [(99, "warning"), (100, "info"), (103, "info"), (104, None), (128, None)]
+)
+def test_a_tokenizer_larger_than_the_embedding(rows, severity):
+    for processor in (Vocabulary(), SimpleNamespace(tokenizer=Vocabulary())):
+        finding = TokenRange.judge_sizes(*tokenizer_sizes_of(processor), rows)
+        assert (finding and finding.severity) == severity
+
+
+def test_what_is_no_tokenizer_has_no_size():
+    others = (
+        None,
+        object(),
+        SimpleNamespace(vocab_size=3),
+        SimpleNamespace(vocab_size="all"),
+        SimpleNamespace(size=3),
+    )
+    assert [tokenizer_sizes_of(other) for other in others] == [None] * len(others)
