@@ -114,7 +114,7 @@ class Guard:
         judges_curve: it compares the loss curve with an expectation.
         judges_target: it knows on which token each position is scored.
         on_every_rank: `before_step`, `after_step`, `measure` and `save` run on all ranks, not on the main process alone.
-        of_one_resume: its findings are about the last resume; the next one forgets them.
+        of_one_resume: ids whose findings are about the last resume; the next one forgets them.
         state: what must survive a resume: JSON-able values and numpy arrays. The runner saves and restores it.
     """
 
@@ -127,7 +127,7 @@ class Guard:
     judges_curve: ClassVar[bool] = False
     judges_target: ClassVar[bool] = False
     on_every_rank: ClassVar[bool] = False
-    of_one_resume: ClassVar[bool] = False
+    of_one_resume: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self):
         self.state: dict[str, Any] = {}
