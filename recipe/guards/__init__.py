@@ -14,17 +14,65 @@ Each other module is one guard, or a family that shares its measurement. A guard
 `GUARDS`; CONTRIBUTING.md shows how.
 """
 
+from recipe.guards.accumulation import AccumulationMismatch
 from recipe.guards.adam import OptimizerOff
+from recipe.guards.attention import Attention
 from recipe.guards.callback import RegressionCallback
+from recipe.guards.compiled import CompiledMismatch
+from recipe.guards.diverged import LossDiverged
 from recipe.guards.double_bos import DoubleBos
+from recipe.guards.envelope import LossBelowEnvelope
+from recipe.guards.eos import EosNeverTarget
+from recipe.guards.evaluation import EvalNotRepeatable, EvalTrainMismatch, TrainEvalGap
+from recipe.guards.finite import LossNotFinite
+from recipe.guards.frozen import FrozenParameters
+from recipe.guards.grad_norm import GradNorm
 from recipe.guards.guard import Finding, Guard
+from recipe.guards.initial_loss import InitialLoss
 from recipe.guards.learning_rate import LearningRate
+from recipe.guards.lost_updates import LostUpdates
+from recipe.guards.off_reference import LossOffReference
+from recipe.guards.padding import PaddingIsTarget
+from recipe.guards.rank_divergence import RankDivergence
+from recipe.guards.repetition import Repetition
+from recipe.guards.resume import ResumeJump
+from recipe.guards.slow_path import SlowPath
+from recipe.guards.spike import LossSpike
+from recipe.guards.targets import LossTarget
+from recipe.guards.ties import UntiedWeights
+from recipe.guards.token_range import TokenRange
+from recipe.guards.wrong_gradient import WrongGradient
 
-# In the order in which they judge a step: a cause before what it explains.
+# In the order in which they judge: a cause before what it explains.
 GUARDS: tuple[type[Guard], ...] = (
+    LossNotFinite,
+    LossDiverged,
+    LossSpike,
+    LossOffReference,
+    GradNorm,
     LearningRate,
+    InitialLoss,
+    LossTarget,
+    Attention,
+    TokenRange,
     DoubleBos,
+    PaddingIsTarget,
+    EosNeverTarget,
+    WrongGradient,
+    AccumulationMismatch,
+    LossBelowEnvelope,
+    Repetition,
+    RankDivergence,
+    FrozenParameters,
+    UntiedWeights,
+    LostUpdates,
     OptimizerOff,
+    TrainEvalGap,
+    EvalTrainMismatch,
+    EvalNotRepeatable,
+    CompiledMismatch,
+    ResumeJump,
+    SlowPath,
 )
 RegressionCallback.guards = GUARDS
 

@@ -286,21 +286,3 @@ def restore_generators(generators) -> None:
     torch.set_rng_state(in_torch)
     if on_devices:
         torch.cuda.set_rng_state_all(on_devices)
-
-
-@contextmanager
-def frozen(model: torch.nn.Module, training: bool) -> Iterator[None]:
-    """In one mode, with frozen weights: no memory for their gradients, no casts left in autocast's cache. Afterwards
-    modes, weights and generators are as they were."""
-    modes = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    devices = {parameter.device for parameter in trainable if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            model.train(training).requires_grad_(False)
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for parameter in trainable:
-                parameter.requires_grad_(True)

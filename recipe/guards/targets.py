@@ -116,7 +116,9 @@ class LossTarget(Guard):
         judged = [number for number, row in enumerate(counts) if row[0] >= MIN_POSITIONS]
         if not judged:
             most = max(row[0] for row in counts)
-            raise CannotJudge(f"{most} scored positions with three different tokens in a row; {MIN_POSITIONS} are needed")
+            raise CannotJudge(
+                f"{most} scored positions with three different tokens in a row; {MIN_POSITIONS} are needed"
+            )
         faulty = [f for n in judged if (f := cls.judge_row(counts[n], n, cls.MAX_ELSEWHERE, PROBE)) is not None]
         if not faulty:
             return None
