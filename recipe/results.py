@@ -166,10 +166,11 @@ def final_evaluation(trainer: PretrainTrainer) -> dict:
 def verdict(
     guards: RegressionCallback, received: int | None, eval_loss: float | None = None, entropy: float | None = None
 ) -> Verdict:
-    """`entropy`: of the tokens that `eval_loss` is about. Without an evaluation (an interrupted run) the last training
-    losses are held against what the frequencies of their own tokens give."""
+    """`entropy`: of the tokens that `eval_loss` is about. Without it, or without an evaluation (an interrupted run, a
+    Trainer of one's own), the loss is compared with what the frequencies of the training tokens give, scored before
+    they are learned. For any `RegressionCallback`, after training."""
     context = guards.context
-    is_prequential = eval_loss is None and context.get("unigram_of_run") is not None
+    is_prequential = (eval_loss is None or entropy is None) and context["unigram_of_run"] is not None
     learned = Learned(
         final_loss=final_loss(eval_loss, [record["loss"] for record in guards.history]),
         unigram=context["unigram_of_run"] if is_prequential else entropy,

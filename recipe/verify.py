@@ -13,7 +13,8 @@ from recipe.data.hold_out import HoldOutFilter, digest_of
 from recipe.data.packing import Row
 from recipe.data.pipeline import Data, build_data
 from recipe.errors import UserError
-from recipe.guards.finding import Finding
+from recipe.guards import Finding
+from recipe.guards.repetition import OVERLAP, REPEATED
 
 SHOWN, FILES_SHOWN, SAMPLE_CHARS = 5, 20, 300
 
@@ -148,7 +149,7 @@ def find_problems(reading: Reading, duplicate_blocks: int, hits: Sequence[str]) 
     if twice or duplicate_blocks:
         findings.append(
             Finding(
-                "repeated_data",
+                REPEATED,
                 "error",
                 0,
                 0,
@@ -163,7 +164,7 @@ def find_problems(reading: Reading, duplicate_blocks: int, hits: Sequence[str]) 
     if hits:
         findings.append(
             Finding(
-                "train_eval_overlap",
+                OVERLAP,
                 "error",
                 0,
                 0,

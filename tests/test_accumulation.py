@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from recipe.guards.accumulation import AccumulationMismatch, two_rows, uneven_labels
 from recipe.guards.batches import IGNORE_INDEX
+from recipe.guards.gradients import GradientNorms, GradientTap
 from recipe.guards.guard import CannotJudge
-from recipe.guards.taps import GradientNorms, GradientTap
 from tests.test_guards_on_runs import as_rows, check_first, check_healthy, text, train
 
 IDS = torch.randint(3, 250, (4, 48), generator=torch.Generator().manual_seed(1))

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipe.guards.frozen import FrozenParameters
+from recipe.guards.gradients import PER_TENSOR
 from recipe.guards.guard import CannotJudge, Clear
-from recipe.guards.taps import PER_TENSOR, LocalStep
+from recipe.guards.taps import LocalStep
 from recipe.guards.updates import FIRST_STEPS, PLAIN_GRADIENT, largest_gradients, sample_gradients, sample_once
 
 judge_groups, judge_stopped = FrozenParameters.judge_groups, FrozenParameters.judge_stopped

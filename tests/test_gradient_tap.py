@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from recipe.guards.taps import GradientTap
+from recipe.guards.gradients import GradientTap
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from tokenize import COMMENT, generate_tokens
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -82,7 +83,17 @@ def test_a_finding_id_is_written_in_its_own_module_only():
 
 # Numbers of the implementation: ids and bits, constants of hashes, sizes of buffers, where to look first.
 NO_THRESHOLDS = {"IGNORE_INDEX", "VALID", "SCORED", "LABEL_IS_TOKEN", "LABEL_IS_NEXT", "STARTS", "PREFIX"}
-NO_THRESHOLDS |= {"ONE_TYPE", "SLICE", "GOLDEN", "PADDING", "CHUNK", "OVERFLOW", "MAX_COPIED", "LINE_LENGTH"}
+NO_THRESHOLDS |= {
+    "INTEGERS",
+    "ONE_TYPE",
+    "SLICE",
+    "GOLDEN",
+    "PADDING",
+    "CHUNK",
+    "OVERFLOW",
+    "MAX_COPIED",
+    "LINE_LENGTH",
+}
 
 
 def constants(source: str) -> list[tuple[ast.stmt, list[str]]]:
@@ -92,7 +103,9 @@ def constants(source: str) -> list[tuple[ast.stmt, list[str]]]:
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
-            numbers = (p for p in ast.walk(node.value) if isinstance(p, ast.Constant) and type(p.value) in (int, float))
+            numbers = (
+                p for p in ast.walk(node.value) if isinstance(p, ast.Constant) and type(p.value) in (int, float)
+            )
             if names and all(name.isupper() for name in names) and any(True for _ in numbers):
                 found.append((node, names))
     return found
@@ -119,7 +132,7 @@ def test_every_threshold_has_its_origin(path):
 
 def test_a_threshold_without_its_origin_is_seen():
     assert without_origin("# of both\nA = 1\nB, C = 2, 3\n\nD = 4\n") == ["D"]
-    assert without_origin("# of A\nA = 1\nB = 2  # of B\nC = 3\n") == ["C"]
+    assert without_origin("# of A\nA = 1\n\nB = 2  # of B\n\nC = 3\n") == ["C"]
     assert without_origin("class G:\n    # of A\n    A = 1\n\n    B = 2\n") == ["B"]
 
 
@@ -208,8 +221,6 @@ def test_a_fault_disables_its_guard_alone(guard, config, unwatched, tmp_path, mo
     assert_equal_weights(trainer, unwatched)
     assert guards.failure is None
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR and r.name == "recipe.guards"]
-    if not guards.training_ended_without(guard) if hasattr(guards, "training_ended_without") else False:
-        return
     failed = {name: reason for name, reason in guards.cannot_judge.items() if "a fault of the guard" in reason}
     assert set(failed) == set(guard.ids)
     assert len([line for line in said if "a fault of the guard" in line]) <= 1
@@ -297,6 +308,9 @@ def test_a_state_that_does_not_fit_starts_fresh(guard, config, unwatched, tmp_pa
         pytest.skip("not in force in this run")
     numbers["guards"][guard.__name__] = {"nonsense": [1, 2]}
     file.write_text(json.dumps(numbers))
+    with np.load(file.with_suffix(".npz")) as arrays:
+        others = {name: array for name, array in arrays.items() if not name.startswith(f"{guard.__name__}.")}
+    np.savez(file.with_suffix(".npz"), **others)
     guards = RegressionCallback()
     with caplog.at_level(logging.WARNING, "recipe.guards"):
         trainer = train(config, tmp_path / "run", guards, checkpoint=tmp_path / "run/checkpoint-6")
@@ -333,6 +347,14 @@ def without_ids(trainer):
     trainer.compute_loss = compute_loss
 
 
+@dataclass
+class Ids:
+    ids: torch.Tensor
+
+    def __contains__(self, name):  # Trainer asks for "labels"
+        return False
+
+
 def as_dataclass(trainer):
     """An object with attributes."""
 
@@ -340,7 +362,7 @@ def as_dataclass(trainer):
         outputs = model(input_ids=inputs.ids, labels=inputs.ids)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    trainer.data_collator = lambda rows: SimpleNamespace(ids=torch.stack([row["input_ids"] for row in rows]))
+    trainer.data_collator = lambda rows: Ids(torch.stack([row["input_ids"] for row in rows]))
     trainer._prepare_inputs = lambda inputs: inputs
     trainer.compute_loss = compute_loss
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from recipe.guards.gradients import GradientNorms
 from recipe.guards.guard import NotApplicable
 from recipe.guards.lost_updates import LostUpdates
-from recipe.guards.taps import GradientNorms, LocalStep
+from recipe.guards.taps import LocalStep
 from recipe.guards.updates import FIRST_STEPS, count_moved, count_small, sample_gradients, sample_once
 
 LOST_STEPS, LOST_ELEMENTS = LostUpdates.LOST_STEPS, LostUpdates.LOST_ELEMENTS

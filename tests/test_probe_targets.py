@@ -1,5 +1,7 @@
 """Target recovery as pure functions on hand-made numbers, and on real models with and without the bug."""
 
+import json
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from recipe.guards.batches import IGNORE_INDEX
 from recipe.guards.guard import CannotJudge
 from recipe.guards.head import LossTargets, recover_loss_targets, targets_from_gradient
-from recipe.guards.targets import LossTarget
+from recipe.guards.targets import LossTarget, add_loss
 
 IDS = torch.arange(2 * 24).reshape(2, 24) * 5 % 53
 
@@ -78,7 +80,9 @@ def test_a_last_position_that_is_scored_is_found():
     assert LossTarget.judge_last_position(IDS, found.targets, IDS) is None
     found.targets[:, -1] = 7
     assert LossTarget.judge_last_position(IDS, found.targets, IDS).id == "wrong_loss_target"
-    assert LossTarget.judge_last_position(IDS, found.targets, IDS.roll(-1, dims=1)) is None  # next tokens as labels: there is one
+    assert (
+        LossTarget.judge_last_position(IDS, found.targets, IDS.roll(-1, dims=1)) is None
+    )  # next tokens as labels: there is one
 
 
 def test_a_model_that_is_sure_is_not_judged():
@@ -227,3 +231,30 @@ def test_label_smoothing_on_a_model_that_is_sure_is_not_a_fault():
     (gradient,) = torch.autograd.grad(loss, logits)
     found = targets_from_gradient(logits.detach(), gradient).targets
     assert LossTarget.judge(IDS, found) is None and (found[1] == IGNORE_INDEX).all()
+
+
+# --- the loss by position
+
+
+def add_losses(totals, positions, losses):
+    for position, loss in zip(positions, losses, strict=True):
+        add_loss(totals, position, loss)
+
+
+def evidence_of(totals) -> dict:
+    guard = LossTarget()
+    guard.state = {"by_position": totals}
+    return guard.evidence()
+
+
+def test_loss_by_position():
+    totals = []
+    assert evidence_of(totals) == {"loss_by_position": {}, "falls": None}
+    for i in range(40):
+        add_losses(totals, [0, 1, 6, 100], [5.0 + 0.1 * (i % 3), 4.5, 4.0, 3.0 + 0.1 * (i % 3)])
+    evidence = evidence_of(json.loads(json.dumps(totals)))  # as after a resume
+    assert evidence["falls"] and list(evidence["loss_by_position"]) == ["0", "1-1", "4-7", "64-127"]
+    assert evidence["loss_by_position"]["4-7"] == pytest.approx(4.0)
+    flat = []
+    add_losses(flat, [0, 100] * 40, [1.0, 1.0] * 40)
+    assert evidence_of(flat)["falls"] is False

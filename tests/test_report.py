@@ -321,6 +321,16 @@ def test_warnings_alone_are_amber(make_run):
     assert report_of(folder).count("p", "verdict warning") == 1
 
 
+@pytest.mark.parametrize(
+    "verdict", ["not judged: x", "no fault found, but y", "interrupted by SIGINT, healthy so far"]
+)
+def test_only_a_healthy_run_is_green(make_run, verdict):
+    folder, info = make_run(), run_info(60, ())
+    info["result"]["verdict"] = verdict
+    (folder / "run.json").write_text(json.dumps(info))
+    assert report_of(folder).count("p", "verdict info") == 1
+
+
 def test_guards_say_who_judged_and_why_others_did_not(make_run):
     page = report_of(make_run())
     assert page.has("Judged: loss_spike.")

@@ -36,17 +36,25 @@ def test_a_run_leaves_everything_it_promises(write_config, tmp_path, capsys):
     assert run(["train", write_config(), "--json"]) == 0
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     run_dir = Path(result["run_dir"])
-    assert result["verdict"] == "healthy" and result["steps"] == 6 and result["tokens_seen"] == 6 * 4 * 32
+    few = "no fault found, but nothing learned from context yet: too few tokens, 768 in 6 steps (final loss "
+    assert (
+        result["verdict"].startswith(few)
+        and result["verdict_kind"] == "nothing_learned"
+        and result["steps"] == 6
+        and result["tokens_seen"] == 6 * 4 * 32
+    )
     assert {path.name for path in run_dir.iterdir()} >= {
         "run.json", "steps.jsonl", "evals.jsonl", "findings.jsonl", "samples.jsonl", "exit.json", "report.html",
         "final", "checkpoint-3", "checkpoint-6",
     }  # fmt: skip
-    assert json.loads((run_dir / "exit.json").read_text()) == {"code": 0, "reason": "healthy"}
+    assert json.loads((run_dir / "exit.json").read_text()) == {"code": 0, "reason": result["verdict"]}
     stored = json.loads((run_dir / "run.json").read_text())
-    assert stored["arguments"]["block_size"] == 32 and stored["result"]["verdict"] == "healthy"
+    assert stored["arguments"]["block_size"] == 32 and stored["result"]["verdict"] == result["verdict"]
     assert [record["step"] for record in read_lines(run_dir / "evals.jsonl")] == [3, 6]
     assert len(read_lines(run_dir / "samples.jsonl")) >= 2
-    assert "healthy" in (run_dir / "report.html").read_text().lower()
+    report = (run_dir / "report.html").read_text()
+    assert 'class="verdict info">No fault found' in report and "too few tokens" in report
+    assert "too few tokens" in (run_dir / "final/README.md").read_text()
 
 
 def test_the_final_model_loads_as_any_other(write_config, tmp_path):
@@ -131,6 +139,7 @@ def test_resuming_at_the_end_trains_no_further_step(write_config, tmp_path):
     final.unlink()  # as if it was killed between its last checkpoint and its results
     assert run(["train", path, "--resume_from_checkpoint", "latest"]) == 0
     assert losses(tmp_path / "run") == before and final.read_bytes() == weights
+    assert json.loads((tmp_path / "run/run.json").read_text())["result"]["verdict_kind"] == "nothing_learned"
     assert not (tmp_path / "run/checkpoint-7").exists()
 
 
@@ -245,7 +254,10 @@ def test_an_interrupted_run_saves_a_checkpoint_and_goes_on(write_config, tmp_pat
 
         patch.setattr(StreamCallback, "on_step_end", interrupted_at_2)
         assert run(["train", path]) == code
-    assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == code
+    ended = json.loads((tmp_path / "run/exit.json").read_text())
+    assert ended["code"] == code and ended["reason"].startswith(
+        f"interrupted by {signal.Signals(number).name}, so far"
+    )
     assert not (tmp_path / "run/final").exists()
     assert run(["train", path, "--resume_from_checkpoint", "latest"]) == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
@@ -372,7 +384,7 @@ def test_a_compiled_run_is_judged_and_silent(write_config, tmp_path):
     """The probe runs the eager modules beside the compiled model; takes a minute of compilation."""
     assert run(["train", write_config(torch_compile=True)]) == 0
     result = json.loads((tmp_path / "run/run.json").read_text())["result"]
-    assert result["verdict"] == "healthy" and "missing_label_shift" in result["guards"]["judged"]
+    assert result["verdict_kind"] == "nothing_learned" and "missing_label_shift" in result["guards"]["judged"]
 
 
 @pytest.mark.parametrize(("interrupt", "code"), [(KeyboardInterrupt(), 130), (KeyboardInterrupt("SIGTERM"), 143)])

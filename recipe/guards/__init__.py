@@ -6,7 +6,7 @@
     runner.py        calls the guards; onset, recovery, explanations, state
     guard.py         Guard, Finding, CannotJudge, NotApplicable
     run.py           what the Trainer tells of its run
-    taps.py          what is recorded on each rank: batches.py, head.py, ngrams.py
+    taps.py          what is recorded on each rank: batches.py, head.py, gradients.py, updates.py, ngrams.py
     sandbox.py       running the trainer's own code without leaving a trace
     records.py       the files of a run, and the guards' state in checkpoints
 

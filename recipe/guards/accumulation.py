@@ -10,10 +10,10 @@ from transformers import Trainer
 
 from recipe.guards.batches import IGNORE_INDEX, LABEL_IS_TOKEN
 from recipe.guards.evaluation import name_factor
+from recipe.guards.gradients import GradientNorms
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
 from recipe.guards.head import recover_loss_targets
 from recipe.guards.sandbox import first_positions, scaled_loss_of
-from recipe.guards.taps import GradientNorms
 
 # One label in so many stays in the second micro-batch of the probe. Derived: a mean of means then weighs the tokens of
 # the two 0.56 and 4.5 times, which is the 40 % below.

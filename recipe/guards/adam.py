@@ -7,8 +7,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, Optimizer
 
+from recipe.guards.gradients import sample
 from recipe.guards.guard import PROBE, Finding, Guard, NotApplicable, Verdict, contained
-from recipe.guards.taps import sample
 from recipe.internals import has_step_post_hooks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import torch
 
 from recipe.guards import updates
+from recipe.guards.gradients import MOVING_ELEMENTS
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
 from recipe.guards.run import LOW_PRECISION, Parameters
-from recipe.guards.taps import MOVING_ELEMENTS
 from recipe.guards.updates import FIRST_STEPS, MOVING_RATE, PLAIN_GRADIENT
 
 

@@ -113,7 +113,7 @@ class Guard:
         rules_out: own id -> word in the likely causes of symptoms that are dropped when this probe finds nothing.
         judges_curve: it compares the loss curve with an expectation.
         judges_target: it knows on which token each position is scored.
-        on_every_rank: `before_step`, `after_step`, `measure` and `save` run on all ranks, not on the main process alone.
+        on_every_rank: `before_step`, `after_step`, `measure` and `save` run on all ranks, not on the main one alone.
         of_one_resume: ids whose findings are about the last resume; the next one forgets them.
         state: what must survive a resume: JSON-able values and numpy arrays. The runner saves and restores it.
     """

@@ -4,6 +4,7 @@
 An exception inside a guard disables this guard alone.
 """
 
+import contextlib
 import logging
 import time
 import traceback
@@ -318,14 +319,14 @@ class Runner:
         self.failed[name] = what
         for guard in [guard for guard in self.guards if type(guard).__name__ == name]:
             self.guards.remove(guard)
-            guard.close()
+            _close(guard)
             if self.reporter.is_main:
                 logger.error("guard %s failed and is off, the others go on: %s", "/".join(guard.ids), what)
             self.reporter.cannot_judge |= dict.fromkeys(guard.ids, f"the guard failed: {what}")
 
     def close(self) -> None:
         for guard in self.guards:
-            guard.close()
+            _close(guard)
 
     # --- state
 
@@ -357,7 +358,7 @@ class Runner:
                 guard.on_resume(run.step)
             except Exception as error:
                 problems.append(f"{name} ({type(error).__name__}: {error})")
-                guard.close()
+                _close(guard)
                 self.guards[number] = fresh = type(guard)()
                 fresh.setup(run)
         return problems
@@ -381,6 +382,12 @@ class _Isolation:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         self.runner.fail(name, f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})")
         return True
+
+
+def _close(guard: Guard) -> None:
+    """Also where it failed before it had anything to close."""
+    with contextlib.suppress(Exception):
+        guard.close()
 
 
 def _overrides(guard: Guard, method: str) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch.distributed.tensor import DTensor
 
+from recipe.guards.gradients import local, sample
 from recipe.guards.run import LOW_PRECISION, Parameters
-from recipe.guards.taps import local, sample
 
 # The first steps with a rate above MOVING_RATE are measured. Zero-initialised projections and LoRA hide gradients for
 # a step or two; routing finds every expert. Chosen, not measured.

@@ -32,7 +32,8 @@ def steps(options: Options) -> Result:
     note = (
         f"Step with the guards / step without, medians of neighbouring blocks: {median:.4f} (middle 80 % of "
         f"{len(ratios)} pairs: {low:.4f} to {high:.4f}). The end of a step holds the n-gram model and most of the "
-        f"guards' time; their probes before step 1 are in it, spread over the run. Findings in this run: {', '.join(found['findings']) or 'none'}."
+        f"guards' time; their probes before step 1 are in it, spread over the run. Findings in this run: "
+        f"{', '.join(found['findings']) or 'none'}."
     )
     measured = (
         f"The demo's model and stream (3M parameters, 2,048 tokens a step), {options.steps} steps in one run, guards "

@@ -29,7 +29,7 @@ def rate_1_in_30_steps(run: Run):
     at_rate(run, 1.0, 0)
 
 
-@bug("loss_diverged", OPTIMIZER, "steps along the gradient", "pytorch#46480 (maximize)", NARROW)
+@bug("loss_diverged lost_updates", OPTIMIZER, "steps along the gradient", "own", NARROW)
 def gradient_ascent(run: Run):
     """The optimizer was built with `maximize=True`, left over from another project: the loss rises."""
     run.took_effect()

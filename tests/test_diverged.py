@@ -1,0 +1,173 @@
+"""`loss_diverged` on hand-written losses, and on trainings that diverge."""
+
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from recipe.guards.diverged import LossDiverged, sampled_loss
+from recipe.guards.guard import CannotJudge
+from tests.test_guards_on_runs import alarms, check_first, make_model, make_trainer, train, watch
+
+V = 4096
+GUESS = math.log(V)  # 8.32
+
+
+def check(losses, first=GUESS, vocab_size=V):
+    return LossDiverged.judge(losses, first, vocab_size)
+
+
+def last(losses, first=GUESS):
+    """The first finding, over all windows."""
+    windows = (losses[end - LossDiverged.STEPS : end] for end in range(LossDiverged.STEPS, len(losses) + 1))
+    return next(filter(None, (check(window, first) for window in windows)), None)
+
+
+def test_a_loss_that_stays_above_a_guess_is_an_error():
+    finding = check([GUESS + 1.1] * LossDiverged.STEPS)
+    assert finding.id == "loss_diverged" and finding.severity == "error"
+    assert finding.found == "loss 9.42, median of 20 steps, and not falling"
+    assert finding.expected == "under 9.32 (ln V 8.32, first loss 8.32)"
+    assert json.dumps(finding.evidence)
+    assert check([GUESS + 0.9] * LossDiverged.STEPS) is None
+
+
+def test_it_must_be_above_the_first_loss_too():
+    assert check([12.0] * 20, first=12.5) is None and check([14.0] * 20, first=12.5) is not None
+    assert check([68.0] * 20, first=64.0) is None and check([71.0] * 20, first=64.0) is not None  # 10 % of it
+
+
+def test_one_that_falls_is_on_its_way_back_unless_it_is_far_up():
+    falling = [12.0 - 0.05 * step for step in range(20)]
+    assert check(falling) is None and check(falling[::-1]) is not None
+    far = [LossDiverged.FAR * GUESS + 5 - 0.1 * step for step in range(20)]
+    assert check(far).found == "loss 20.69, median of 20 steps"
+
+
+def test_the_runs_that_were_seen():
+    rate_1 = [8.3, 8.3, 8.4, 10.5, 10.2, 11.0, 9.6, 10.3, 10.0, 18.1, 15.7, 17.2, 21.6, 16.0, 19.7, 16.2, 17.3, 16.3]
+    assert last([*rate_1, 18.9, 14.3, 13.6, 12.0, 12.1, 11.6, 9.8, 10.1, 9.9, 9.1, 8.6, 8.6]) is not None
+    rate_3 = [5.5, 117, 308, 339, 316, 162, 346, 290, 219, 203, 273, 328, 206, 182, 120, 86, 86, 84, 113, 103, 102, 54]
+    assert LossDiverged.judge(rate_3[:20], 5.5, 257) is not None  # falls from the sixth step on
+    assert check([GUESS + 0.01 * (-1) ** step for step in range(20)]) is None  # learning rate 0
+
+
+@pytest.mark.parametrize("steps_up", [1, 5, 9])
+def test_a_spike_that_recovers_is_none(steps_up):
+    assert last([3.0] * 40 + [30.0] * steps_up + [3.5] * 40) is None
+    assert (
+        last([3.0] * 40 + [15.0 - 0.4 * step for step in range(30)] + [3.0] * 40) is None
+    )  # and one that falls slowly
+
+
+def test_a_curriculum_to_harder_data_is_none():
+    """From templates to random tokens: a model that was sure of its templates costs more than a guess for a while."""
+    assert last([0.1] * 60 + [14.0 * 0.8**step + GUESS for step in range(30)] + [GUESS] * 60) is None
+
+
+@pytest.mark.parametrize("first", [GUESS, 1.5 * GUESS, 64.0, 400.0])
+def test_healthy_noise_raises_nothing(first):
+    rng = random.Random(0)
+    for deviation in (0.02, 0.05):
+        flat = [first * (1 + rng.gauss(0, deviation)) for _ in range(500)]
+        falling = [(3 + (first - 3) / (1 + step / 30)) * (1 + rng.gauss(0, deviation)) for step in range(500)]
+        assert last(flat, first) is None and last(falling, first) is None
+
+
+def test_what_is_no_number_is_another_guards_business():
+    assert check([9e3] * 19 + [math.nan]) is None and check([9e3] * 20, first=math.inf) is None
+
+
+# --- which loss it is
+
+
+def fresh(vocab_size=V) -> LossDiverged:
+    guard = LossDiverged()
+    guard.setup(SimpleNamespace(vocab_size=vocab_size, max_steps=100))
+    return guard
+
+
+def level(reported, sampled, steps=LossDiverged.STEPS) -> LossDiverged:
+    """`reported`, `sampled`: of a step, counted from 1."""
+    guard = fresh()
+    for step in range(1, steps + 1):
+        guard.add(step, reported(step), sampled(step))
+    return guard
+
+
+def every_second(value):
+    return lambda step: value(step) if step % 2 else None
+
+
+def test_the_sampled_loss_decides_whatever_is_reported():
+    low, high = every_second(lambda step: 5.0), every_second(lambda step: 5.0 + 10 * step)
+    assert level(lambda step: 5000.0 * step, low).judge_window() is None  # a sum over tokens, an auxiliary loss
+    assert level(lambda step: 5.0, high).judge_window() is not None
+
+
+@pytest.mark.parametrize(
+    ("first", "is_judged"), [(GUESS, True), (GUESS + 0.1, True), (GUESS + 0.3, False), (5e3, False)]
+)
+def test_without_samples_the_reported_loss_must_have_begun_at_a_guess(first, is_judged):
+    held = level(lambda step: first if step == 1 else 40.0, lambda step: None)
+    if is_judged:
+        assert held.judge_window() is not None
+    else:
+        with pytest.raises(CannotJudge, match="not known to be a cross entropy"):
+            held.judge_window()
+
+
+def test_a_run_whose_first_step_was_not_seen_is_not_judged_by_what_is_reported():
+    held = fresh()
+    for step in range(50, 80):
+        held.add(step, 30.0, None)
+    with pytest.raises(CannotJudge):
+        held.judge_window()
+
+
+def test_a_few_samples_are_not_enough():
+    held = level(lambda step: GUESS, lambda step: 50.0 if step < LossDiverged.MIN_SAMPLES else None)
+    assert held.judge_window() is None
+
+
+def test_rows_without_a_scored_position_are_no_samples():
+    assert sampled_loss([(3.0, 0.1), (5.0, 0.1), (0.0, 0.0)]) == 4.0 and sampled_loss([(0.0, 0.0)]) is None
+
+
+# --- trainings
+
+
+@pytest.mark.parametrize("rate", [1.0, 3.0])
+def test_a_learning_rate_far_too_high(tmp_path, rate):
+    guards = train(tmp_path, steps=30, learning_rate=rate)
+    check_first(guards, "loss_diverged", 20, 24)
+
+
+def test_it_is_seen_after_a_resume_too(tmp_path):
+    trainer = make_trainer(tmp_path, steps=16, learning_rate=1.0, save_strategy="steps", save_steps=8)
+    assert "loss_diverged" not in dict(alarms(watch(trainer)))
+    guards = watch(make_trainer(tmp_path, steps=30, learning_rate=1.0), tmp_path / "run/checkpoint-8")
+    assert ("loss_diverged", 20) in alarms(guards)
+
+
+@pytest.mark.parametrize("changes", [{"initializer_range": 1.0}, {"initializer_range": 0.3}])
+def test_wide_weights_are_judged_and_silent(tmp_path, changes):
+    guards = train(tmp_path, model=make_model(**changes), steps=30)
+    assert alarms(guards) == [] and "loss_diverged" in guards.judged
+
+
+def test_a_sum_over_tokens_is_judged_and_silent(tmp_path):
+    model = make_model()
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    guards = train(tmp_path, model=model, train=None, steps=30)
+    assert "loss_diverged" not in dict(alarms(guards)) and "loss_diverged" in guards.judged
+
+
+def test_a_run_of_a_few_steps_says_that_it_is_too_short(tmp_path):
+    guards = train(tmp_path, steps=6)
+    assert guards.not_applicable["loss_diverged"] == "the run has 6 steps, it needs 20"

@@ -1,0 +1,76 @@
+"""A finding that is still true never recovers: what the log says of a fault that stays, and of a resume."""
+
+import logging
+
+import torch
+from transformers import Trainer
+
+from tests.test_guards_on_runs import alarms, as_rows, make_model, make_trainer, shifted, text, watch
+
+STEPS = 48  # past the 20 clear judgments after which a finding recovers, twice
+
+
+class HoldsOneTwice(Trainer):
+    """Its optimizer has one parameter in two groups, so that it makes two steps of it."""
+
+    def create_optimizer(self, *arguments):
+        first, *others = self.model.parameters()
+        self.optimizer = torch.optim.SGD([{"params": [first, *others]}], lr=self.args.learning_rate)
+        self.optimizer.param_groups.append({**self.optimizer.param_groups[0], "params": [first]})
+        return self.optimizer
+
+
+def logged(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "recipe.guards"]
+
+
+def recovered(caplog) -> list[str]:
+    return [line for line in logged(caplog) if "recovered" in line]
+
+
+def test_a_parameter_that_is_in_the_optimizer_twice(tmp_path, caplog):
+    """Found before step 1 under the id of the learning rate, whose steps are clear."""
+    caplog.set_level(logging.INFO, "recipe.guards")
+    guards = watch(make_trainer(tmp_path, steps=STEPS, trainer_class=HoldsOneTwice))
+    assert alarms(guards) == [("learning_rate_off", 0)] and recovered(caplog) == []
+
+
+def test_and_after_a_resume(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "recipe.guards")
+    run = dict(trainer_class=HoldsOneTwice, save_strategy="steps", save_steps=4)
+    watch(make_trainer(tmp_path, steps=4, **run))
+    guards = watch(make_trainer(tmp_path, steps=STEPS, **run), tmp_path / "run/checkpoint-4")
+    assert alarms(guards) == [("learning_rate_off", 0)] and recovered(caplog) == []
+
+
+def test_what_only_a_probe_sees_after_a_resume(tmp_path, caplog, monkeypatch):
+    """The probe breaks in the resumed run, and the checks of the steps find nothing: they cannot take it back."""
+    caplog.set_level(logging.INFO, "recipe.guards")
+    run = dict(train=as_rows(text(4 * STEPS)), save_strategy="steps", save_steps=4)
+    first = watch(make_trainer(tmp_path, model=with_loss(rolled), steps=4, **run))
+    assert alarms(first)[0][0] == "wrong_loss_target"
+    caplog.clear()
+    broken = "recipe.guards.sandbox.recover_loss_targets"
+    monkeypatch.setattr(broken, lambda *arguments: 1 / 0)  # a probe that breaks takes nothing back
+    watch(make_trainer(tmp_path, model=make_model(), steps=STEPS, **run), tmp_path / "run/checkpoint-4")
+    assert recovered(caplog) == []
+
+
+def test_what_was_fixed_recovers_once(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "recipe.guards")
+    run = dict(train=as_rows(text(64), shifted(text(64))), steps=16, save_strategy="steps", save_steps=8)
+    watch(make_trainer(tmp_path, **run))
+    assert recovered(caplog) == []
+    run |= {"train": as_rows(text(64))}
+    watch(make_trainer(tmp_path, **run), tmp_path / "run/checkpoint-8")
+    assert [line.split(" | ")[0] for line in recovered(caplog)] == ["double_label_shift"]
+
+
+def rolled(logits, labels, vocab_size, **kwargs):
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].roll(1, 0).flatten())
+
+
+def with_loss(loss):
+    model = make_model()
+    model.loss_function = loss
+    return model
