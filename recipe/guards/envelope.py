@@ -1,386 +1,72 @@
-"""The envelope: between which losses an honest model moves, measured on the run's own tokens.
+"""The loss against n-gram models of the same tokens."""
 
-Ceiling: the loss of the tokens' frequencies alone. Floor: the loss of n-gram models of orders 1 to 5, the best of them
-in each call. All are prequential (a token is scored, then learned), so nothing is scored on what it was learned from.
-Interpolation is Witten and Bell's: P_k(w | c) = (n(cw) + t(c) P_{k-1}(w)) / (n(c) + t(c)), P_0 = 1 / vocabulary, where
-n(c) counts how often c was followed and t(c) by how many different tokens. A row begins with a mark of its own.
-
-Best of the orders, not the 5-gram: where the source is of low order, a 5-gram believes its single sightings, and stays
-above what a model reaches. Smallest (model - floor) in windows of 10 steps, honest Llamas of 0.3M to 0.7M parameters,
-300 or 400 steps of 1,024 or 2,048 tokens, learning rates 1e-3 to 1e-2, in brackets against the 5-gram alone:
-
-    demo (3.1M parameters, 800 steps)  0.90 (0.89)     random tokens                   -0.01 (-0.75)
-    English, 4k vocabulary             0.83 (0.62)     Markov of order 1, 30 states     0.01 (-0.44)
-    Python code, 4k vocabulary         1.98 (1.93)     Markov of order 1, 300 states    0.16 (-0.40)
-    English, bytes, to 307k tokens     0.41 (0.41)     five sentences in random order   0.00 (0.00)
-
-And never above ln V, the loss of a guess that needs no counts: of random tokens of a large vocabulary the unigram says
-0.4 more, having seen few of them, and a model that has learned nothing was under it (found by the zoo).
-
-A model can pass it honestly where it shares statistics between tokens and counts cannot: bigrams of rank 3, -0.13 with
-300 tokens, -0.51 with 2,000. Such synthetic data trips the guard. So would a model of bytes or characters in time,
-since it sees further than 5 of them: judging ends after 1,000 tokens for each entry of the vocabulary.
-
-Cost on one core of a Xeon: 0.8 to 2.4 us a token, at 0.1M tokens seen as at 10M. Grams a token at 1M and 10M tokens:
-2.1 and 1.4 (4k vocabulary), 3.0 and 2.4 (32k), so 2^24 of them last for 6.7M tokens of the latter.
-"""
-
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from statistics import fmean
 
 import numpy as np
 
-from recipe.guards.finding import Finding
-from recipe.guards.thresholds import (
-    ABOVE_MIN_STEPS,
-    ABOVE_WINDOW,
-    BELOW_MARGIN,
-    BELOW_WINDOW,
-    CONTEXT_HELPS,
-    LEARNING_RATE_SUM,
-    MAX_ENVELOPE_TOKENS,
-    MAX_GRAMS,
-    ORDERS,
-    STILL_FALLING,
-    TOKENS_PER_TYPE,
-    UNIGRAM_MARGIN,
-    UNTRAINED_SHARE,
-)
-
-SLICE = 1 << 14  # tokens learned at once: longer ones leave the cache, shorter ones pay numpy's overhead
-ONE_TYPE = 1 << 32  # `followed` holds n(c) in its low half and t(c) in its high half
+from recipe.guards.guard import CannotJudge, Finding, Guard, Verdict
 
 
-@dataclass(frozen=True)
-class EnvelopeLoss:
-    """Mean nats a token over the `tokens` scored in one call; `floor` is the mean of the order with the lowest, and at
-    most that of a uniform guess, which needs no counts."""
+class LossBelowEnvelope(Guard):
+    """The loss is below the n-gram baseline early in training, where no honest model that began untrained gets.
 
-    tokens: int
-    unigram: float
-    bigram: float
-    floor: float
-
-
-class Envelope:
-    """Scores and learns the run's tokens in reading order. Feed it every row of the global batch: on a part of the
-    rows it learns less than the model, and its floor is too high.
-
-    `stopped` says why it no longer judges, or None: `max_tokens` (at most 1,000 times the vocabulary) were seen, the
-    table of grams is full, or `stop` was called (a second pass over the data begins, say). Its memory is free then.
+    When: at every step from step 10 until the n-gram models stop.
+    Measured: n-gram models of orders 1 to 5 score every token of the global batch, then learn it; the floor is the
+        best order's mean, and ln V at most. A warning when the mean loss of 10 steps is 0.3 nats below the floor. On
+        natural text healthy models stay 0.41 and more above it, on random tokens 0.01 below. `steps.jsonl` has the
+        floor of every step.
+    Try: the probes' findings first. A model that was trained before, or on this data before, gets there honestly.
+    Cannot see: anything after the n-gram models stop: 1,000 tokens for each entry of the vocabulary or 20M were seen;
+        2^24 n-grams are kept (6.7M tokens of a 32k vocabulary); pass 2 begins; a resume from a checkpoint without the
+        guards' state; a first loss under both 0.75 ln V and the unigram's. Leaks that leave the loss above the floor.
+        Synthetic data whose rule is learned faster than counts can (bigrams of rank 3: 0.13 to 0.51 below) trips it.
     """
 
-    def __init__(self, vocab_size: int, max_entries: int = MAX_GRAMS, max_tokens: int = MAX_ENVELOPE_TOKENS):
-        self.vocab_size, self.max_entries = vocab_size, max_entries
-        self.max_tokens = min(max_tokens, TOKENS_PER_TYPE * vocab_size)
-        self.tokens_seen = 0
-        self.stopped: str | None = None
-        self._token_types = 0
-        self._grams = _GramTable(max_entries)
-        self._history: list[tuple[np.ndarray, np.ndarray]] = []  # tokens and row lengths of each call
+    ids = {"loss_below_envelope": "The loss is lower than an honest model can reach on this data so early."}
+    taps = ("ngrams",)
+    explained_by = (
+        *("missing_label_shift", "non_causal_attention", "row_leak", "cross_document_attention", "wrong_loss_target"),
+        *("resume_replay", "repeated_data", "train_eval_overlap"),
+        *("accumulation_mismatch", "wrong_gradient", "eval_train_mismatch"),
+    )
+    is_symptom = judges_curve = True
+    WINDOW = 10  # steps; that of the measurements in `ngrams.py`
+    MARGIN = 0.3  # nats; on natural text a model stays 0.41 above the floor, on random tokens 0.01 below
 
-    def observe(self, rows: Sequence[np.ndarray], scored: Sequence[np.ndarray]) -> EnvelopeLoss | None:
-        """Score, then learn, token by token. All tokens are learned, those that `scored` marks are averaged.
+    def setup(self, run) -> None:
+        self.state = {"losses": [], "floors": []}
 
-        rows: 1-D arrays of token ids, of any lengths; contexts do not cross them. scored: arrays of bool, of the same
-        lengths: is token i a target of the loss? A row's first token never is. None: nothing was scored, or it
-        stopped. How rows are divided into calls does not matter.
-        """
-        lengths = np.array([len(row) for row in rows if len(row)], np.int32)
-        if self.stopped or not len(lengths):
-            return None
-        tokens, targets = np.concatenate(rows), np.concatenate(scored).astype(bool)
-        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            return self.stop("token ids outside of the vocabulary")
-        targets[np.cumsum(lengths) - lengths] = False
-        losses = self._learn(tokens.astype(np.uint64), lengths, targets)
-        self._history.append((tokens.astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32), lengths))
-        if self.tokens_seen >= self.max_tokens:
-            self.stop(f"{self.max_tokens:,} tokens were seen, beyond which a model may know more than counts")
-        num_scored = int(targets.sum())
-        if losses is None or not num_scored:
-            return None
-        means = losses / num_scored
-        return EnvelopeLoss(
-            num_scored, float(means[0]), float(means[1]), min(float(means.min()), math.log(self.vocab_size))
-        )
-
-    def stop(self, reason: str) -> None:
-        if self.stopped is None:
-            self.stopped, self._grams, self._history = reason, _GramTable(0), []
-
-    def state(self) -> dict[str, np.ndarray]:
-        """For np.savez: the tokens seen, from which `from_state` learns again. 2 or 4 bytes a token, a tenth of the
-        counts; loading takes 1.3 to 1.6 s per million tokens."""
-        empty = (np.empty(0, np.uint16), np.empty(0, np.int32))
-        tokens, lengths = (np.concatenate(arrays) for arrays in zip(empty, *self._history, strict=True))
-        return {
-            "limits": np.array([self.vocab_size, self.max_entries, self.max_tokens]),
-            "tokens_seen": np.array(self.tokens_seen),
-            "stopped": np.array(self.stopped or ""),
-            "tokens": tokens,
-            "lengths": lengths,
-        }
+    def observe(self, step) -> Iterator[Verdict]:
+        if step.ngrams.stopped:
+            raise CannotJudge(step.ngrams.stopped)
+        losses, floors = self.state["losses"], self.state["floors"]
+        if step.ngrams.loss is not None:
+            losses.append(step.record["loss"])
+            floors.append(step.ngrams.loss.floor)
+            del losses[: -self.WINDOW], floors[: -self.WINDOW]
+        if len(losses) == self.WINDOW:
+            yield self.judge(losses, floors) or self.clear()
 
     @classmethod
-    def from_state(cls, state) -> "Envelope":
-        envelope = cls(*state["limits"].tolist())
-        tokens, lengths = state["tokens"], state["lengths"]
-        if len(tokens):
-            envelope._history = [(tokens, lengths)]
-            envelope._learn(tokens.astype(np.uint64), lengths, np.zeros(len(tokens), bool))
-        envelope.tokens_seen = int(state["tokens_seen"])
-        if str(state["stopped"]):
-            envelope.stop(str(state["stopped"]))
-        return envelope
-
-    def _learn(self, tokens: np.ndarray, lengths: np.ndarray, targets: np.ndarray) -> np.ndarray | None:
-        """Sum of the targets' nats under each order; None when the table is full."""
-        losses = np.zeros(ORDERS)
-        for part, last in _slices(lengths):
-            if not self._grams.has_room(ORDERS * (part.stop - part.start)):
-                return self.stop(f"the table of {self.max_entries:,} grams is full")
-            losses += self._learn_slice(tokens[part], last, np.flatnonzero(targets[part]))
-        return losses
-
-    def _learn_slice(self, tokens: np.ndarray, last: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """`last`: places of the rows' last tokens, `targets`: places to score. Arrays of shape (orders, tokens) hold
-        what was known of each place's gram just before it."""
-        shape = (ORDERS, len(tokens))
-        groups = _group(self._grams.find_or_add(_hash_grams(tokens, last)))
-        seen = _count(self._grams.seen, groups, np.ones(ORDERS * len(tokens), np.int64)).reshape(shape)
-        is_new = seen == 0
-        gains = np.ones(shape, np.int64)
-        gains[:-1, :-1] += is_new[1:, 1:] * np.int64(ONE_TYPE)  # the gram one longer, one further, is a new one
-        gains[:, last] = 0  # nothing follows
-        followed = _count(self._grams.followed, groups, gains.ravel()).reshape(shape)
-
-        types = self._token_types + np.cumsum(is_new[0]) - is_new[0]
-        contexts = np.vstack([self.tokens_seen + targets + types[targets] * ONE_TYPE, followed[:-1, targets - 1]])
-        self._token_types += int(is_new[0].sum())
-        self.tokens_seen += len(tokens)
-        return _losses(seen[:, targets], contexts, self.vocab_size)
-
-
-def _slices(lengths: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Whole rows of about SLICE tokens together, and where in them rows end."""
-    ends, first = np.cumsum(lengths, dtype=np.int64), 0
-    while first < len(ends):
-        begin = int(ends[first] - lengths[first])
-        stop = max(first + 1, int(np.searchsorted(ends, begin + SLICE, side="right")))
-        yield slice(begin, int(ends[stop - 1])), ends[first:stop] - begin - 1
-        first = stop
-
-
-def _losses(seen: np.ndarray, contexts: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Sum of the nats under each order: `seen` is n(cw), `contexts` holds n(c) and t(c), each (orders, targets)."""
-    losses, probability = np.zeros(ORDERS), 1 / vocab_size
-    for order in range(ORDERS):
-        followed, types = contexts[order] & (ONE_TYPE - 1), contexts[order] >> 32
-        mixed = (seen[order] + types * probability) / np.maximum(followed + types, 1)
-        probability = np.where(followed > 0, mixed, probability)
-        losses[order] = -np.log(probability).sum()
-    return losses
-
-
-def _hash_grams(tokens: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """64-bit hashes of the grams that end at each place, order by order. The gram of order k at a row's start is the
-    token after k - 1 marks."""
-    keys = np.empty((ORDERS, len(tokens)), np.uint64)
-    spread = tokens * np.uint64(0xD6E8FEB86659FD93)
-    shorter = np.empty_like(spread)
-    for order in range(ORDERS):
-        if order:
-            shorter[1:] = keys[order - 1, :-1]
-            shorter[0] = shorter[last[:-1] + 1] = order
-        else:
-            shorter[:] = ORDERS
-        key = shorter * np.uint64(0x9E3779B97F4A7C15) + spread
-        key ^= key >> np.uint64(32)
-        key *= np.uint64(0x94D049BB133111EB)
-        keys[order] = key ^ (key >> np.uint64(29))
-    return keys.ravel().view(np.int64)
-
-
-def _group(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Places sorted by gram and then by place, the starts of the groups in them, and the groups' grams."""
-    bits = len(ids).bit_length()
-    packed = np.sort((ids << bits) | np.arange(len(ids)))  # sorts several times faster than a stable argsort
-    sorted_ids = packed >> bits
-    starts = np.flatnonzero(np.diff(sorted_ids, prepend=-1))
-    return packed & ((1 << bits) - 1), starts, sorted_ids[starts]
-
-
-def _count(column: np.ndarray, groups: tuple[np.ndarray, np.ndarray, np.ndarray], gains: np.ndarray) -> np.ndarray:
-    """What `column` says of each place's gram just before that place; adds the places' gains to it."""
-    places, starts, grams = groups
-    sorted_gains = gains[places]
-    after = np.cumsum(sorted_gains)
-    before = after - sorted_gains
-    known, base = column[grams].astype(np.int64), before[starts]
-    counts = np.empty(len(gains), np.int64)
-    counts[places] = before + np.repeat(known - base, np.diff(starts, append=len(places)))
-    column[grams] = known + np.append(base[1:], after[-1]) - base
-    return counts
-
-
-class _GramTable:
-    """Hash of a gram -> its entry in `seen` and `followed`: open addressing with double hashing, at most half full.
-
-    28 bytes an entry, up to 56 where arrays have just doubled, 448 MiB at 2^24 entries. Hashes are taken for the
-    grams: among 2^24 of them two are the same with a probability of 1e-5.
-    """
-
-    def __init__(self, max_entries: int):
-        self.max_entries = max_entries
-        self.size = 1  # entry 0 marks an empty slot
-        self.slots = np.zeros(2, np.int32)
-        self.keys, self.seen, self.followed = np.zeros(1, np.int64), np.zeros(1, np.uint32), np.zeros(1, np.int64)
-
-    def has_room(self, number: int) -> bool:
-        return self.size + number <= self.max_entries
-
-    def find_or_add(self, keys: np.ndarray) -> np.ndarray:
-        """Entries of the keys, which may repeat; new ones start from zero counts."""
-        self._make_room(self.size + len(keys))
-        entries, pending, slots = np.empty(len(keys), np.int64), np.arange(len(keys)), self._first_slots(keys)
-        while len(pending):
-            found = self.slots[slots]
-            empty = np.flatnonzero(found == 0)
-            self._claim(slots[empty], keys[empty])
-            found[empty] = self.slots[slots[empty]]
-            hit = self.keys[found] == keys
-            entries[pending[hit]] = found[hit]
-            pending, keys, slots = pending[~hit], keys[~hit], slots[~hit]
-            slots = self._next_slots(slots, keys)
-        return entries
-
-    def _claim(self, slots: np.ndarray, keys: np.ndarray) -> None:
-        """New entries in empty slots; of several keys that want one slot, one has it."""
-        claims = np.arange(len(slots), dtype=np.int32)
-        self.slots[slots] = claims
-        winners = np.flatnonzero(self.slots[slots] == claims)
-        new = np.arange(self.size, self.size + len(winners))
-        self.slots[slots[winners]], self.keys[new] = new, keys[winners]
-        self.size += len(winners)
-
-    def _make_room(self, size: int) -> None:
-        if size > len(self.keys):
-            room = max(size, min(2 * len(self.keys), self.max_entries))
-            for name in ("keys", "seen", "followed"):
-                column = getattr(self, name)
-                setattr(self, name, np.concatenate([column, np.zeros(room - len(column), column.dtype)]))
-        if 2 * size > len(self.slots):
-            self.slots = np.zeros(1 << (2 * size - 1).bit_length(), np.int32)
-            entries, keys = np.arange(1, self.size, dtype=np.int32), self.keys[1 : self.size]
-            slots = self._first_slots(keys)
-            while len(entries):
-                free = self.slots[slots] == 0
-                self.slots[slots[free]] = entries[free]
-                left = self.slots[slots] != entries
-                entries, keys, slots = entries[left], keys[left], slots[left]
-                slots = self._next_slots(slots, keys)
-
-    def _first_slots(self, keys: np.ndarray) -> np.ndarray:
-        return keys & (len(self.slots) - 1)
-
-    def _next_slots(self, slots: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        return (slots + ((keys >> 40) | 1)) & (len(self.slots) - 1)
-
-
-def starts_untrained(first_loss: float, first: EnvelopeLoss, vocab_size: int) -> bool:
-    """Whether the model knew nothing before its first step, so that the floor may judge it: its loss is near that of
-    a uniform guess, or above what the frequencies of the first tokens alone give. If not, it cannot be judged: it was
-    trained before, or it sees its target (the probes tell)."""
-    return first_loss >= min(UNTRAINED_SHARE * math.log(vocab_size), first.unigram)
-
-
-def check_below_envelope(
-    steps: list[int],
-    tokens: list[int],
-    losses: list[float],
-    floors: list[float],
-    margin: float = BELOW_MARGIN,
-    window: int = BELOW_WINDOW,
-) -> Finding | None:
-    """Hold the mean loss of the last `window` steps against the floor of the same tokens.
-
-    The lists are parallel, one entry a step, oldest first; the last entry is now. For models that started untrained.
-    Silent until the window is full, and while values are not finite.
-    """
-    recent = [*losses[-window:], *floors[-window:]]
-    if len(recent) < 2 * window or not all(map(math.isfinite, recent)):
-        return None
-    loss, floor = _mean(losses[-window:]), _mean(floors[-window:])
-    if loss >= floor - margin:
-        return None
-    return Finding(
-        "loss_below_envelope",
-        "warning",
-        steps[-1],
-        tokens[-1],
-        found=f"loss {loss:.2f}, mean of {window} steps, {floor - loss:.2f} under what counting reaches",
-        expected=f"at least {floor - margin:.2f} (best n-gram on the same tokens {floor:.2f}, margin {margin})",
-        likely_causes=(
-            "the model sees the token it is asked for (labels not shifted)",
-            "attention is not causal",
-            "the model was trained before, or on this data before",
-            "data whose rule a model learns faster than counts can (synthetic sequences)",
-        ),
-        action="do not trust this loss; read the probes' findings first",
-        evidence={"window": window, "mean_loss": loss, "mean_floor": floor, "margin": margin},
-    )
-
-
-def check_above_envelope(
-    steps: list[int],
-    tokens: list[int],
-    losses: list[float],
-    unigrams: list[float],
-    bigrams: list[float],
-    num_steps: int,
-    learning_rate_sum: float,
-    window: int = ABOVE_WINDOW,
-) -> Finding | None:
-    """Does the loss stay at the unigram's, although context helps and the weights have had the way to learn it?
-
-    The lists are parallel, one entry a step, oldest first; the last entry is now. `num_steps` and `learning_rate_sum`
-    are of the whole run. Silent on random tokens, on the healthy plateau early on, and while the loss still falls.
-    """
-    recent = [*losses[-2 * window :], *unigrams[-2 * window :], *bigrams[-window:]]
-    if len(recent) < 5 * window or not all(map(math.isfinite, recent)):
-        return None
-    if learning_rate_sum < LEARNING_RATE_SUM or num_steps < ABOVE_MIN_STEPS:
-        return None
-    loss, unigram, bigram = (_mean(values[-window:]) for values in (losses, unigrams, bigrams))
-    gap_before = _mean(losses[-2 * window : -window]) - _mean(unigrams[-2 * window : -window])
-    still_falling = gap_before - (loss - unigram) > STILL_FALLING
-    if loss < unigram - UNIGRAM_MARGIN or unigram - bigram < CONTEXT_HELPS or still_falling:
-        return None
-    return Finding(
-        "loss_above_envelope",
-        "warning",
-        steps[-1],
-        tokens[-1],
-        found=f"loss {loss:.2f}, mean of {window} steps, after {num_steps} steps, and no longer falling",
-        expected=f"under {unigram:.2f}, what token frequencies alone give; one token of context gives {bigram:.2f}",
-        likely_causes=(
-            "attention sees nothing (mask, position ids), so no context is used",
-            "labels do not belong to their inputs",
-            "the learning rate is too high, or the model diverged and stayed there",
-            "most parameters are frozen or not in the optimizer",
-        ),
-        action="read the probes' findings; train on one batch alone, which a healthy model learns by heart",
-        evidence={
-            "window": window,
-            "mean_loss": loss,
-            "mean_unigram": unigram,
-            "mean_bigram": bigram,
-            "learning_rate_sum": learning_rate_sum,
-        },
-    )
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
+    def judge(cls, losses: list[float], floors: list[float]) -> Finding | None:
+        """One entry a step, the last one is now. Silent until the window is full, and while values are not finite."""
+        losses, floors = losses[-cls.WINDOW :], floors[-cls.WINDOW :]
+        if len(losses) < cls.WINDOW or not np.isfinite([*losses, *floors]).all():
+            return None
+        loss, floor = fmean(losses), fmean(floors)
+        if loss >= floor - cls.MARGIN:
+            return None
+        return cls.finding(
+            "warning",
+            found=f"loss {loss:.2f}, {floor - loss:.2f} below n-grams",
+            expected=f"at least {floor:.2f} - {cls.MARGIN}",
+            causes=(
+                "labels are not shifted",
+                "attention is not causal",
+                "the model was trained before, or on this data",
+                "data whose rule a model learns faster than counts can (synthetic sequences)",
+            ),
+            action="do not trust this loss; read the probes' findings first",
+            evidence={"mean_loss": loss, "mean_floor": floor, "margin": cls.MARGIN},
+        )

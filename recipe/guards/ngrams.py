@@ -18,8 +18,8 @@ The floor is never above ln V, the loss of a guess that needs no counts: of rand
 unigram says 0.4 more, since it has seen few of them, and a model that has learned nothing was under it (zoo).
 
 An honest model can go below the floor where it shares statistics between tokens and counts cannot: bigrams of rank 3,
--0.13 with 300 tokens, -0.51 with 2,000. Such synthetic data trips the guard. So would a model of bytes or characters in
-time, since it sees further than 5 of them: judging ends after 1,000 tokens for each entry of the vocabulary.
+-0.13 with 300 tokens, -0.51 with 2,000. Such synthetic data trips the guard. So would a model of bytes or characters
+in time, since it sees further than 5 of them: judging ends after 1,000 tokens for each entry of the vocabulary.
 
 Cost on one core of a Xeon: 0.8 to 2.4 us a token, at 0.1M tokens seen as at 10M. Grams a token at 1M and 10M tokens:
 2.1 and 1.4 (4k vocabulary), 3.0 and 2.4 (32k), so 2^24 of them last for 6.7M tokens of the latter.
@@ -31,10 +31,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recipe.guards.hashtable import HashTable
+
 ORDERS = 5  # of n-grams, of which the best is the floor; measured for 5, see the table above
 # Beyond them a model may know more than counts. Bytes have been measured so far, to 1,200 tokens for each.
 TOKENS_PER_TYPE = 1000
-# Where it stops besides: grams (28 bytes each, 448 MiB in all) and tokens (40 MB in a checkpoint). Chosen, not
+# Where it also stops: grams (28 bytes each, 448 MiB in all) and tokens (40 MB in a checkpoint). Chosen, not
 # measured, to bound memory.
 MAX_GRAMS, MAX_TOKENS = 1 << 24, 20_000_000
 # A new model starts at ln(vocabulary), one that copies with tied embeddings at 0.94 of it (7.85 of 8.32, 6M
@@ -70,7 +72,7 @@ class NgramModel:
         self.tokens_seen = 0
         self.stopped: str | None = None
         self._token_types = 0
-        self._grams = _GramTable(max_entries)
+        self._grams = _new_table(max_entries)
         self._history: list[tuple[np.ndarray, np.ndarray]] = []  # tokens and row lengths of each call
 
     def observe(self, rows: Sequence[np.ndarray], scored: Sequence[np.ndarray]) -> NgramLoss | None:
@@ -101,7 +103,7 @@ class NgramModel:
 
     def stop(self, reason: str) -> None:
         if self.stopped is None:
-            self.stopped, self._grams, self._history = reason, _GramTable(0), []
+            self.stopped, self._grams, self._history = reason, _new_table(0), []
 
     def state(self) -> dict[str, np.ndarray]:
         """For np.savez: the tokens seen, from which `from_state` learns again. 2 or 4 bytes a token, a tenth of the
@@ -132,7 +134,7 @@ class NgramModel:
         """Sum of the targets' nats under each order; None when the table is full."""
         losses = np.zeros(ORDERS)
         for part, last in _slices(lengths):
-            if not self._grams.has_room(ORDERS * (part.stop - part.start)):
+            if self._grams.size + ORDERS * (part.stop - part.start) > self.max_entries:
                 return self.stop(f"the table of {self.max_entries:,} grams is full")
             losses += self._learn_slice(tokens[part], last, np.flatnonzero(targets[part]))
         return losses
@@ -142,18 +144,22 @@ class NgramModel:
         what was known of each place's gram just before it."""
         shape = (ORDERS, len(tokens))
         groups = _group(self._grams.find_or_add(_hash_grams(tokens, last)))
-        seen = _count(self._grams.seen, groups, np.ones(ORDERS * len(tokens), np.int64)).reshape(shape)
+        seen = _count(self._grams.columns["seen"], groups, np.ones(ORDERS * len(tokens), np.int64)).reshape(shape)
         is_new = seen == 0
         gains = np.ones(shape, np.int64)
         gains[:-1, :-1] += is_new[1:, 1:] * np.int64(ONE_TYPE)  # the gram one longer, one further, is a new one
         gains[:, last] = 0  # nothing follows
-        followed = _count(self._grams.followed, groups, gains.ravel()).reshape(shape)
+        followed = _count(self._grams.columns["followed"], groups, gains.ravel()).reshape(shape)
 
         types = self._token_types + np.cumsum(is_new[0]) - is_new[0]
         contexts = np.vstack([self.tokens_seen + targets + types[targets] * ONE_TYPE, followed[:-1, targets - 1]])
         self._token_types += int(is_new[0].sum())
         self.tokens_seen += len(tokens)
         return _losses(seen[:, targets], contexts, self.vocab_size)
+
+
+def _new_table(max_entries: int) -> HashTable:
+    return HashTable(max_entries, seen=np.uint32, followed=np.int64)
 
 
 def _slices(lengths: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
@@ -216,70 +222,6 @@ def _count(column: np.ndarray, groups: tuple[np.ndarray, np.ndarray, np.ndarray]
     counts[places] = before + np.repeat(known - base, np.diff(starts, append=len(places)))
     column[grams] = known + np.append(base[1:], after[-1]) - base
     return counts
-
-
-class _GramTable:
-    """Hash of a gram -> its entry in `seen` and `followed`: open addressing with double hashing, at most half full.
-
-    28 bytes an entry, up to 56 where arrays have just doubled, 448 MiB at 2^24 entries. Hashes are taken for the
-    grams: among 2^24 of them two are the same with a probability of 1e-5.
-    """
-
-    def __init__(self, max_entries: int):
-        self.max_entries = max_entries
-        self.size = 1  # entry 0 marks an empty slot
-        self.slots = np.zeros(2, np.int32)
-        self.keys, self.seen, self.followed = np.zeros(1, np.int64), np.zeros(1, np.uint32), np.zeros(1, np.int64)
-
-    def has_room(self, number: int) -> bool:
-        return self.size + number <= self.max_entries
-
-    def find_or_add(self, keys: np.ndarray) -> np.ndarray:
-        """Entries of the keys, which may repeat; new ones start from zero counts."""
-        self._make_room(self.size + len(keys))
-        entries, pending, slots = np.empty(len(keys), np.int64), np.arange(len(keys)), self._first_slots(keys)
-        while len(pending):
-            found = self.slots[slots]
-            empty = np.flatnonzero(found == 0)
-            self._claim(slots[empty], keys[empty])
-            found[empty] = self.slots[slots[empty]]
-            hit = self.keys[found] == keys
-            entries[pending[hit]] = found[hit]
-            pending, keys, slots = pending[~hit], keys[~hit], slots[~hit]
-            slots = self._next_slots(slots, keys)
-        return entries
-
-    def _claim(self, slots: np.ndarray, keys: np.ndarray) -> None:
-        """New entries in empty slots; of several keys that want one slot, one has it."""
-        claims = np.arange(len(slots), dtype=np.int32)
-        self.slots[slots] = claims
-        winners = np.flatnonzero(self.slots[slots] == claims)
-        new = np.arange(self.size, self.size + len(winners))
-        self.slots[slots[winners]], self.keys[new] = new, keys[winners]
-        self.size += len(winners)
-
-    def _make_room(self, size: int) -> None:
-        if size > len(self.keys):
-            room = max(size, min(2 * len(self.keys), self.max_entries))
-            for name in ("keys", "seen", "followed"):
-                column = getattr(self, name)
-                setattr(self, name, np.concatenate([column, np.zeros(room - len(column), column.dtype)]))
-        if 2 * size > len(self.slots):
-            self.slots = np.zeros(1 << (2 * size - 1).bit_length(), np.int32)
-            entries, keys = np.arange(1, self.size, dtype=np.int32), self.keys[1 : self.size]
-            slots = self._first_slots(keys)
-            while len(entries):
-                free = self.slots[slots] == 0
-                self.slots[slots[free]] = entries[free]
-                left = self.slots[slots] != entries
-                entries, keys, slots = entries[left], keys[left], slots[left]
-                slots = self._next_slots(slots, keys)
-
-    def _first_slots(self, keys: np.ndarray) -> np.ndarray:
-        return keys & (len(self.slots) - 1)
-
-    def _next_slots(self, slots: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        return (slots + ((keys >> 40) | 1)) & (len(self.slots) - 1)
 
 
 def starts_untrained(first_loss: float, first: NgramLoss, vocab_size: int) -> bool:
