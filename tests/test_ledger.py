@@ -4,21 +4,17 @@ import collections
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipe.guards.ledger import (
-    Ledger,
-    Place,
-    _Hasher,
-    _Table,
-    check_overlap,
-    check_repetition,
-)
-from recipe.guards.thresholds import LEDGER_EVERY, LEDGER_MIN_ROWS, LEDGER_MIN_TOKENS, LEDGER_WINDOW
+from recipe.guards.guard import Finding
+from recipe.guards.hashtable import HashTable, SampledTable
+from recipe.guards.ledger import EVERY, MIN_ROWS, MIN_TOKENS, WINDOW, Ledger, hash_rows
+from recipe.guards.repetition import Repetition
 
 NATS = 4.0
 VOCAB = 2000
@@ -44,14 +40,23 @@ def pack(order: list[np.ndarray], size: int = 128, shift: int = 0) -> list[np.nd
     return blocks(np.concatenate(order)[shift:], size)
 
 
-def feed(ledger: Ledger, rows, start: int = 1, rows_per_step: int = 8, check=check_repetition, nats: float = NATS):
+def check_repetition(ledger: Ledger, step: int, nats: float = NATS, num_workers: int | None = None) -> Finding | None:
+    finding = Repetition.judge_repetition(ledger, nats, num_workers)
+    return finding and replace(finding, step=step)
+
+
+def check_overlap(ledger: Ledger, nats: float = NATS) -> Finding | None:
+    return Repetition.judge_overlap(ledger, nats)
+
+
+def feed(ledger: Ledger, rows, start: int = 1, rows_per_step: int = 8, nats: float = NATS):
     """Feed the rows on one rank, two rows in a micro-batch, and give back the findings of all steps."""
     findings = []
     for number in range(0, len(rows), rows_per_step):
         step = start + number // rows_per_step
         part = rows[number : number + rows_per_step]
-        ledger.observe_train(part, [Place(step, 0, index // 2, index % 2) for index in range(len(part))])
-        findings.append(check(ledger, step, ledger.tokens, nats))
+        ledger.observe_train(part, [(step, 0, index // 2, index % 2) for index in range(len(part))])
+        findings.append(check_repetition(ledger, step, nats))
     return [finding for finding in findings if finding is not None]
 
 
@@ -156,9 +161,9 @@ def test_without_a_measure_of_the_text_it_is_silent():
 
 def test_waits_for_enough_rows():
     findings = feed(Ledger(), blocks(text(0, 128 * 20)) * 10, rows_per_step=1)
-    assert findings[0].step == LEDGER_MIN_TOKENS // 128
+    assert findings[0].step == MIN_TOKENS // 128
     findings = feed(Ledger(), blocks(text(0, 512 * 20), 512) * 10, rows_per_step=1)
-    assert findings[0].step == LEDGER_MIN_ROWS
+    assert findings[0].step == MIN_ROWS
 
 
 # --- fires
@@ -201,7 +206,7 @@ def test_workers_that_each_read_the_whole_data():
     stream = [row for pair in pairs for _ in range(4) for row in pair]
     ledger = Ledger()
     feed(ledger, stream)
-    finding = check_repetition(ledger, 9, ledger.tokens, NATS, num_workers=4)
+    finding = check_repetition(ledger, 9, num_workers=4)
     assert finding.likely_causes[0] == "DataLoader workers each read the whole data, 4 of them"
     assert finding.evidence["share"] == pytest.approx(0.75, abs=0.01)
     assert feed(Ledger(), stream)[-1].likely_causes[0].startswith("DataLoader workers")
@@ -215,9 +220,9 @@ def on_ranks(ledger: Ledger, rows_of_rank, rows_per_step: int = 4):
         for rank, of_rank in enumerate(rows_of_rank):
             for index, row in enumerate(of_rank[start : start + rows_per_step]):
                 rows.append(row)
-                places.append(Place(step, rank, index // 2, index % 2))
+                places.append((step, rank, index // 2, index % 2))
         ledger.observe_train(rows, places)
-        finding = check_repetition(ledger, step, ledger.tokens, NATS) or finding
+        finding = check_repetition(ledger, step) or finding
     return finding
 
 
@@ -262,7 +267,7 @@ def test_recovers_when_new_data_comes():
     ledger = Ledger()
     assert feed(ledger, rows * 2)
     feed(ledger, blocks(text(1, 400_000)), start=1000)
-    assert check_repetition(ledger, 2000, ledger.tokens, NATS) is None
+    assert check_repetition(ledger, 2000) is None
 
 
 # --- passes
@@ -320,7 +325,7 @@ def test_resume_that_starts_at_the_first_document_again(tmp_path):
     rows, ledger = blocks(text(0, 100_000)), Ledger()
     assert feed(ledger, rows[:400]) == []
     ledger = reloaded(ledger, tmp_path)
-    ledger.mark_resume(50)
+    ledger.mark_resume()
     findings = feed(ledger, rows, start=51)
     assert findings[0].step <= 53, "16 rows are enough right after a resume"
     assert {finding.id for finding in findings if finding.step < 90} == {"resume_replay"}
@@ -330,7 +335,7 @@ def test_resume_that_starts_at_the_first_document_again(tmp_path):
 def test_resume_that_replays_a_few_steps_recovers():
     rows, ledger = blocks(text(0, 400_000)), Ledger()
     feed(ledger, rows[:400])
-    ledger.mark_resume(50)
+    ledger.mark_resume()
     findings = feed(ledger, rows[360:1400], start=51)
     assert {finding.id for finding in findings} == {"resume_replay"} and findings[-1].step < 130
     assert ledger.replay_since is None
@@ -340,21 +345,21 @@ def test_a_good_resume_is_silent(tmp_path):
     rows, ledger = blocks(text(0, 100_000)), Ledger()
     feed(ledger, rows[:400])
     ledger = reloaded(ledger, tmp_path)
-    ledger.mark_resume(50)
+    ledger.mark_resume()
     assert feed(ledger, rows[400:], start=51) == []
 
 
 def test_repetition_long_after_a_resume_is_no_replay():
     rows, ledger = blocks(text(0, 200_000)), Ledger()
     feed(ledger, rows[:400])
-    ledger.mark_resume(50)
+    ledger.mark_resume()
     assert {finding.id for finding in feed(ledger, rows[400:] + rows, start=51)} == {"repeated_data"}
 
 
 def test_repetition_that_was_there_before_the_resume_is_no_replay():
     rows, ledger = blocks(text(0, 60_000)), Ledger()
     feed(ledger, rows + rows[:300])
-    ledger.mark_resume(100)
+    ledger.mark_resume()
     assert {finding.id for finding in feed(ledger, rows[300:], start=101)} == {"repeated_data"}
 
 
@@ -378,7 +383,7 @@ def test_five_per_cent_of_the_eval_rows_in_train(eval_first, shift):
     feed(ledger, train_rows)
     if not eval_first:
         ledger.observe_eval(eval_rows)
-    finding = check_overlap(ledger, 9, ledger.tokens, NATS)
+    finding = check_overlap(ledger)
     assert finding.id == "train_eval_overlap" and finding.severity == "warning"
     covered = finding.evidence["first_covered_eval_rows"]
     assert len(covered) >= (9 if eval_first else 4) and max(covered) <= 10
@@ -390,7 +395,7 @@ def test_five_per_cent_of_the_train_rows_from_eval():
     train, rng = blocks(text(0, 100_000)), random.Random(0)
     mixed = [eval_rows[rng.randrange(20)] if rng.random() < 0.05 else row for row in train]
     feed(ledger, mixed)
-    finding = check_overlap(ledger, 9, ledger.tokens, NATS)
+    finding = check_overlap(ledger)
     assert finding.severity == "error" and finding.evidence["share"] > 0.5
 
 
@@ -403,7 +408,7 @@ def test_short_eval_rows_in_train(eval_first):
     ]
     for act in observe if eval_first else observe[::-1]:
         act()
-    assert check_overlap(ledger, 9, ledger.tokens, NATS).evidence["first_covered_eval_rows"] == [0, 1, 2, 3]
+    assert check_overlap(ledger).evidence["first_covered_eval_rows"] == [0, 1, 2, 3]
 
 
 def test_disjoint_eval_is_silent_and_comes_again_without_effect():
@@ -414,14 +419,14 @@ def test_disjoint_eval_is_silent_and_comes_again_without_effect():
         for start in range(0, 200, 16):
             ledger.observe_eval(eval_rows[start : start + 16])
         assert len(ledger.eval_rows) == 200 and ledger.eval_tokens == 200 * 128
-    assert check_overlap(ledger, 9, ledger.tokens, NATS) is None
+    assert check_overlap(ledger) is None
 
 
 def test_train_that_repeats_itself_is_no_overlap():
     ledger = Ledger()
     ledger.observe_eval(blocks(text(77, 50 * 128)))
     feed(ledger, blocks(text(0, 30_000)) * 3)
-    assert check_overlap(ledger, 9, ledger.tokens, NATS) is None
+    assert check_overlap(ledger) is None
 
 
 @pytest.mark.parametrize("source", [five_sentences, few_words, periodic, markov])
@@ -432,7 +437,7 @@ def test_repetitive_eval_is_no_overlap(source):
     ledger.observe_eval(blocks(stream[60_000:80_000], 256))
     feed(ledger, blocks(stream[80_000:], 256))
     # The callers' measure after 60,000 tokens; these sources tell 0.06 to 0.2 nats a token.
-    assert check_overlap(ledger, 9, ledger.tokens, 0.25) is None
+    assert check_overlap(ledger, 0.25) is None
 
 
 # --- state and bounds
@@ -449,7 +454,7 @@ def test_going_on_from_the_state_is_going_on(tmp_path):
     second = reloaded(first, tmp_path)
     assert same_state(first, second)
     for ledger in (whole, second):
-        ledger.mark_resume(75)
+        ledger.mark_resume()
     before, after = (feed(ledger, stream[600:], start=76) for ledger in (whole, second))
     assert before == after and before
     for ledger in (whole, second):
@@ -467,45 +472,61 @@ def test_memory_is_bounded_and_repetition_still_seen():
     ledger = Ledger(max_windows=4000, max_rows=500)
     assert feed(ledger, rows) == []
     windows, digests = ledger.tables["windows"], ledger.tables["digests"]
-    assert 2000 < windows.size <= 4000 and windows.every > LEDGER_EVERY and digests.size <= 500
+    assert 2000 < windows.size <= 4000 and windows.every > EVERY and digests.size <= 500
     assert ledger.rows.size <= windows.size + digests.size + 512
     finding = feed(ledger, rows, start=1000)[-1]
     assert finding.evidence["share"] > 0.9 and "in the same order" in finding.likely_causes[0]
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 2**64 - 1), unique=True, max_size=300), st.integers(0, 299), st.integers(2, 64))
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=300), st.integers(0, 299), st.integers(2, 64))
 def test_the_table_is_a_dictionary(keys, cut, limit):
-    table, expected = _Table(limit), {}
+    table, expected = SampledTable(limit), {}
     for part in (keys[:cut], keys[cut:]):
         values = np.arange(len(part)) + len(expected)
-        table.put(np.array(part, np.uint64), values)
+        kept = table.keeps(np.array(part, np.int64))
+        assert (table.add(np.array(part, np.int64)[kept], values[kept]) == values[kept]).all()
         expected |= dict(zip(part, values.tolist(), strict=True))
-    found = table.find(np.array(keys, np.uint64)).tolist()
+    found = table.find(np.array(keys, np.int64)).tolist()
     assert table.size <= limit
     assert found == [expected[key] if key % table.every == 0 else -1 for key in keys]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 2), max_size=60), max_size=6))
+def test_entries_of_repeated_keys(parts):
+    """In calls of any size: a key has one entry, numbers have no gap, absent keys have entry 0."""
+    table, entry_of = HashTable(1 << 10), {}
+    for part in parts:
+        keys = np.array(part, np.int64)
+        known = np.array([entry_of.get(key, 0) for key in part], np.int64)
+        assert np.array_equal(table.find(keys), known)
+        entries = table.find_or_add(keys).tolist()
+        for key, entry in zip(part, entries, strict=True):
+            assert entry_of.setdefault(key, entry) == entry
+    assert sorted(entry_of.values()) == list(range(1, table.size))
 
 
 # --- what is found, exactly
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.integers(LEDGER_WINDOW, 400), st.integers(0, 300), st.integers(0, 300))
+@given(st.integers(0, 10_000), st.integers(WINDOW, 400), st.integers(0, 300), st.integers(0, 300))
 def test_a_copied_stretch_is_seen_exactly_when_one_of_its_windows_is_kept(seed, length, before, after):
-    """Each of its n - 63 windows is kept with probability 1 / LEDGER_EVERY; what is seen spans the kept ones."""
+    """Each of its n - 63 windows is kept with probability 1 / EVERY; what is seen spans the kept ones."""
     rng = np.random.default_rng(seed)
     first = rng.integers(0, 30_000, 700)
     copied = first[100 : 100 + length]
     second = np.concatenate([rng.integers(30_000, 60_000, before), copied, rng.integers(30_000, 60_000, after)])
-    kept = np.flatnonzero(_Hasher()([copied]).key % LEDGER_EVERY == 0)
+    kept = np.flatnonzero(hash_rows([copied]).key % EVERY == 0)
     ledger = Ledger()
-    ledger.observe_train([first, second], [Place(1, 0, 0, 0), Place(1, 0, 0, 1)])
+    ledger.observe_train([first, second], [(1, 0, 0, 0), (1, 0, 0, 1)])
     copies = ledger._copies
     assert len(copies) == (len(kept) > 0)
     if len(kept):
         distance = len(first) + before - 100
         assert copies[0, 3] == distance
-        assert 0.98 * (kept[-1] - kept[0] + LEDGER_WINDOW) - 1 <= copies[0, 2] <= kept[-1] - kept[0] + LEDGER_WINDOW
+        assert 0.98 * (kept[-1] - kept[0] + WINDOW) - 1 <= copies[0, 2] <= kept[-1] - kept[0] + WINDOW
 
 
 @settings(max_examples=30, deadline=None)
@@ -516,8 +537,8 @@ def test_disjoint_random_rows_have_no_copies(seed, lengths):
     ledger.observe_eval([rng.integers(0, 50_000, length) for length in lengths])
     for step in range(3):
         rows = [rng.integers(0, 50_000, length) for length in lengths if length > 3]
-        ledger.observe_train(rows, [Place(step, 0, 0, index) for index in range(len(rows))])
-    assert len(ledger._copies) == 0 and not ledger._eval_hits
+        ledger.observe_train(rows, [(step, 0, 0, index) for index in range(len(rows))])
+    assert len(ledger._copies) == 0 and not ledger._eval_hits.any()
 
 
 @settings(max_examples=30, deadline=None)
@@ -525,11 +546,11 @@ def test_disjoint_random_rows_have_no_copies(seed, lengths):
 def test_hashes_depend_on_the_window_and_on_nothing_else(lengths, seed):
     rng = np.random.default_rng(seed)
     rows = [rng.integers(0, 3, length) for length in lengths if length] or [np.array([1])]
-    hashed, keys = _Hasher()(rows), {}
+    hashed, keys = hash_rows(rows), {}
     for row, at, key in zip(hashed.row, hashed.at, hashed.key, strict=True):
         start = at - hashed.start[row]
-        keys.setdefault(rows[row][start : start + LEDGER_WINDOW].tobytes(), set()).add(int(key))
-    assert len(hashed.key) == sum(max(0, len(row) - LEDGER_WINDOW + 1) for row in rows)
+        keys.setdefault(rows[row][start : start + WINDOW].tobytes(), set()).add(int(key))
+    assert len(hashed.key) == sum(max(0, len(row) - WINDOW + 1) for row in rows)
     assert all(len(found) == 1 for found in keys.values())
     assert len(set.union(set(), *keys.values())) == len(keys)
-    assert [int(_Hasher()([row]).digest[0]) for row in rows] == hashed.digest.tolist()
+    assert [int(hash_rows([row]).digest[0]) for row in rows] == hashed.digest.tolist()
