@@ -36,7 +36,7 @@ def test_without_the_label_shift_the_probe_speaks_before_step_1(tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("trajectory", "guard", "found"),
-    [("auto", "loss_off_reference", "too good to be true"), ("none", "loss_below_envelope", "under what counting")],
+    [("auto", "loss_off_reference", "too good to be true"), ("none", "loss_below_envelope", "below n-grams")],
 )
 def test_with_the_probe_disabled_each_curve_guard_fires_by_itself(tmp_path, monkeypatch, trajectory, guard, found):
     """Within 120 steps, where the original run was at a loss of 1.8."""

@@ -59,12 +59,12 @@ class LossBelowEnvelope(Guard):
             return None
         return cls.finding(
             "warning",
-            found=f"mean loss {loss:.2f} of {cls.WINDOW} steps is {floor - loss:.2f} below the n-gram baseline",
-            expected=f"{floor - cls.MARGIN:.2f} or more (baseline {floor:.2f})",
+            found=f"loss {loss:.2f}, {floor - loss:.2f} below n-grams",
+            expected=f"at least {floor:.2f} - {cls.MARGIN}",
             causes=(
-                "target leakage: labels are not shifted",
+                "labels are not shifted",
                 "attention is not causal",
-                "the model was trained before, or on this data before",
+                "the model was trained before, or on this data",
                 "data whose rule a model learns faster than counts can (synthetic sequences)",
             ),
             action="do not trust this loss; read the probes' findings first",

@@ -158,25 +158,14 @@ class Repetition(Guard):
         least = warn if seen.passes else ledger.INFO_SHARE
         if share < least and not is_aligned:
             return None
-        cause, evidence = cls.find_origin(seen, copies, num_workers)
-        if since is not None:
-            cause = "the position in the data was not restored"
-        others = (
-            "the stream ended and began again",
-            "DataLoader workers or ranks read the same data",
-            "the corpus holds its documents more than once",
-        )
+        causes, evidence = cls.find_origin(seen, copies, num_workers)
         shares = {"share": float(share), "whole_row_share": float(whole), "near_whole_row_share": float(near)}
-        numbers = {
-            "recent_tokens": tokens,
-            "nats_per_token": nats_per_token,
-            "passes_declared": seen.passes,
-        }
+        numbers = {"tokens": tokens, "nats_per_token": nats_per_token, "passes_declared": seen.passes}
         return cls.finding(
             "warning" if share >= warn or is_aligned or since is not None else "info",
-            found=f"{share:.0%} of the last {tokens:,} tokens are copies",
-            expected=f"under {least:.0%}" + (" from within a tenth of a pass" if seen.passes else ""),
-            causes=(cause, *(other for other in others if not cause.startswith(other[:16]))),
+            found=f"{share:.0%} of {tokens:,} recent tokens copied",
+            expected=f"under {least:.0%}" + (" within a tenth of a pass" if seen.passes else ""),
+            causes=causes,
             action="count the documents that the loader gives out: verify-data, or a set of their indices",
             evidence=evidence | shares | numbers,
             id=REPEATED if since is None else REPLAYED,
@@ -189,27 +178,35 @@ class Repetition(Guard):
         return len(starts) >= cls.ALIGNED_ROWS and bool(starts[-1] - starts[0] >= cls.ALIGNED_SPREAD * tokens)
 
     @classmethod
-    def find_origin(cls, seen: Ledger, copies: np.ndarray, num_workers: int | None) -> tuple[str, dict]:
-        """Where most of the copied tokens come from, as a likely cause, and its numbers."""
+    def find_origin(cls, seen: Ledger, copies: np.ndarray, num_workers: int | None) -> tuple[tuple, dict]:
+        """Where most of the copied tokens come from, as likely causes, and its numbers."""
         tokens, distance = copies[:, 1], copies[:, 3]
         now, then = seen.rows.places(copies[:, 0]), seen.rows.places(copies[:, 5])
         micro_steps, same_rank = seen.micro_steps_apart(copies), now[:, 1] == then[:, 1]
         near = micro_steps < (num_workers or cls.FEW_MICRO_STEPS)
         typical = float(np.median(distance))
         same_distance = abs(distance - typical) <= 0.01 * typical
-        if tokens[near & ~same_rank].sum() > 0.5 * tokens.sum():
+        if seen.replay_since is not None:
+            cause = "the data position was not restored"
+        elif tokens[near & ~same_rank].sum() > 0.5 * tokens.sum():
             cause = "ranks read the same data"
         elif tokens[near & same_rank & (micro_steps > 0)].sum() > 0.5 * tokens.sum():
             workers = f", {num_workers} of them" if num_workers else ""
             cause = f"DataLoader workers each read the whole data{workers}"
             if num_workers == 0:
-                cause = "the iterator starts again or does not advance: same rows a few micro-batches later"
+                cause = "the iterator starts again or does not advance"
         elif tokens[same_distance].sum() > 0.9 * tokens.sum():
             cause = f"the stream ended after {typical:,.0f} tokens and began again in the same order"
         else:
-            cause = f"the stream ended and began again in another order, about {typical:,.0f} tokens later, undeclared"
+            cause = "the stream ended and began again in another order"
         first, again = (dict(zip(PLACE, map(int, place), strict=False)) for place in (then[-1], now[-1]))
-        return cause, {"first_consumed": first, "again": again, "typical_distance_tokens": typical}
+        others = (
+            "the stream ended and began again",
+            "DataLoader workers or ranks read the same data",
+            "the corpus holds its documents more than once",
+        )
+        causes = (cause, *(other for other in others if not cause.startswith(other[:16])))
+        return causes, {"first_consumed": first, "again": again, "typical_distance_tokens": typical}
 
     @classmethod
     def judge_overlap(cls, seen: Ledger, nats_per_token: float) -> Finding | None:
@@ -221,10 +218,10 @@ class Repetition(Guard):
             return None
         return cls.finding(
             "error" if share >= cls.OVERLAP_ERROR else "warning",
-            found=f"{len(covered)} of {len(level)} eval rows ({share:.1%}) are mostly in the training data",
+            found=f"{share:.1%} of {len(level)} eval rows in training",
             expected=f"under {cls.OVERLAP_WARN:.0%}",
             causes=(
-                "the train stream reads the held-out documents",
+                "training reads held-out documents",
                 "the data was split after it was shuffled or multiplied",
                 "the corpus holds copies of its documents",
             ),
