@@ -241,6 +241,24 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
+@contextmanager
+def frozen(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    """In this mode and with frozen weights: no memory for their gradients, no casts left in autocast's cache.
+    Afterwards the modes, the weights and torch's random generators are what they were before."""
+    modes = {module: module.training for module in model.modules()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    devices = {parameter.device for parameter in trainable if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            model.train(training).requires_grad_(False)
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+
 def _plain_attributes(module: torch.nn.Module) -> dict:
     """Its mode, and what it may count in its forward pass."""
     return {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
