@@ -112,7 +112,7 @@ class Guard:
         rules_out: own id -> word in the likely causes of symptoms that are dropped when this probe finds nothing.
         judges_curve: it holds the loss curve against an expectation.
         on_every_rank: `before_step`, `after_step`, `measure` and `save` run on all ranks, not on the main process alone.
-        of_one_resume: its findings are about the last resume; the next one forgets them.
+        of_one_resume: ids whose findings are about the last resume; the next one forgets them.
         state: what must survive a resume: JSON-able values and numpy arrays. The runner saves and restores it.
     """
 
@@ -124,7 +124,7 @@ class Guard:
     rules_out: ClassVar[Mapping[str, str]] = {}
     judges_curve: ClassVar[bool] = False
     on_every_rank: ClassVar[bool] = False
-    of_one_resume: ClassVar[bool] = False
+    of_one_resume: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self):
         self.state: dict[str, Any] = {}

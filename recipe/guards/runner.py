@@ -172,7 +172,7 @@ class Reporter:
     def load(self, state: dict) -> None:
         for name, each in state["open"].items():
             finding = as_finding(each["finding"])
-            if finding is not None and name in self.guard_of and not self.guard_of[name].of_one_resume:
+            if finding is not None and name in self.guard_of and name not in self.guard_of[name].of_one_resume:
                 checks = {str(check): int(count) for check, count in each["checks"].items()}
                 self.open[name] = Open(finding, checks)
         self.judged_steps.update({name: int(count) for name, count in state["judged_steps"].items()})
