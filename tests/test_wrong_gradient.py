@@ -16,13 +16,12 @@ from transformers import (
     Trainer,
 )
 
-from recipe.guards.finding import CannotJudge, Finding
-from recipe.guards.preflight import undisturbed
-from recipe.guards.probes.gradient import Watched, judge, probe_gradient
+from recipe.guards.guard import CannotJudge, Finding
+from recipe.guards.sandbox import undisturbed
+from recipe.guards.wrong_gradient import Watched, WrongGradient
 from tests.test_guards_on_runs import alarms, check_first, check_healthy, make_model, train
 
 IDS = torch.randint(3, 250, (2, 64), generator=torch.Generator().manual_seed(1))
-WHERE = {"step": 7, "tokens_seen": 99}
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 TINY = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": None}
 
@@ -32,11 +31,11 @@ def model_loss(model) -> torch.Tensor:
 
 
 def probe(model, loss=model_loss, is_alone: bool = True) -> Finding | None:
-    def loss_of():
+    def compute_loss():
         torch.manual_seed(5)
         return loss(model)
 
-    return probe_gradient(model.train(), loss_of, WHERE, is_alone)
+    return WrongGradient.judge_model(model.train(), compute_loss, is_alone)
 
 
 def gpt2(dropout: dict = DROPOUT, **checkpointing) -> GPT2LMHeadModel:
@@ -93,12 +92,12 @@ def reduced(hidden: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("change", [HalfTwice.apply, reduced], ids=["function", "hook"])
 def test_a_wrong_backward_is_caught(change, steps):
     finding = probe(trained(after_layer(change), steps))
-    assert (finding.id, finding.severity, finding.step, finding.tokens_seen) == ("wrong_gradient", "warning", 7, 99)
+    assert (finding.id, finding.severity) == ("wrong_gradient", "warning")
     assert abs(finding.evidence["ratios"][0] - 1) > 0.05 and not finding.evidence["stops_gradients"]
 
 
 @pytest.mark.parametrize("is_reentrant", [True, False])
-def test_dropout_drawn_anew_by_checkpointing_is_caught(is_reentrant):
+def test_dropout_drawn_again_by_checkpointing_is_caught(is_reentrant):
     finding = probe(gpt2(use_reentrant=is_reentrant, preserve_rng_state=False))
     assert finding.severity == "warning" and "activation checkpointing" in finding.found
     assert finding.evidence["gap"] > 0.3
@@ -106,7 +105,7 @@ def test_dropout_drawn_anew_by_checkpointing_is_caught(is_reentrant):
     assert probe(gpt2(no_dropout, use_reentrant=is_reentrant, preserve_rng_state=False)) is None
 
 
-def test_a_detached_residual_path_is_said():
+def test_a_detached_residual_path_is_found():
     """As information: it may be on purpose."""
     model = make_model()
     layer = model.model.layers[1]
@@ -172,7 +171,7 @@ def summed(model):
 
 
 @pytest.mark.parametrize("loss", [smoothed, with_z_loss, noisy, summed])
-def test_losses_of_ones_own_are_judged_and_silent(loss):
+def test_custom_losses_are_judged_and_silent(loss):
     assert probe(make_model(), loss) is None
     assert probe(trained(make_model(), 20), loss) is None
 
@@ -234,9 +233,10 @@ def test_rounded_weights_and_routing_are_no_alarm(make, steps):
         assert "not smooth" in str(reason)
 
 
-def test_another_loss_each_time_is_no_verdict():
-    with pytest.raises(CannotJudge, match="another one each time"):
-        probe(make_model(), lambda model: model_loss(model) * (1 + random.Random().random() / 100))
+def test_a_loss_that_differs_each_time_is_no_verdict():
+    draws = random.Random(1)
+    with pytest.raises(CannotJudge, match="differs each time"):
+        probe(make_model(), lambda model: model_loss(model) * (1 + draws.random() / 100))
 
 
 def test_a_gradient_near_zero_is_no_verdict():
@@ -253,9 +253,9 @@ def test_a_loss_that_is_not_finite_is_no_verdict():
 
 def test_steps_that_disagree_are_no_verdict():
     with pytest.raises(CannotJudge, match="steps of different sizes"):
-        judge([1.5, 1.3, 1.6], (2.0, 2.0), Watched(), WHERE)
-    assert judge([1.5, 1.5, 1.5], (2.0, 2.0), Watched(), WHERE).severity == "warning"
-    assert judge([1.04, 1.04, 1.04], (2.0, 2.0), Watched(), WHERE).severity == "info"
+        WrongGradient.judge([1.5, 1.3, 1.6], (2.0, 2.0), Watched())
+    assert WrongGradient.judge([1.5, 1.5, 1.5], (2.0, 2.0), Watched()).severity == "warning"
+    assert WrongGradient.judge([1.04, 1.04, 1.04], (2.0, 2.0), Watched()).severity == "info"
 
 
 @pytest.mark.parametrize("is_wrong", [False, True])
@@ -330,6 +330,6 @@ class OwnLoss(Trainer):
         return towards_itself(model)
 
 
-def test_a_loss_of_ones_own_on_a_run(tmp_path):
+def test_a_custom_loss_on_a_run(tmp_path):
     guards = train(tmp_path, trainer_class=OwnLoss)
     assert "wrong_gradient" not in dict(alarms(guards))
