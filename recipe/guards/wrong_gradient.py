@@ -131,11 +131,8 @@ class WrongGradient(Guard):
             raise CannotJudge("the loss is not smooth: steps of different sizes give different slopes")
         found = f"a step along the gradient changes the loss by {ratios[0]:.3f} of what it says"
         found += " (gradients are stopped somewhere, perhaps on purpose)" if watched.is_stopped else ""
-        causes = (
-            "a custom backward (function, fused loss, kernel) that does not fit its forward",
-            "a hook or a detach inside the model, perhaps on purpose (scaled, reversed, clipped)",
-            "an auxiliary loss that is in backward only",
-        )
+        causes = ("a custom backward that does not fit its forward", "a hook or a detach inside the model")
+        causes += ("an auxiliary loss that is in backward only",)
         action = "replace fused or custom parts by plain PyTorch one by one; run torch.autograd.gradcheck on each"
         severity = "info" if watched.is_stopped or off <= cls.FAR_OFF else "warning"
         evidence = {"ratios": ratios, "stops_gradients": watched.is_stopped}
