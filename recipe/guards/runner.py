@@ -202,7 +202,7 @@ class Runner:
     def setup(self, run: Run) -> None:
         for guard in list(self.guards):
             try:
-                if not run.has_tokens and {"tokens", "head", "ngrams"} & set(guard.taps):
+                if not run.has_tokens and guard.taps and set(guard.taps) <= {"tokens", "head", "ngrams"}:
                     raise NotApplicable(f"a micro-batch without input_ids ({type(run.inputs).__name__})")
                 with self._isolated(guard):
                     guard.setup(run)
