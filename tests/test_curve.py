@@ -116,7 +116,7 @@ def test_a_history_that_was_cut_and_continued_gives_the_same():
 def test_a_jump_of_the_gradient_norm_is_named_with_that_of_the_loss():
     losses = [3.0] * WINDOW + [9.0] * RECENT
     finding = spike(losses, [0.5] * WINDOW + [50.0] * RECENT)
-    assert finding.likely_causes[0] == "the gradient norm went up from 0.5 to 50"
+    assert finding.likely_causes[0] == "gradient norm up from 0.5 to 50"
     assert (finding.evidence["grad_norm_before"], finding.evidence["grad_norm_now"]) == (0.5, 50.0)
     calm = [0.5] * WINDOW + [0.4 * LossSpike.NORM_FACTOR] * RECENT
     for norms in (calm, [None] * FULL, [0.5] * WINDOW + [NAN] * RECENT, ()):

@@ -56,7 +56,7 @@ class LossNotFinite(Guard):
         action = "the weights are lost: go back to the last checkpoint with a lower learning rate or in fp32"
         if is_zero:
             causes, action = ("every label masked (-100)", "an empty batch"), "look at the labels of this batch"
-        return cls.finding("error", found, "a finite loss above 0", causes, action, evidence)
+        return cls.finding("error", found, "finite, above 0", causes, action, evidence)
 
     @classmethod
     def judge_dropped(cls, total: float, before: float, now: float) -> Finding | None:
@@ -64,7 +64,7 @@ class LossNotFinite(Guard):
         its gradient before clipping and at the step."""
         if math.isfinite(total) or not (math.isfinite(before) and math.isfinite(now)):
             return None
-        found = "a micro-batch's gradient is not finite, and was dropped"
-        causes = ("the training step hides a loss that is not finite",)
+        found = "a gradient that is not finite was dropped"
+        causes = ("a hidden loss that is not finite",)
         action = "look at the batches of this step; the loss that is logged is not theirs"
         return cls.finding("error", found, "finite", causes, action, {"at_step": before})

@@ -60,9 +60,9 @@ class GradNorm(Guard):
         wanted, done = max_norm / norm, now / before
         if not done > cls.UNCLIPPED * wanted:
             return None
-        found = f"gradients of norm {norm:.3g} were scaled by {done:.3g}"
-        expected = f"by {wanted:.3g}, to max_grad_norm {max_norm:g}"
-        causes = ("clipping measures the norm and changes nothing", "another limit than the one asked for")
+        found = f"gradient norm {norm:.3g} scaled by {done:.3g}"
+        expected = f"by {wanted:.3g}, to {max_norm:g}"
+        causes = ("clipping changes nothing", "another limit than the one asked for")
         action = "compare a parameter's gradient before and after clip_grad_norm_"
         evidence = {"grad_norm": norm, "scaled_by": done}
         return cls.finding("warning", found, expected, causes, action, evidence, check="scaling")
@@ -73,7 +73,7 @@ class GradNorm(Guard):
         less may be on purpose (a limit for each parameter besides); next to nothing is no step."""
         if norm is None or max_norm <= 0 or not clipped_norm < cls.CLIPPED_AWAY * min(norm, max_norm):
             return None
-        found, expected = f"gradients of norm {norm:.3g} were clipped to {clipped_norm:.3g}", min(norm, max_norm)
+        found, expected = f"gradient norm {norm:.3g} clipped to {clipped_norm:.3g}", min(norm, max_norm)
         causes, action = ("gradients are unscaled after clipping",), "unscale the gradients before clip_grad_norm_"
         evidence = {"grad_norm": norm, "clipped_norm": clipped_norm}
         return cls.finding("warning", found, f"to {expected:.3g}", causes, action, evidence, check="left")
@@ -96,7 +96,7 @@ class GradNorm(Guard):
                 ("learning rate too high", "a bad batch"),
                 "look at the loss beside it",
             )
-        found = f"gradient norm {norm:.2f} before clipping"
+        found = f"gradient norm {norm:.2f}"
         expected = f"{phase['low']} to {phase['high']} in steps {phase['from_step']} to {phase['to_step']}"
         evidence = {"reference": reference.name, "window": reference.window, "median_grad_norm": norm, **phase}
         return cls.finding(severity, found, expected, causes, action, evidence, check="phase")

@@ -46,14 +46,14 @@ class InitialLoss(Guard):
             causes = ("target leakage", "the weights are not new", "the loss is divided twice")
             action = "read the probes' findings first"
         else:
-            causes = ("weights are drawn from too wide a distribution", "the loss is summed, not averaged")
+            causes = ("initial weights too wide", "the loss is summed, not averaged")
             action = "look at initializer_range and at the loss's reduction"
-        found, expected = f"first loss {loss:.2f}", f"ln({vocab_size:,}) = {guess:.2f} or somewhat more"
+        found, expected = f"first loss {loss:.2f}", f"ln({vocab_size:,}) = {guess:.2f} or more"
         return cls.finding("info", found, expected, causes, action, {"loss": loss}, check=PROBE)
 
     @classmethod
     def judge_shares(cls, vocab_size: int) -> Finding:
         lowest = math.log(1 + (vocab_size - 1) / math.e)  # cross entropy of a 1 among zeros
-        found = f"logits are probabilities: the loss cannot fall below {lowest:.2f}"
-        causes, action = ("softmax in the model's head, and again in the loss",), "return logits, without softmax"
-        return cls.finding("error", found, "logits, before softmax", causes, action, {"lowest": lowest}, check=PROBE)
+        found = f"logits are probabilities: no loss below {lowest:.2f}"
+        causes, action = ("softmax in the model's head",), "return what the head gives: the loss applies softmax"
+        return cls.finding("error", found, "logits", causes, action, {"lowest": lowest}, check=PROBE)

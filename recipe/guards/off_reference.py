@@ -54,15 +54,15 @@ class LossOffReference(Guard):
         flags = [flag for flag in reference.red_flags if step < flag["before_step"] and loss < flag["loss_below"]]
         if not flags and (band is None or band.low <= loss <= band.high):
             return None
-        expected = f"{band.low:.2f} to {band.high:.2f} (reference {reference.name})" if band is not None else ""
+        expected = f"{band.low:.2f} to {band.high:.2f}" if band is not None else ""
         if flags:
             expected = f"not below {flags[0]['loss_below']} before step {flags[0]['before_step']}"
         if flags or loss < band.low:
             severity, found = "warning", f"loss {loss:.2f}, too good to be true"
-            causes = ("target leakage (labels not shifted, attention not causal)", "repeated data", "easier data")
+            causes = ("labels not shifted, attention not causal", "repeated data", "easier data")
             action = "do not trust this run; read the probes' findings first"
         else:
-            severity, found = reference.above, f"loss {loss:.2f}, falling slower than its reference"
+            severity, found = reference.above, f"loss {loss:.2f}, above its reference"
             causes = ("another learning rate or schedule", "labels shifted twice", "harder data")
             action = "compare run.json with the reference's provenance"
         return cls.finding(severity, found, expected, causes, action, evidence)

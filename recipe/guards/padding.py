@@ -51,12 +51,12 @@ class PaddingIsTarget(Guard):
     @classmethod
     def judge(cls, targets: int, padding: int, rows: int, filled: int, check: str = STEP) -> Finding | None:
         if filled >= max(cls.FILLED_ROWS, cls.FILLED_SHARE * rows):
-            found, expected = f"{filled:,} of {rows:,} rows hold one token only", "rows of text"
-            causes = ("files preallocated and not filled to the end", "rows of padding alone")
+            found, expected = f"{filled:,} of {rows:,} rows hold one token", "text"
+            causes = ("files not filled to the end", "rows of padding alone")
             action = "leave these rows out, or mask their labels"
         elif padding >= max(cls.MIN_TARGETS, cls.MIN_SHARE * targets):
-            found, expected = f"{padding:,} of {targets:,} scored targets are padding", "none: their labels are -100"
-            causes = ("labels are a copy of padded input_ids", "the collator masks another token than the pad token")
+            found, expected = f"{padding:,} of {targets:,} targets are padding", "none: labels of -100"
+            causes = ("labels copy padded input_ids", "the collator masks another token than the pad token")
             action = "labels[attention_mask == 0] = -100"
         else:
             return None

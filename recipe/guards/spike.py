@@ -65,13 +65,13 @@ class LossSpike(Guard):
             found = f"loss at least {min(recent):.2f} in {cls.RECENT} steps"
             causes = ("learning rate too high", "a stretch of broken or very different data", "numerical trouble")
             if before and now > cls.NORM_FACTOR * before:
-                causes = (f"the gradient norm went up from {before:.3g} to {now:.3g}", *causes)
+                causes = (f"gradient norm up from {before:.3g} to {now:.3g}", *causes)
         elif is_first_pass and max(recent) < low_enough:
-            found = f"loss fell to {max(recent):.2f} or less within {cls.RECENT} steps"
-            causes = ("target leakage, or repeated data", "labels of most tokens masked", "a stretch of trivial data")
+            found = f"loss fell to {max(recent):.2f} in {cls.RECENT} steps"
+            causes = ("target leakage or repeated data", "labels of most tokens masked", "a stretch of trivial data")
         else:
             return None
-        expected = f"near {median:.2f} ({min(window):.2f} to {max(window):.2f} before)"
         action = "look at the gradient norm and the data of these steps"
-        evidence = {"recent": list(recent), "robust_sd": robust_sd, "grad_norm_before": before, "grad_norm_now": now}
-        return cls.finding("warning", found, expected, causes, action, evidence)
+        evidence = {"median": median, "robust_sd": robust_sd, "lowest": min(window), "highest": max(window)}
+        evidence |= {"recent": list(recent), "grad_norm_before": before, "grad_norm_now": now}
+        return cls.finding("warning", found, f"near {median:.2f}, as before", causes, action, evidence)

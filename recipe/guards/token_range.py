@@ -6,7 +6,7 @@ from recipe.guards.guard import PROBE, STEP, CannotJudge, Finding, Guard, Verdic
 from recipe.guards.ngrams import NO_VOCABULARY
 from recipe.guards.run import tokenizer_sizes_of
 
-CAUSES = ("the tokenizer belongs to another model", "tokens were added and the embedding not resized")
+CAUSES = ("tokenizer of another model", "tokens were added and the embedding not resized")
 ACTION = "take the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer))"
 
 
@@ -49,7 +49,7 @@ class TokenRange(Guard):
         if lowest >= 0 and highest < rows:
             return None
         severity, found = "error" if highest >= rows else "warning", f"token ids from {lowest:,} to {highest:,}"
-        expected = f"0 to {rows - 1:,}, the rows of the embedding"
+        expected = f"0 to {rows - 1:,}, the embedding"
         evidence = {"lowest": lowest, "highest": highest, "embedding_rows": rows}
         return cls.finding(severity, found, expected, CAUSES, ACTION, evidence, check=check)
 
@@ -59,7 +59,7 @@ class TokenRange(Guard):
         if max(base, total) <= rows:
             return None
         severity, size, of = ("warning", base, "") if base > rows else ("info", total, " with the added ones")
-        found = f"a tokenizer of {size:,} tokens{of}"
-        expected = f"{rows:,} at most, the rows of the embedding"
+        found = f"tokenizer of {size:,} tokens{of}"
+        expected = f"{rows:,} at most, the embedding"
         evidence = {"base": base, "total": total, "embedding_rows": rows}
         return cls.finding(severity, found, expected, CAUSES, ACTION, evidence, check=PROBE)
