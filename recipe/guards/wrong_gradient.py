@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from recipe.guards.evaluation import MAX_DIFFERENCE_FP32
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
 from recipe.guards.sandbox import generators_now, restore_generators, without_autocast
+from recipe.internals import is_grad_switch
 
 DISCRETE = {"round", "sign", "floor", "ceil", "trunc", "heaviside", "topk", "argmax", "argmin", "sort", "argsort"}
 # Of the whole gradient's norm: below, a parameter's gradient is mostly rounding (biases of keys: all of it).
@@ -131,11 +132,8 @@ class WrongGradient(Guard):
             raise CannotJudge("the loss is not smooth: steps of different sizes give different slopes")
         found = f"a step along the gradient changes the loss by {ratios[0]:.3f} of what it says"
         found += " (gradients are stopped somewhere, perhaps on purpose)" if watched.is_stopped else ""
-        causes = (
-            "a custom backward (function, fused loss, kernel) that does not fit its forward",
-            "a hook or a detach inside the model, perhaps on purpose (scaled, reversed, clipped)",
-            "an auxiliary loss that is in backward only",
-        )
+        causes = ("a custom backward that does not fit its forward", "a hook or a detach inside the model")
+        causes += ("an auxiliary loss that is in backward only",)
         action = "replace fused or custom parts by plain PyTorch one by one; run torch.autograd.gradcheck on each"
         severity = "info" if watched.is_stopped or off <= cls.FAR_OFF else "warning"
         evidence = {"ratios": ratios, "stops_gradients": watched.is_stopped}
@@ -195,7 +193,7 @@ class Watched(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
         tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, torch.Tensor)]
-        if func is torch._C._set_grad_enabled:
+        if is_grad_switch(func):
             self._in_no_grad = not args[0] and (torch.is_grad_enabled() or self._in_no_grad)
         elif name.rstrip("_") in DISCRETE or name.startswith("fake_quantize"):
             self.is_discrete |= any(value.is_floating_point() for value in tensors)
