@@ -31,6 +31,16 @@ def hardware_defaults() -> dict:
     return {"bf16": torch.cuda.is_bf16_supported(including_emulation=False), "tf32": capability >= (8, 0)}
 
 
+def agree_on_tf32() -> None:
+    """Give torch's two settings of TF32 one value: that of the newer, which is the only one that transformers sets.
+
+    torch.compile of torch 2.9 and 2.10, and `max-autotune` in later ones, read the older setting and raise where it
+    differs (pytorch#166387).
+    """
+    is_on = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    torch.set_float32_matmul_precision("high" if is_on else "highest")
+
+
 def build_model(
     *,
     model_config: str | None,

@@ -21,7 +21,7 @@ from recipe.errors import DataError, UserError, exit_code_of, message_of
 from recipe.guards import RegressionCallback
 from recipe.guards.trajectory import load_reference
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
-from recipe.model import build_model, choose_attention, why_not_compile
+from recipe.model import agree_on_tf32, build_model, choose_attention, why_not_compile
 from recipe.results import Outcome, conclude, describe_run
 from recipe.trainer import (
     PretrainTrainer,
@@ -124,6 +124,8 @@ def open_run(config: Config) -> Path:
     # Set in place: `dataclasses.replace` would run TrainingArguments' `__post_init__` a second time.
     training.output_dir, training.max_steps = str(chosen[0]), config.max_steps
     training.dataloader_pin_memory = training.device.type == "cuda"  # without an accelerator it only warns
+    if training.device.type == "cuda":
+        agree_on_tf32()
     return chosen[0]
 
 

@@ -64,7 +64,7 @@ class Report:
             value = function()
         except Exception as error:
             traceback.print_exc()
-            value = {"error": first_line(error)}
+            value = {**self.values.get(name, {}), "error": first_line(error)}
         self.put(name, value)
         self.put("seconds", {**self.values.get("seconds", {}), name: time.monotonic() - started})
 

@@ -15,7 +15,7 @@ from tests.gpu.tokens import ROOT, load_ids, write_source
 
 FLAGSHIP = ROOT / "recipe" / "configs" / "llama_180m.json"
 MODEL = ROOT / "recipe" / "configs" / "llama_180m_model.json"
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2}
 GIB = 1 << 30
 # Micro-batches of the 180M by the device's memory: at bf16, 16 rows of 1,024 keep about 25 GiB of activations in
@@ -45,12 +45,12 @@ class Scale:
 
     @property
     def rows_per_step(self) -> int:
-        return 8 if self.is_tiny else 48
+        return 4 if self.is_tiny else 48
 
     @property
     def micro_batch(self) -> int:
         if self.is_tiny:
-            return 4
+            return 2
         memory = torch.cuda.get_device_properties(0).total_memory / GIB
         return next(rows for least, rows in ROWS_BY_MEMORY if memory >= least)
 

@@ -62,7 +62,10 @@ def run(scale: Scale, report: Report, folder: Path) -> None:
 def flops(model, scale: Scale) -> dict[str, int]:
     whole = count_flops_per_token(model, scale.block_size)
     config = model.config
-    return {"6N": whole - 12 * config.num_hidden_layers * config.hidden_size * scale.block_size, "with attention": whole}
+    return {
+        "6N": whole - 12 * config.num_hidden_layers * config.hidden_size * scale.block_size,
+        "with attention": whole,
+    }
 
 
 # --- arms
@@ -246,9 +249,7 @@ def allocated(scale: Scale) -> int:
 # --- the recipe
 
 
-def recipe_arms(
-    scale: Scale, report: Report, folder: Path, bare: BareLoop, is_compiled: bool, turns: Turns
-) -> dict:
+def recipe_arms(scale: Scale, report: Report, folder: Path, bare: BareLoop, is_compiled: bool, turns: Turns) -> dict:
     name = COMPILED if is_compiled else EAGER
     use_tf32(scale, True)
     resident = allocated(scale) - bare.bytes
@@ -325,7 +326,8 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, dict]:
     found = {}
     for (first, ours), (second, others) in itertools.permutations(seconds.items(), 2):
         pairs = [a / b for a, b in zip(ours, others, strict=False)]
-        if first.endswith(ON) and second.endswith(OFF) or second == BARE and pairs:
+        is_wanted = second == BARE or (first.endswith(ON) and second.endswith(OFF))
+        if pairs and is_wanted:
             found[f"{first} / {second}"] = {"median": statistics.median(pairs), "all": pairs}
     return found
 
@@ -348,9 +350,7 @@ class Blocks(torch.utils.data.Dataset):
         return {"input_ids": row, "labels": row}
 
 
-def stock_arms(
-    scale: Scale, report: Report, folder: Path, bare: BareLoop, is_tuned: bool, turns: Turns
-) -> dict:
+def stock_arms(scale: Scale, report: Report, folder: Path, bare: BareLoop, is_tuned: bool, turns: Turns) -> dict:
     """transformers.Trainer as it comes: fp32 without TF32, eager, its own defaults. `is_tuned`: bf16 and compiled."""
     name = STOCK_TUNED if is_tuned else STOCK
     resident = allocated(scale) - bare.bytes
@@ -402,4 +402,6 @@ def utilization(values: dict) -> dict[str, dict[str, float]]:
         for arm, speed in values.get(name, {}).get("tokens/s", {}).items()
     }
     counts = values["FLOPs a token"]
-    return {arm: {way: speed * count / (rate * 1e12) for way, count in counts.items()} for arm, speed in speeds.items()}
+    return {
+        arm: {way: speed * count / (rate * 1e12) for way, count in counts.items()} for arm, speed in speeds.items()
+    }
