@@ -8,13 +8,38 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 from recipe.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+CAUSAL_SDPA = "sdpa_causal"  # of new models whose documents are not kept apart
+
+
+def causal_sdpa_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+    """No mask for rows without padding: SDPA's `is_causal` then, for which alone CUDA has flash kernels.
+
+    transformers 5.23 makes the same choice in eager mode. While torch.compile traces, it cannot tell whether positions
+    restart, and always makes a mask of block_size x block_size (`find_packed_sequence_indices`).
+    """
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
+AttentionMaskInterface.register(CAUSAL_SDPA, causal_sdpa_mask)
 
 
 def hardware_defaults() -> dict:
@@ -39,6 +64,8 @@ def agree_on_tf32() -> None:
     """
     is_on = torch.backends.cuda.matmul.fp32_precision == "tf32"
     torch.set_float32_matmul_precision("high" if is_on else "highest")
+    if torch.backends.fp32_precision != "none":
+        torch.backends.cuda.matmul.fp32_precision = "none"  # goes on following that one, which transformers sets
 
 
 def build_model(
@@ -59,6 +86,8 @@ def build_model(
     if model_config is not None:
         config = load_model_config(model_config)
         check_fit(config, tokenizer, block_size, model_config)
+        if attn_implementation == "auto" and attention == "sdpa" and not document_masking:
+            attention = CAUSAL_SDPA
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     try:
         config = AutoConfig.from_pretrained(model_name_or_path)
@@ -124,9 +153,9 @@ def check_fit(config, tokenizer: PreTrainedTokenizerBase, block_size: int, name:
 
 
 def choose_attention(attn_implementation: str, document_masking: bool) -> str:
-    """`auto` is SDPA, which picks a flash kernel by itself on CUDA; with document masking on CUDA it is flash
-    attention's varlen kernel if installed, since SDPA then needs a mask of block_size x block_size (not run on a GPU
-    yet)."""
+    """`auto` is SDPA, which takes a flash kernel by itself on CUDA where it is given no mask (see `causal_sdpa_mask`);
+    with document masking on CUDA it is flash attention's varlen kernel if installed, since SDPA then needs a mask of
+    block_size x block_size (not run on a GPU yet)."""
     if attn_implementation != "auto":
         return attn_implementation
     if document_masking and torch.cuda.is_available() and is_flash_attn_2_available():

@@ -33,8 +33,8 @@ def trained(folder: Path, **keys):
 
 
 def test_the_first_losses_are_those_of_the_cpu():
-    """Nine orders of the same sums on CPUs moved them by less than 1e-5; another kernel may move them further, a
-    fault by far more."""
+    """On a CPU another order of the sums moved none by 1e-6; bf16 by 2e-6 at this size, and up to 1e-2 at larger
+    ones. A fault moves them by far more."""
     found = compare_losses(SCALE)
     assert found["weights"] < 1e-3, "other initial weights: torch draws other numbers than the recorded version"
     assert found["fp32 / CPU"] < 1e-4, found
@@ -42,8 +42,11 @@ def test_the_first_losses_are_those_of_the_cpu():
 
 
 def test_packed_rows_take_a_fused_attention_kernel():
-    operators = attention_kernels(SCALE)["packed rows"]["operators"]
-    assert any("flash_attention" in name or "cudnn_attention" in name for name in operators), operators
+    found = attention_kernels(SCALE)
+    for name in {"packed rows", "packed rows, compiled"} & found.keys():
+        operators = found[name]["operators"]
+        assert any("flash_attention" in each or "cudnn_attention" in each for each in operators), (name, operators)
+        assert not found[name]["with mask"], name
 
 
 def test_the_guards_watch_a_run_to_its_end(tmp_path):

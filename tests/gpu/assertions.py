@@ -33,3 +33,5 @@ def run(scale: Scale, report: Report, folder: Path) -> None:
     code = pytest.main(options, plugins=[collector])
     if not collector.outcomes:
         raise RuntimeError(f"pytest ran no test (exit code {int(code)})")
+    if failed := [name for name, test in collector.outcomes.items() if test["outcome"] == "failed"]:
+        raise AssertionError(f"{len(failed)} of {len(collector.outcomes)} tests failed")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from recipe.model import why_not_compile
+from recipe.model import CAUSAL_SDPA, why_not_compile
 from recipe.train import train
 from tests.benchmarks.results import commit
 from tests.gpu.environment import installed
@@ -37,11 +37,10 @@ def run(scale: Scale, report: Report, folder: Path) -> None:
 # --- losses
 
 
-def first_losses(scale: Scale, is_bf16: bool = False, attention: str = "sdpa") -> dict:
+def first_losses(scale: Scale, is_bf16: bool = False, attention: str = CAUSAL_SDPA) -> dict:
     """Loss of each of the first steps of 1 x 256 tokens, in a loop that is the same everywhere, and the sum of the
     initial weights, which tells other weights from another arithmetic."""
-    model = build_model(scale)
-    model.set_attn_implementation(attention)
+    model = build_model(scale, attention)
     weights = math.fsum(float(p.detach().double().sum()) for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     losses = []

@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
-from recipe.model import why_not_compile
+from recipe.model import CAUSAL_SDPA, why_not_compile
 from tests.gpu.part import Report
 from tests.gpu.scale import Scale, autocast, batch_of, build_model, build_run, synchronize, use_tf32
 
@@ -98,14 +98,26 @@ def timed(scale: Scale, function: Callable) -> float:
 
 
 def attention_kernels(scale: Scale) -> dict:
-    """What the model's own call ran: packed rows as the recipe gives them, and rows whose documents are kept apart."""
-    model, found = build_model(scale), {}
+    """What calls of two layers ran: with the recipe's attention, and, where transformers' own is compiled, with the
+    mask that it makes then."""
     rows = batch_of(scale, 2, scale.block_size)
     place = torch.arange(scale.block_size, device=scale.device).expand_as(rows)
-    half = scale.block_size // 2
-    inputs = {"packed rows": {}, "documents kept apart": {"position_ids": place % half}}
-    for name, more in inputs.items():
-        found[name] = profiled(scale, model, {"input_ids": rows, "labels": rows, **more})
+    apart = {"position_ids": place % (scale.block_size // 2)}
+    calls = {
+        "packed rows": (CAUSAL_SDPA, False, {}),
+        "packed rows, compiled": (CAUSAL_SDPA, True, {}),
+        "packed rows, compiled, transformers' sdpa": ("sdpa", True, {}),
+        "documents kept apart": ("sdpa", False, apart),
+    }
+    found = {}
+    for name, (attention, is_compiled, more) in calls.items():
+        if is_compiled and why_not_compile():
+            continue
+        torch._dynamo.reset()
+        model = build_model(scale, attention, num_hidden_layers=1 if scale.is_tiny else 2)
+        called = torch.compile(model, backend=scale.compile_backend) if is_compiled else model
+        found[name] = profiled(scale, called, {"input_ids": rows, "labels": rows, **more})
+    torch._dynamo.reset()
     return found
 
 
@@ -113,15 +125,22 @@ def profiled(scale: Scale, model, inputs: dict) -> dict:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if scale.is_cuda else [])]
     with autocast(scale, scale.is_cuda):
         model(**inputs).loss.backward()
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, record_shapes=True) as profiler:
             model(**inputs).loss.backward()
             synchronize(scale)
-    names = {event.key for event in profiler.key_averages()}
+    events = [event for event in profiler.events() if event.name.startswith("aten::_")]
+    events = [event for event in events if any(word in event.name for word in ATTENTION_OPS)]
     kernels = {event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA}
     return {
-        "operators": sorted(n for n in names if n.startswith("aten::_") and any(w in n for w in ATTENTION_OPS)),
-        "kernels": sorted(n[:120] for n in kernels if any(w in n.lower() for w in ATTENTION_KERNELS)),
+        "operators": sorted({event.name for event in events}),
+        # The mask, and each bias, is the only argument of four dimensions after queries, keys and values.
+        "with mask": any(len(shape) == 4 for event in events for shape in forward_shapes(event)[3:]),
+        "kernels": sorted(n[:120] for n in kernels if any(word in n.lower() for word in ATTENTION_KERNELS)),
     }
+
+
+def forward_shapes(event) -> list:
+    return [] if "backward" in event.name else list(event.input_shapes)
 
 
 def recipe_precision(scale: Scale, folder: Path) -> dict:

@@ -16,6 +16,7 @@ here: they show only that the code runs.
 """
 NOT_YET = "No GPU has run this yet.\n"
 TRAINERS = (COMPILED, EAGER, STOCK, STOCK_TUNED)
+WAYS = {"6N": "by 6N", "with attention": "with attention"}
 MARKS = (1, 10, 20, 40, 60, 80)  # steps of the loss curve that are shown
 
 
@@ -58,7 +59,8 @@ def environment(values: dict) -> list[tuple]:
     for name, ran in values.get("attention", {}).items():
         if isinstance(ran, dict):
             kernels = ran["kernels"] or [n.removeprefix("aten::_") for n in ran["operators"] if "backward" not in n]
-            rows.append((f"attention, {name}", ", ".join(kernels[:3]) or "none found"))
+            mask = "with a mask: " if ran["with mask"] else ""
+            rows.append((f"attention, {name}", mask + (", ".join(kernels[:3]) or "none found")))
     precision = values.get("precision of the recipe", {})
     rows += [(f"recipe: {name}", value) for name, value in precision.items() if name != "error"]
     compiled = values.get("torch.compile", {})
@@ -99,7 +101,7 @@ def throughput(values: dict) -> list[tuple]:
 
 
 def _share(mfu: dict | None) -> str:
-    return "" if not mfu else " (MFU " + ", ".join(f"{share:.1%} by {way}" for way, share in mfu.items()) + ")"
+    return "" if not mfu else " (MFU " + ", ".join(f"{share:.1%} {WAYS[way]}" for way, share in mfu.items()) + ")"
 
 
 def guards(values: dict) -> list[tuple]:

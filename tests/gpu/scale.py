@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipe.arguments import parse_config
-from recipe.model import hardware_defaults, load_model_config
+from recipe.model import CAUSAL_SDPA, hardware_defaults, load_model_config
 from recipe.train import Assembled, assemble, open_run
 from tests.gpu.tokens import ROOT, load_ids, write_source
 
@@ -71,13 +71,13 @@ class Scale:
         return config
 
 
-def build_model(scale: Scale, seed: int = 0, **sizes) -> LlamaForCausalLM:
+def build_model(scale: Scale, attention: str = CAUSAL_SDPA, **sizes) -> LlamaForCausalLM:
     """Weights are drawn on the CPU, in fp32, and are the same on every device."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = scale.model_config(**sizes)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention
     model = LlamaForCausalLM(config)
-    model.config.use_cache = False
+    model.config.use_cache = False  # as Trainer sets it
     return model.to(scale.device)
 
 

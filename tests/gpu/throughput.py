@@ -357,7 +357,7 @@ def stock_arms(scale: Scale, report: Report, folder: Path, bare: BareLoop, is_tu
     arguments = {"bf16": scale.is_cuda, "torch_compile": why_not_compile() is None} if is_tuned else {}
     if arguments.get("torch_compile"):
         arguments["torch_compile_backend"] = scale.compile_backend
-    model = build_model(scale)
+    model = build_model(scale, attention="sdpa")
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
