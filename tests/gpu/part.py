@@ -91,11 +91,12 @@ def run_part(context, name: str, scale, folder: Path, seconds: float) -> Outcome
     folder.mkdir(parents=True, exist_ok=True)
     path, log, started = folder / "report.json", folder / "log.txt", time.monotonic()
     process = context.Process(target=_child, args=(name, scale, folder, seconds))
-    process.start()
+    is_late = False
     try:
+        process.start()
         process.join(seconds)
-    finally:  # Ctrl-C too
         is_late = process.is_alive()
+    finally:  # Ctrl-C too
         _kill_group(process)
     took = time.monotonic() - started
     values = _read(path)
@@ -126,6 +127,8 @@ def _last_lines(path: Path) -> list[str]:
 
 def _kill_group(process: multiprocessing.Process) -> None:
     """The part and all that it started and that did not begin a session of its own."""
+    if process.pid is None:  # interrupted before it had begun
+        return
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
@@ -137,6 +140,8 @@ def _kill_group(process: multiprocessing.Process) -> None:
 
 def _child(name: str, scale, folder: Path, seconds: float) -> None:
     os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which ends this group
+    if not folder.is_dir():  # interrupted while this was started
+        os._exit(1)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
