@@ -19,16 +19,25 @@ from tests.gpu.scale import Scale, autocast, batch_of, build_model, build_run, s
 
 PACKAGES = ("transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "pyarrow", "triton")
 ATTENTION_OPS = ("scaled_dot_product", "flash_attention", "efficient_attention", "_safe_softmax")
+# Attention, whether it is compiled, and whether positions restart.
+RECIPE = {
+    "packed rows": (CAUSAL_SDPA, False, False),
+    "packed rows, compiled": (CAUSAL_SDPA, True, False),
+    "documents kept apart": ("sdpa", False, True),
+}
+# It makes a mask where the recipe's attention makes none.
+TRANSFORMERS_OWN = {"packed rows, compiled, transformers' sdpa": ("sdpa", True, False)}
 ATTENTION_KERNELS = ("flash", "fmha", "attention", "sdpa")
 
 
 def run(scale: Scale, report: Report, folder: Path) -> None:
     report.section("device", lambda: describe_device(scale))
+    report.section("precision of the recipe", lambda: recipe_precision(scale, folder))  # of a process as it begins
     report.section("matrix rates", lambda: matrix_rates(scale))
     report.section("attention", lambda: attention_kernels(scale))
-    report.section("precision of the recipe", lambda: recipe_precision(scale, folder))
     report.section("torch.compile", lambda: try_compile(scale))
     report.section("Liger", lambda: try_liger(scale))
+    report.section("attention of transformers", lambda: attention_kernels(scale, TRANSFORMERS_OWN))
 
 
 def describe_device(scale: Scale) -> dict:
@@ -97,26 +106,19 @@ def timed(scale: Scale, function: Callable) -> float:
 # --- attention
 
 
-def attention_kernels(scale: Scale) -> dict:
-    """What calls of two layers ran: with the recipe's attention, and, where transformers' own is compiled, with the
-    mask that it makes then."""
+def attention_kernels(scale: Scale, calls: dict = RECIPE) -> dict:
+    """What calls of two layers ran."""
     rows = batch_of(scale, 2, scale.block_size)
     place = torch.arange(scale.block_size, device=scale.device).expand_as(rows)
     apart = {"position_ids": place % (scale.block_size // 2)}
-    calls = {
-        "packed rows": (CAUSAL_SDPA, False, {}),
-        "packed rows, compiled": (CAUSAL_SDPA, True, {}),
-        "packed rows, compiled, transformers' sdpa": ("sdpa", True, {}),
-        "documents kept apart": ("sdpa", False, apart),
-    }
     found = {}
-    for name, (attention, is_compiled, more) in calls.items():
+    for name, (attention, is_compiled, is_apart) in calls.items():
         if is_compiled and why_not_compile():
             continue
         torch._dynamo.reset()
         model = build_model(scale, attention, num_hidden_layers=1 if scale.is_tiny else 2)
         called = torch.compile(model, backend=scale.compile_backend) if is_compiled else model
-        found[name] = profiled(scale, called, {"input_ids": rows, "labels": rows, **more})
+        found[name] = profiled(scale, called, {"input_ids": rows, "labels": rows, **(apart if is_apart else {})})
     torch._dynamo.reset()
     return found
 
@@ -160,10 +162,10 @@ def recipe_precision(scale: Scale, folder: Path) -> dict:
 
 
 def try_compile(scale: Scale, steps: int = 6) -> dict:
-    """A few layers of the model, compiled: seconds to the first step, and graphs that are compiled after step 3."""
+    """Two layers of the model, compiled: seconds to the first step, and graphs that are compiled after step 3."""
     if reason := why_not_compile():
         return {"not run": reason}
-    eager = build_model(scale, num_hidden_layers=1 if scale.is_tiny else 4)
+    eager = build_model(scale, num_hidden_layers=1 if scale.is_tiny else 2)  # as above: compiled from the cache
     model = torch.compile(copy.deepcopy(eager), backend=scale.compile_backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     rows, counted, losses = batch_of(scale, 2, scale.block_size), [], []

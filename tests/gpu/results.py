@@ -46,8 +46,8 @@ def rows_of(out: dict) -> list[dict]:
 def shown(figure) -> str:
     if isinstance(figure, bool):
         return "yes" if figure else "no"
-    if isinstance(figure, float) and 0 < abs(figure) < 0.001:
-        return f"{figure:.1e}"
+    if isinstance(figure, float) and abs(figure) < 0.001:
+        return f"{figure:.1e}" if figure else "0"
     return format_value(figure).replace("|", "/")
 
 
@@ -56,7 +56,7 @@ def environment(values: dict) -> list[tuple]:
     names = ("name", "driver", "CUDA", "cuDNN", "torch", "transformers", "triton", "bf16")
     rows = [(name, device[name]) for name in names if device.get(name) is not None]
     rows += [(f"{name} matrix product, TFLOP/s", rate) for name, rate in values.get("matrix rates", {}).items()]
-    for name, ran in values.get("attention", {}).items():
+    for name, ran in {**values.get("attention", {}), **values.get("attention of transformers", {})}.items():
         if isinstance(ran, dict):
             kernels = ran["kernels"] or [n.removeprefix("aten::_") for n in ran["operators"] if "backward" not in n]
             mask = "with a mask: " if ran["with mask"] else ""
@@ -84,7 +84,8 @@ def throughput(values: dict) -> list[tuple]:
         if found.get("to the first step, s") is not None:
             rows.append((f"{name}: to the first step, s", found["to the first step, s"]))
         if found.get("graphs"):
-            graphs = f"{found['graphs']} in all, {found['graphs after step 3']} after step 3"
+            late = found["graphs after step 3"]
+            graphs = f"{found['graphs']} in all" + (f", {late} after step 3" if late is not None else "")
             rows.append((f"{name}: graphs compiled", graphs))
         for part, milliseconds in found.get("parts of the guards, host ms a step", {}).items():
             seconds = statistics.median(found["seconds a step"].get(name + OFF) or [0.0])
@@ -92,7 +93,7 @@ def throughput(values: dict) -> list[tuple]:
             rows.append((f"{name}: guards, {part}", f"{milliseconds:.2f} ms of the host{share}"))
         for arm, callers in found.get("host reads a step", {}).items():
             most = ", ".join(f"{caller} {count:.1f}" for caller, count in list(callers.items())[:4])
-            rows.append((f"{arm}: host waits a step", f"{sum(callers.values()):.1f}" + (f" ({most})" if most else "")))
+            rows.append((f"{arm}: host reads a step", f"{sum(callers.values()):.1f}" + (f" ({most})" if most else "")))
         if found.get("guards' failure"):
             rows.append((f"{name}: guards failed", found["guards' failure"]))
     if bare:
