@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.gpu import __main__ as command
 from tests.gpu import correctness, results, tokens
 from tests.gpu.__main__ import PARTS
-from tests.gpu.part import DONE, NOT_RUN, TIMED_OUT, Report
+from tests.gpu.part import DONE, NOT_RUN, TIMED_OUT, Outcome, Report
+from tests.gpu.scale import Scale
 from tests.gpu.sync import SyncCounter, caller
 from tests.gpu.throughput import BARE, COMPILED, EAGER, OFF, ON, STOCK, STOCK_TUNED, ratios, utilization
 
@@ -141,8 +145,13 @@ def test_what_no_time_is_left_for_is_reported(tmp_path):
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     path = tmp_path / "out.json"
-    command = [*COMMAND, "--device", "cpu", "--tiny", "--json", str(path)]
-    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        [*COMMAND, "--device", "cpu", "--tiny", "--json", str(path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while "environment" not in (started.stderr.readline() or "environment"):
         pass
     time.sleep(1)
@@ -195,11 +204,38 @@ def test_a_caller_outside_the_packages_is_torch():
     assert caller([]) == "torch"
 
 
-def test_a_warning_of_torch_is_a_host_wait():
-    counter = SyncCounter(is_cuda=True)
-    counter._warned("called a synchronizing CUDA operation (Triggered internally)")
-    counter._warned("something else")
-    assert sum(counter.by_caller.values()) == 1
+def test_torch_s_warnings_are_counted_each_time(monkeypatch):
+    modes, counter = [], SyncCounter(is_cuda=True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    counter.start()
+    for text in ("called a synchronizing CUDA operation", "called a synchronizing CUDA operation", "something else"):
+        warnings.warn(text, stacklevel=1)
+    counter.stop()
+    assert list(counter.by_caller.values()) == [2] and modes == ["warn", "default"]
+
+
+@pytest.mark.parametrize("gib, rows", [(80, 16), (44, 8), (24, 4)])
+def test_the_micro_batch_goes_by_the_device_s_memory(monkeypatch, gib, rows):
+    device = SimpleNamespace(total_memory=gib << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    scale = Scale("cuda", is_tiny=False)
+    assert (scale.micro_batch, scale.accumulation * scale.micro_batch, scale.tokens_per_step) == (rows, 48, 49_152)
+
+
+def test_a_part_that_finds_no_cuda_in_a_fork_runs_again_in_a_fresh_interpreter(monkeypatch, tmp_path):
+    tried = []
+
+    def run_part(context, name, *_):
+        tried.append((context.get_start_method(), name))
+        error = "RuntimeError: CUDA error: initialization error"
+        return Outcome(DONE, values={"device": {"error": error}} if len(tried) == 1 else {})
+
+    monkeypatch.setattr(command, "run_part", run_part)
+    arguments = SimpleNamespace(minutes=8, device="cuda", tiny=False, only=None, json=tmp_path / "out.json")
+    suite = command.Suite(arguments)
+    for name in ("environment", "throughput"):
+        assert suite._run_part(name, None, tmp_path / name).values == {}
+    assert tried == [("forkserver", "environment"), ("spawn", "environment"), ("spawn", "throughput")]
 
 
 def test_a_failed_section_keeps_what_it_put(tmp_path):
