@@ -8,14 +8,39 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 from recipe.errors import UserError
 from recipe.internals import attention_of
 
 logger = logging.getLogger(__name__)
+
+CAUSAL_SDPA = "sdpa_causal"  # of new models whose documents are not kept apart
+
+
+def causal_sdpa_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+    """No mask for rows without padding: SDPA's `is_causal` then, for which alone CUDA has flash kernels.
+
+    transformers 5.23 makes the same choice in eager mode. While torch.compile traces, it cannot tell whether positions
+    restart, and always makes a mask of block_size x block_size (`find_packed_sequence_indices`).
+    """
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
+AttentionMaskInterface.register(CAUSAL_SDPA, causal_sdpa_mask)
 
 
 def hardware_defaults() -> dict:
@@ -30,6 +55,18 @@ def hardware_defaults() -> dict:
         return {} if torch.accelerator.is_available() else {"use_cpu": True}
     capability = torch.cuda.get_device_capability()
     return {"bf16": torch.cuda.is_bf16_supported(including_emulation=False), "tf32": capability >= (8, 0)}
+
+
+def agree_on_tf32() -> None:
+    """Give torch's two settings of TF32 one value: that of the newer, which is the only one that transformers sets.
+
+    torch.compile of torch 2.9 and 2.10, and `max-autotune` in later ones, read the older setting and raise where it
+    differs (pytorch#166387).
+    """
+    is_on = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    torch.set_float32_matmul_precision("high" if is_on else "highest")
+    if torch.backends.fp32_precision != "none":
+        torch.backends.cuda.matmul.fp32_precision = "none"  # goes on following that one, which transformers sets
 
 
 def build_model(
@@ -50,6 +87,8 @@ def build_model(
     if model_config is not None:
         config = load_model_config(model_config)
         check_fit(config, tokenizer, block_size, model_config)
+        if attn_implementation == "auto" and attention == "sdpa" and not document_masking:
+            attention = CAUSAL_SDPA
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     try:
         config = AutoConfig.from_pretrained(model_name_or_path)
@@ -114,9 +153,9 @@ def check_fit(config, tokenizer: PreTrainedTokenizerBase, block_size: int, name:
 
 
 def choose_attention(attn_implementation: str, document_masking: bool) -> str:
-    """`auto` is SDPA, which picks a flash kernel by itself on CUDA; with document masking on CUDA it is flash
-    attention's varlen kernel if installed, since SDPA then needs a mask of block_size x block_size (not run on a GPU
-    yet)."""
+    """`auto` is SDPA, which takes a flash kernel by itself on CUDA where it is given no mask (see `causal_sdpa_mask`);
+    with document masking on CUDA it is flash attention's varlen kernel if installed, since SDPA then needs a mask of
+    block_size x block_size (not run on a GPU yet)."""
     if attn_implementation != "auto":
         return attn_implementation
     if document_masking and torch.cuda.is_available() and is_flash_attn_2_available():

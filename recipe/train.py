@@ -22,7 +22,7 @@ from recipe.guards import RegressionCallback
 from recipe.guards.trajectory import load_reference
 from recipe.internals import load_weights
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
-from recipe.model import build_model, choose_attention, why_not_compile
+from recipe.model import agree_on_tf32, build_model, choose_attention, why_not_compile
 from recipe.results import Outcome, conclude, describe_run
 from recipe.trainer import (
     PretrainTrainer,
@@ -125,6 +125,8 @@ def open_run(config: Config) -> Path:
     # Set in place: `dataclasses.replace` would run TrainingArguments' `__post_init__` a second time.
     training.output_dir, training.max_steps = str(chosen[0]), config.max_steps
     training.dataloader_pin_memory = training.device.type == "cuda"  # without CUDA it only causes a warning
+    if training.device.type == "cuda":
+        agree_on_tf32()
     return chosen[0]
 
 

@@ -18,7 +18,7 @@ from recipe import model as model_module
 from recipe.data.collator import DataCollatorForPackedRows
 from recipe.data.packing import LaneState, Row
 from recipe.errors import UserError
-from recipe.model import build_model, check_fit, count_flops_per_token, load_model_config
+from recipe.model import agree_on_tf32, build_model, check_fit, count_flops_per_token, load_model_config
 
 CONFIGS = Path(model_module.__file__).parent / "configs"
 
@@ -92,6 +92,57 @@ def test_document_masking_isolates_documents(tiny_config, tokenizer, tmp_path, a
         unmasked = [model(input_ids=x, use_cache=False).logits[0, 8:] for x in (ids, other)]
     assert torch.equal(masked[0], masked[1])
     assert not torch.allclose(unmasked[0], unmasked[1]), "without masking the next document does see this one"
+
+
+def attention_calls(model, **inputs) -> list[tuple]:
+    """`(mask, is_causal)` of each attention in the graph that torch.compile makes of the model."""
+    calls = []
+
+    def note(graph, example_inputs):
+        nodes = [node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target)]
+        calls.extend((node.kwargs.get("attn_mask"), node.kwargs.get("is_causal")) for node in nodes)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=note)(**inputs, use_cache=False)
+    return calls
+
+
+def test_packed_rows_need_no_mask_when_compiled(tiny_config, tokenizer, tmp_path):
+    """With a mask CUDA has no flash kernel. transformers' own `sdpa` makes one while torch.compile traces: when this
+    fails for it, `causal_sdpa_mask` can go."""
+    (tmp_path / "model.json").write_text(json.dumps(tiny_config))
+    path = str(tmp_path / "model.json")
+    model = build_model(model_config=path, model_name_or_path=None, tokenizer=tokenizer, block_size=16)
+    ids = torch.arange(32).view(2, 16)
+    assert attention_calls(model, input_ids=ids) == [(None, True)] * tiny_config["num_hidden_layers"]
+    logits, mask = model(input_ids=ids, use_cache=False).logits, torch.ones_like(ids)
+    mask[0, :4] = 0
+    padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(logits, model(input_ids=ids, use_cache=False).logits)
+    assert torch.equal(padded, model(input_ids=ids, attention_mask=mask, use_cache=False).logits)
+    assert attention_calls(model, input_ids=ids)[0] != (None, True)
+
+
+def test_documents_that_are_kept_apart_have_their_mask(tiny_config, tokenizer, tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps(tiny_config))
+    arguments = {"model_config": str(tmp_path / "model.json"), "model_name_or_path": None, "tokenizer": tokenizer}
+    model = build_model(**arguments, block_size=16, document_masking=True)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_both_settings_of_tf32_agree():
+    """transformers sets the newer one alone; torch.compile of torch 2.9 and 2.10 raises where the older differs."""
+    try:
+        for is_on in (True, False, True):
+            torch.backends.fp32_precision = "tf32" if is_on else "ieee"
+            agree_on_tf32()
+            assert torch.backends.cuda.matmul.allow_tf32 is is_on
+            assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if is_on else "ieee")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.fp32_precision = "none"
 
 
 def packed_batch(flash_attention: bool) -> dict:

@@ -274,7 +274,7 @@ class HeadTap:
         # Golden-section steps: successive turns lie far apart and miss no place.
         position = int(self._turn * 0.6180339887 % 1 * (block_size - POSITIONS + 1))
         place = (slice(row, row + count), slice(position, position + POSITIONS))
-        ids, values, gradient = ids.to(values.device)[place], values[place], gradient[place]
+        ids, values, gradient = ids.to(values.device, non_blocking=True)[place], values[place], gradient[place]
         if is_hidden:
             found = targets_from_hidden(values, gradient, self.head)
         else:

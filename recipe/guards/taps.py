@@ -82,8 +82,7 @@ class PendingStep:
         total = losses[0]
         for loss in losses[1:]:  # in the order and precision in which Trainer adds them
             total = total + loss
-        norms = [math.nan if norm is None else norm for norm in (local.grad_norm, local.clipped_norm)]
-        norms = [torch.as_tensor(norm, dtype=torch.float32, device=total.device).reshape(()) for norm in norms]
+        norms = [_on_device(norm, total) for norm in (local.grad_norm, local.clipped_norm)]
         gradients = [gradient.to(total.device) for gradient in local.gradients if gradient is not None]
         self._values = AsyncCopy(torch.cat([torch.stack([total, *norms, *losses]), *gradients]))
 
@@ -102,6 +101,13 @@ class PendingStep:
             "num_items": _read(self._num_items),
             "payloads": {name: _read(value) for name, value in self._payloads.items()},
         }
+
+
+def _on_device(norm: torch.Tensor | float | None, like: torch.Tensor) -> torch.Tensor:
+    """A scalar beside `like`, NaN for None, without waiting for the device."""
+    if isinstance(norm, torch.Tensor):
+        return norm.to(like.device, torch.float32).reshape(())
+    return torch.full((), math.nan if norm is None else norm, dtype=torch.float32, device=like.device)
 
 
 def _send(value):

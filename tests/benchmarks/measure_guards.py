@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from recipe.arguments import parse_config
 from recipe.guards.callback import RegressionCallback
 from recipe.guards.ngrams import NgramTap
+from recipe.guards.runner import Runner
 from recipe.guards.session import PreflightDone
 from recipe.guards.taps import Taps
 from recipe.model import hardware_defaults
@@ -25,6 +26,7 @@ PARTS = {
     "n-gram model (learn and score)": (NgramTap, "observe"),
     "taps, before a micro-batch": (Taps, "begin_micro_step"),
     "taps, after a micro-batch": (Taps, "end_micro_step"),
+    "guards, one step on the main process": (Runner, "observe"),
     "end of step in all": (RegressionCallback, "on_step_end"),
 }
 

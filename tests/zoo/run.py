@@ -30,7 +30,6 @@ from recipe.arguments import parse_config
 from recipe.guards import RegressionCallback
 from recipe.train import assemble
 from tests.zoo.models import make_model
-from tests.zoo.others import Others
 from tests.zoo.rows import IGNORED, RowStream, make_collator, make_rows
 from tests.zoo.setting import Setting
 from tests.zoo.texts import EVAL_DOCUMENTS, texts_of
@@ -201,9 +200,13 @@ class StopAt(TrainerCallback):
 
 
 def execute(
-    setting: Setting, bug: Callable[[Run], Any] | None = None, rank: int = 0, folder: str | None = None
+    setting: Setting,
+    bug: Callable[[Run], Any] | None = None,
+    rank: int = 0,
+    folder: str | None = None,
+    with_others: bool = True,
 ) -> dict:
-    """Returns the record: plain values, JSON-able.
+    """Returns the record: plain values, JSON-able. `with_others`: other tools watch too.
 
     `findings`: id, severity, step, tokens_seen, found. `losses`: as Trainer logs them, one a step. `learned_loss`:
     nats a token on held-out rows of the weights at the end, put into a healthy model. `eval_losses`: as Trainer
@@ -213,7 +216,7 @@ def execute(
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a user's run; `pool` sets forkserver
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="zoo-", dir=folder) as own:
-        record, trainer = _phases(setting, bug, rank, Path(folder or own))
+        record, trainer = _phases(setting, bug, rank, Path(folder or own), with_others)
         record["learned_loss"] = learned_loss(trainer.model, setting)
     record["seconds"] = time.perf_counter() - start
     return record
@@ -227,7 +230,7 @@ def _quiet() -> None:
     logging.disable(logging.CRITICAL)
 
 
-def _phases(setting: Setting, bug, rank: int, folder: Path) -> tuple[dict, Trainer]:
+def _phases(setting: Setting, bug, rank: int, folder: Path, with_others: bool) -> tuple[dict, Trainer]:
     record = {"findings": [], "losses": [], "eval_losses": [], "effects": 0, "judged_steps": Counter(), "steps": 0}
     record |= {"cannot_judge": {}, "not_applicable": {}, "others": {}}
     checkpoint = None
@@ -239,8 +242,7 @@ def _phases(setting: Setting, bug, rank: int, folder: Path) -> tuple[dict, Train
             for change in filter(None, (setting.change, bug)):
                 change(run)
             trainer, guards = run.make_trainer()
-            others = Others()
-            others.watch(trainer)
+            others = _watched_by_others(trainer) if with_others else None
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if setting.save_at and phase == 0:
                 checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{setting.save_at}"
@@ -252,7 +254,15 @@ def _phases(setting: Setting, bug, rank: int, folder: Path) -> tuple[dict, Train
     return record, trainer
 
 
-def _add(record: dict, run: Run, trainer: Trainer, guards: RegressionCallback, others: Others, first: int) -> None:
+def _watched_by_others(trainer: Trainer):
+    from tests.zoo.others import Others  # a GPU machine need not have these tools
+
+    others = Others()
+    others.watch(trainer)
+    return others
+
+
+def _add(record: dict, run: Run, trainer: Trainer, guards: RegressionCallback, others, first: int) -> None:
     names = ("id", "severity", "step", "tokens_seen", "found")
     # A resumed run's guards know what was found before
     record["findings"] = [{name: asdict(finding)[name] for name in names} for finding in guards.findings]
@@ -267,7 +277,7 @@ def _add(record: dict, run: Run, trainer: Trainer, guards: RegressionCallback, o
         record[kind] = {name: reason for name, reason in kept.items() if name in found}
     record["steps"] = trainer.state.global_step
     record["tokens"] = guards.tokens_seen
-    for tool, alarms in others.alarms().items():
+    for tool, alarms in (others.alarms() if others else {}).items():
         record["others"].setdefault(tool, []).extend(alarms)
 
 

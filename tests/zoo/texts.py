@@ -1,8 +1,9 @@
 """The texts: documents of token ids, from the same start on every machine with the same packages.
 
-`english` is the docstring corpus, in which no 64 tokens stand in two documents; `code` the standard library's
-source; `german`, `french`, ... the files in `texts/`, short ones that are read in several passes; `templates`
-sentences that repeat nearly word for word; `random` and `markov-N` (N: how many tokens may follow one) are drawn.
+`english` is the docstring corpus, in which no 64 tokens stand in two documents; `stored` a part of it, the texts of
+tests/gpu/token_ids.npy, for machines without these packages; `code` the standard library's source; `german`,
+`french`, ... the files in `texts/`, short ones that are read in several passes; `templates` sentences that repeat
+nearly word for word; `random` and `markov-N` (N: how many tokens may follow one) are drawn.
 """
 
 import functools
@@ -18,6 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from recipe.data.docstrings import build_docstring_corpus
+from tests.gpu import tokens
 from tests.zoo.setting import Setting
 
 FOLDER = Path(__file__).with_name("texts")
@@ -42,6 +44,8 @@ def token_documents(setting: Setting, is_eval: bool) -> Iterator[np.ndarray]:
 def texts_of(name: str) -> list[str]:
     if name == "english":
         return pq.read_table(build_docstring_corpus(), columns=["text"]).column("text").to_pylist()
+    if name == "stored":
+        return tokens.texts()
     if name == "code":
         stdlib = Path(sysconfig.get_paths()["stdlib"])
         return [path.read_text(encoding="utf-8", errors="replace")[:4000] for path in sorted(stdlib.glob("*.py"))]
