@@ -36,6 +36,7 @@ from recipe.guards.padding import PaddingIsTarget
 from recipe.guards.rank_divergence import RankDivergence
 from recipe.guards.repetition import Repetition
 from recipe.guards.resume import ResumeJump
+from recipe.guards.slow_path import SlowPath
 from recipe.guards.spike import LossSpike
 from recipe.guards.targets import LossTarget
 from recipe.guards.ties import UntiedWeights
@@ -71,6 +72,7 @@ GUARDS: tuple[type[Guard], ...] = (
     EvalNotRepeatable,
     CompiledMismatch,
     ResumeJump,
+    SlowPath,
 )
 RegressionCallback.guards = GUARDS
 
