@@ -28,6 +28,7 @@ class FieldType(NamedTuple):
     choices: tuple[str, ...]  # the only strings allowed, where a Literal or an Enum limits them
 
 
+NO_BF16 = "no GPU here computes in bf16, and on most CPUs it is slower than fp32 (many emulate it)"
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", NoneType: "null"}
 TYPE_NAMES |= {list: "a list of strings", dict: "an object"}
 # TrainingArguments would accept these without any effect, or with a wrong one; from evaluation_strategy on they are
@@ -230,9 +231,9 @@ def _conflicts(v: SimpleNamespace, given: Set[str]) -> Iterator[tuple[str, str]]
     if v.bf16 and v.fp16:
         yield "bf16 fp16", "bf16 and fp16 are both true; keep one (bf16 where the GPU has it)"
     elif v.bf16 and not v.use_cpu and not is_torch_bf16_gpu_available():
-        yield "bf16 fp16 use_cpu", "this machine has no GPU that computes in bf16; add --use_cpu true, or --bf16 false"
+        yield "bf16 fp16 use_cpu", f"{NO_BF16}; use --bf16 false"
     elif v.fp16 and on_cpu:
-        yield "fp16 bf16 use_cpu", "needs a GPU; on a CPU use bf16, or neither"
+        yield "fp16 bf16 use_cpu", "needs a GPU; on a CPU use --fp16 false: fp32 is faster there"
     if v.tf32 and not is_torch_tf32_available():
         yield "tf32", "this machine has no TF32; leave the key out, the recipe turns TF32 on where it exists"
     if v.attn_implementation.startswith(("flash", "flex")) and on_cpu:

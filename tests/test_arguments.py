@@ -345,7 +345,7 @@ def test_steps_of_a_token_budget_are_rounded_up(write):
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is about a machine without a GPU")
-@pytest.mark.parametrize(("key", "says"), [("bf16", "--use_cpu true"), ("tf32", "leave the key out")])
+@pytest.mark.parametrize(("key", "says"), [("bf16", "--bf16 false"), ("tf32", "leave the key out")])
 def test_hardware_that_is_not_there(write, key, says):
     problems = problems_of(write(use_cpu=False, **{key: True}))
     assert list(problems) == [key]
