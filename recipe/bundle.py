@@ -36,13 +36,14 @@ WORDS = {
     *(word for words in checks.WORDS.values() for word in words),
     *(path.stem for path in TRAJECTORIES.glob("*.json")),
     *("none", "docstrings", "passive", "inductor", "default", "reduce-overhead", "max-autotune", "nccl", "gloo"),
-    *("healthy", "nothing_learned", "not_judged", "findings", "step", "probe", "cpu", "cuda"),
+    *("healthy", "nothing_learned", "not_judged", "findings", "cpu", "cuda"),
     *SEVERITIES,
     *FINDING_IDS,
 }
 # Strings under these keys are kept where they look like one.
 PATTERNS = {
     **dict.fromkeys(("commit", "content_hash", "started", "finished"), re.compile(r"[0-9a-fT:+-]+")),
+    "check": re.compile(r"[a-z_]{1,20}"),
     **dict.fromkeys(SECTIONS["versions"], re.compile(r"\d[\w.+-]{0,40}")),
 }
 KEY = re.compile(r"[a-z_][a-z0-9_]{0,40}")

@@ -5,7 +5,7 @@ import textwrap
 from dataclasses import asdict
 
 from recipe.arguments import Config
-from recipe.guards import GUARDS, Finding, Guard
+from recipe.guards import FINDING_IDS, Finding
 from recipe.guards.session import PreflightDone
 from recipe.train import assemble, open_run
 
@@ -33,17 +33,10 @@ def run_check(config: Config) -> dict:
         "findings": [asdict(finding) for finding in guards.findings],
         "cannot_judge": guards.cannot_judge,
         "not_applicable": guards.not_applicable,
-        "needs_training": sorted(_need_training() - guards.judged - unjudged - guards.disabled),
+        "needs_training": sorted(set(FINDING_IDS) - guards.judged - unjudged - guards.disabled),
         "disabled": sorted(guards.disabled),
         "exit_code": 3 if any(finding.severity == "error" for finding in guards.findings) else 0,
     }
-
-
-def _need_training() -> set[str]:
-    """Ids of the guards that say nothing before step 1."""
-    before = ("inspect", "probe")
-    guards = [g for g in GUARDS if all(getattr(g, name) is getattr(Guard, name) for name in before)]
-    return {name for guard in guards for name in guard.ids}
 
 
 def format_check(result: dict) -> str:

@@ -235,7 +235,8 @@ def test_a_resumed_run_is_the_same_with_and_without(is_stream, tmp_path):
         )
         left.append(all_that_is_left(trainer))
     assert_same(*left)
-    assert "resume_jump" in again[0].judged and again[0].findings == []
+    found = {(each.id, each.severity) for each in again[0].findings}
+    assert "resume_jump" in again[0].judged and found == {("accumulation_mismatch", "info")}  # GPT-2's count
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from recipe.guards import RegressionCallback
+from recipe.guards.session import Session, survives
 from recipe.results import verdict
 
 ROWS, LENGTH, STATES, EOS = 4, 64, 64, 256
@@ -500,10 +501,10 @@ def test_a_model_without_tokens_trains(tmp_path):
     rows = [{"values": torch.randn(8), "labels": torch.tensor(number % 3)} for number in range(40)]
     guards = train(tmp_path, model=OfNumbers(8, 3), train=rows)
     assert not alarms(guards) and "loss_not_finite" in guards.judged
-    assert "no input_ids" in guards.cannot_judge["missing_label_shift"]
+    assert "without input_ids" in guards.not_applicable["missing_label_shift"]
 
 
-@pytest.mark.parametrize("method", ["_begin_micro_step", "_send_step", "_judge"])
+@pytest.mark.parametrize("method", ["_prepare", "before_micro_step", "_send", "_read", "_judge"])
 def test_a_fault_of_the_guards_does_not_end_the_training(tmp_path, monkeypatch, caplog, method):
     alone = make_trainer(tmp_path / "alone", steps=6)
     alone.train()
@@ -511,8 +512,7 @@ def test_a_fault_of_the_guards_does_not_end_the_training(tmp_path, monkeypatch, 
     def fails(*args, **kwargs):
         raise ZeroDivisionError("a bug")
 
-    name = "_before_micro_step" if method == "_begin_micro_step" else method
-    monkeypatch.setattr(RegressionCallback, name, fails)
+    monkeypatch.setattr(Session, method, survives(fails))
     watched = make_trainer(tmp_path / "watched", steps=6)
     guards = watch(watched)
     assert watched.state.global_step == 6

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import re
 import shutil
 from dataclasses import asdict
 
@@ -11,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from recipe.guards import Finding, RegressionCallback
-from recipe.guards.records import StepRecord, read_lines, read_steps
+from recipe.guards.records import StepRecord, append_line, read_lines, read_steps
 
 STEPS, SAVED_AT, ROWS, LENGTH = 8, 6, 4, 24
 FINDING = Finding("loss_spike", "warning", 3, 288, "a jump", "none", ("a bad batch",), "wait", {"losses": [1.0]})
@@ -77,7 +79,8 @@ def test_a_healthy_state_restores_exactly(finished, resume):
     numbers_again, arrays_again = resumed.session.runner.save(resumed.session.run)
     assert json.dumps(numbers_again) == json.dumps(numbers) and arrays_again.keys() == arrays.keys()
     for name, array in arrays.items():
-        assert np.array_equal(arrays_again[name], array), name
+        if not re.search("Repetition.(resumed|was|replay)", name):  # of the resume itself
+            assert np.array_equal(arrays_again[name], array), name
     for name, state in whole.taps.save().items():
         again = resumed.session.taps.save()[name]
         for key, value in state.items():
@@ -201,7 +204,7 @@ def test_what_is_no_finding_is_left_out(resume, tmp_path, change):
     assert warnings == [] and guards.findings == [FINDING]
 
 
-@pytest.mark.parametrize("change", [{"loss": "x"}, {"loss": None}, {"tokens_seen": "288"}, {"grad_norm": "x"}])
+@pytest.mark.parametrize("change", [{"loss": "x"}, {"loss": []}, {"tokens_seen": "288"}, {"grad_norm": "x"}])
 @pytest.mark.parametrize("damaged", [3, SAVED_AT])
 def test_steps_count_from_the_last_damaged_one_on(finished, resume, tmp_path, change, damaged):
     file = tmp_path / "run/steps.jsonl"
@@ -216,7 +219,8 @@ def test_steps_count_from_the_last_damaged_one_on(finished, resume, tmp_path, ch
 
 def test_a_loss_that_was_not_finite_is_a_record(tmp_path):
     values = dict(tokens_seen=96, grad_norm=None, learning_rate=0.0, tokens_per_second=1.0)
-    record = StepRecord(step=1, loss=float("inf"), **values)
-    (tmp_path / "steps.jsonl").write_text(json.dumps(record) + "\n")
-    assert read_steps(tmp_path / "steps.jsonl", until=1) == [record]
+    append_line(tmp_path / "steps.jsonl", StepRecord(step=1, loss=float("inf"), **values))
+    assert json.loads((tmp_path / "steps.jsonl").read_text(), parse_constant=pytest.fail)["loss"] is None
+    (record,) = read_steps(tmp_path / "steps.jsonl", until=1)
+    assert math.isnan(record.pop("loss")) and record == {"step": 1, **values}
     assert read_steps(tmp_path / "steps.jsonl", until=2) == []

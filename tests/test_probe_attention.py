@@ -6,38 +6,18 @@ import transformers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from recipe.guards import attention
 from recipe.guards.attention import (
     PADDING,
+    AttentionLeak,
     change_tokens,
     choose_positions,
-    choose_rows,
     find_documents,
     find_scored,
-    judge_gradient,
-    judge_movement,
     probe_attention,
 )
-from recipe.guards.guard import CannotJudge, Clear, Finding, Skip
-
-IDS = ("non_causal_attention", "row_leak", "cross_document_attention")
-
-
-def plain(results: dict) -> dict:
-    """Of each id: its finding, None, or the reason why it cannot be judged."""
-    as_plain = {Clear: lambda verdict: None, Skip: lambda verdict: verdict.reason, Finding: lambda verdict: verdict}
-    return {name: as_plain[type(verdict)](verdict) for name, verdict in results.items()}
-
-
-def probe(model, inputs) -> dict:
-    try:
-        return plain(probe_attention(model, inputs))
-    except CannotJudge as reason:
-        return dict.fromkeys(IDS, reason)
-
+from recipe.guards.guard import CannotJudge, Finding
 
 VOCABULARY, LENGTH = 64, 24
-SETTING = {"rows": [0, 1, 2, 3], "mode": "train", "attention_mask": "as given"}
 IDS_OF_MOVEMENT = ["non_causal_attention", "row_leak"]
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 GROUPED = COMMON | {"num_key_value_heads": 2}
@@ -118,7 +98,7 @@ EARLIER_ONLY = torch.tensor([[0.0] * 6, [0.1, 0.2, 1.0, 0.0, 0.0, 0.0]])
 
 
 def test_a_gradient_from_earlier_tokens_is_silent():
-    results = plain(judge_gradient(EARLIER_ONLY, {1: 2}, ROWS_OF_6, SETTING))
+    results = AttentionLeak.judge_gradient(EARLIER_ONLY, {1: 2}, ROWS_OF_6)
     assert results["non_causal_attention"] is None and results["row_leak"] is None
     assert isinstance(results["cross_document_attention"], CannotJudge)
 
@@ -126,47 +106,45 @@ def test_a_gradient_from_earlier_tokens_is_silent():
 def test_a_later_token_is_named_with_its_numbers():
     sizes = EARLIER_ONLY.clone()
     sizes[1, 3] = 0.004
-    finding = plain(judge_gradient(sizes, {1: 2}, ROWS_OF_6, SETTING))["non_causal_attention"]
-    assert (
-        finding.severity == "error" and "position 2 of row 1 sees 1 of 3 later tokens in train mode" in finding.found
-    )
+    finding = AttentionLeak.judge_gradient(sizes, {1: 2}, ROWS_OF_6)["non_causal_attention"]
+    assert finding.severity == "error" and finding.found == "position 2 sees 1 of 3 later tokens"
+    assert finding.evidence["position"] == 2 and finding.evidence["nearest"] == 1
     assert finding.evidence["relative_gradient"] == pytest.approx(0.004) and finding.evidence["row"] == 1
     assert "i+1" in finding.likely_causes[0]
 
 
 def test_the_rounding_of_an_fft_is_silent():
     sizes = EARLIER_ONLY + 2e-6
-    assert not alarms(plain(judge_gradient(sizes, {1: 2}, ROWS_OF_6, SETTING)))
+    assert not alarms(AttentionLeak.judge_gradient(sizes, {1: 2}, ROWS_OF_6))
 
 
 def test_another_row_is_named():
     sizes = EARLIER_ONLY.clone()
     sizes[0, :2] = 0.5
-    found = alarms(plain(judge_gradient(sizes, {1: 2}, ROWS_OF_6, SETTING | {"rows": [5, 7]})))
-    assert (
-        list(found) == ["row_leak"]
-        and "sees 2 of 6 tokens of another row in train mode, row 5" in found["row_leak"].found
-    )
+    found = alarms(AttentionLeak.judge_gradient(sizes, {1: 2}, ROWS_OF_6))
+    assert list(found) == ["row_leak"] and found["row_leak"].found == "position 2 sees 2 of 6 tokens of row 0"
+    assert (found["row_leak"].evidence["row"], found["row_leak"].evidence["row_seen"]) == (1, 0)
 
 
 def test_an_earlier_document_is_named():
     documents = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]])
-    found = alarms(plain(judge_gradient(EARLIER_ONLY, {1: 2}, documents, SETTING)))
+    found = alarms(AttentionLeak.judge_gradient(EARLIER_ONLY, {1: 2}, documents))
     assert list(found) == ["cross_document_attention"] and found["cross_document_attention"].severity == "warning"
-    assert "sees 2 of 2 tokens of earlier documents (the nearest 1 away)" in found["cross_document_attention"].found
+    finding = found["cross_document_attention"]
+    assert "sees 2 of 2 tokens of earlier documents" in finding.found and finding.evidence["nearest"] == 1
 
 
 def test_padding_decides_nothing():
     sizes, documents = EARLIER_ONLY.clone(), ROWS_OF_6.clone()
     sizes[0, 0], sizes[1, 5] = 3.0, float("nan")
     documents[0, 0] = documents[1, 5] = PADDING
-    assert not alarms(plain(judge_gradient(sizes, {1: 2}, documents, SETTING)))
+    assert not alarms(AttentionLeak.judge_gradient(sizes, {1: 2}, documents))
 
 
 @pytest.mark.parametrize("size", [0.0, float("nan")])
 def test_no_gradient_is_no_verdict(size):
     with pytest.raises(CannotJudge, match="zero or not finite"):
-        plain(judge_gradient(torch.full((2, 6), size), {1: 2}, ROWS_OF_6, SETTING))
+        AttentionLeak.judge_gradient(torch.full((2, 6), size), {1: 2}, ROWS_OF_6)
 
 
 def test_documents_come_from_positions_sequence_numbers_or_lengths():
@@ -185,29 +163,20 @@ def test_positions_that_begin_after_left_padding_are_one_document():
     assert documents.tolist() == [[PADDING, PADDING, 0, 0, 0]]
 
 
-def test_long_rows_are_cut_to_two_with_the_lengths_of_their_documents():
-    ids = torch.zeros(4, 2000, dtype=torch.long)
-    lengths = torch.tensor([0, 2000, 4000, 4500, 6000, 6300, 8000], dtype=torch.int32)
-    batch, rows = choose_rows({"input_ids": ids, "cu_seq_lens_q": lengths, "max_length_q": 2000})
-    assert rows == [2, 3] and batch["input_ids"].shape == (2, 2000)
-    assert batch["cu_seq_lens_q"].tolist() == [0, 500, 2000, 2300, 4000]
-    assert batch["cu_seq_lens_q"].dtype == torch.int32 and batch["max_length_q"] == 2000
-
-
-def test_asked_positions_are_scored_followed_and_in_a_later_document():
+def test_probed_positions_are_scored_followed_and_in_a_later_document():
     documents = torch.zeros(2, 12, dtype=torch.long)
     documents[1, 4:], documents[1, 10:] = 1, PADDING
     scored = torch.ones(2, 12, dtype=torch.bool)
     scored[1, :6] = False
-    asked, others = choose_positions(documents, scored)
-    assert list(asked) == [1] and 6 <= asked[1] <= 8 and list(others) == [0]
+    probed, others = choose_positions(documents, scored)
+    assert list(probed) == [1] and 6 <= probed[1] <= 8 and list(others) == [0]
 
 
-def test_a_masked_prompt_is_not_asked():
+def test_a_masked_prompt_is_not_probed():
     batch = batch_of()
     batch["labels"][:, :20] = -100
-    asked, others = choose_positions(find_documents(batch), find_scored(batch))
-    assert all(19 <= place < 23 for place in [*asked.values(), *others.values()])
+    probed, others = choose_positions(find_documents(batch), find_scored(batch))
+    assert all(19 <= place < 23 for place in [*probed.values(), *others.values()])
 
 
 def test_changed_tokens_are_others_of_the_batch_and_padding_stays():
@@ -221,15 +190,15 @@ def test_changed_tokens_are_others_of_the_batch_and_padding_stays():
 def test_movement_of_a_few_positions_is_no_proof():
     moved, watched = torch.full((2, 9), 0.02), torch.ones(2, 9, dtype=torch.bool)
     moved[:, :3] = 4.0
-    assert not judge_movement(moved, watched, {1: 4})
-    assert list(judge_movement(moved + 0.5, watched, {1: 4})) == IDS_OF_MOVEMENT
+    assert not AttentionLeak.judge_movement(moved, watched, {1: 4})
+    assert list(AttentionLeak.judge_movement(moved + 0.5, watched, {1: 4})) == IDS_OF_MOVEMENT
 
 
 def test_in_fp32_a_small_movement_tells_where_rounding_cannot_be_it():
     moved, watched = torch.full((2, 8), 1e-6), torch.ones(2, 8, dtype=torch.bool)
-    assert not judge_movement(moved, watched, {0: 5, 1: 6}, exact=True)
-    assert list(judge_movement(moved + 2e-3, watched, {0: 5}, exact=True)) == IDS_OF_MOVEMENT
-    assert not judge_movement(moved + 2e-3, watched, {0: 5})
+    assert not AttentionLeak.judge_movement(moved, watched, {0: 5, 1: 6}, is_exact=True)
+    assert list(AttentionLeak.judge_movement(moved + 2e-3, watched, {0: 5}, is_exact=True)) == IDS_OF_MOVEMENT
+    assert not AttentionLeak.judge_movement(moved + 2e-3, watched, {0: 5})
 
 
 @pytest.mark.parametrize(("second", "found"), [(5, ["non_causal_attention"]), (2, [])])
@@ -237,8 +206,8 @@ def test_one_position_moves_at_the_same_distance_in_each_row(second, found):
     """A token that turned to another expert moves one position anywhere: the second row's is elsewhere."""
     moved, watched = torch.full((2, 8), 1e-6), torch.ones(2, 8, dtype=torch.bool)
     moved[0, 4], moved[1, second] = 0.3, 0.1
-    assert list(judge_movement(moved, watched, {0: 5, 1: 6}, exact=True)) == found
-    assert not judge_movement(moved[:1], watched[:1], {0: 5}, exact=True)
+    assert list(AttentionLeak.judge_movement(moved, watched, {0: 5, 1: 6}, is_exact=True)) == found
+    assert not AttentionLeak.judge_movement(moved[:1], watched[:1], {0: 5}, is_exact=True)
 
 
 def test_a_leak_without_gradient_of_a_hundredth_is_seen(tiny_model):
@@ -252,7 +221,7 @@ def test_a_leak_without_gradient_of_a_hundredth_is_seen(tiny_model):
 
     embed.register_forward_hook(look_ahead)
     ids = torch.randint(257, (4, 32), generator=torch.Generator().manual_seed(0))
-    found = probe(tiny_model, {"input_ids": ids, "labels": ids})
+    found = probe_attention(tiny_model, {"input_ids": ids, "labels": ids})
     assert (
         isinstance(found["non_causal_attention"], Finding)
         and "without gradient" in found["non_causal_attention"].found
@@ -271,7 +240,7 @@ def test_healthy_models_are_judged_and_silent(family, implementation):
     for make in BATCHES.values():
         for enabled in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                results = probe(model, make())
+                results = probe_attention(model, make())
             assert results["non_causal_attention"] is None and results["row_leak"] is None, results
             assert isinstance(results["cross_document_attention"], CannotJudge)
 
@@ -285,7 +254,7 @@ def packed(number: int = 4, **parts) -> dict:
 @pytest.mark.parametrize("number", [1, 4])
 @pytest.mark.parametrize("family", ["llama", "mistral", "mixtral", "gemma3_text", "qwen2"])
 def test_packed_documents_kept_apart_are_silent(family, number):
-    results = probe(build(family), packed(number))
+    results = probe_attention(build(family), packed(number))
     assert results["cross_document_attention"] is None and results["non_causal_attention"] is None
     assert results["row_leak"] is None if number > 1 else str(results["row_leak"]) == "one row in the batch"
 
@@ -294,9 +263,9 @@ def test_a_masked_prompt_may_see_all_of_itself():
     model = build("llama", "eager")
     spoil(model, lambda mask, module: mask.masked_fill(torch.arange(LENGTH) < 12, 0.0))
     batch = batch_of()
-    assert "non_causal_attention" in alarms(probe(model, batch))
+    assert "non_causal_attention" in alarms(probe_attention(model, batch))
     batch["labels"][:, :13] = -100
-    assert not alarms(probe(model, batch))
+    assert not alarms(probe_attention(model, batch))
 
 
 # --- leaks
@@ -344,7 +313,7 @@ def test_a_position_that_sees_later_tokens_is_found(leak, bf16, number):
     model = build("llama", "eager", attention_dropout=0.1)
     LEAKS[leak](model)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        found = alarms(probe(model, batch_of(number)))
+        found = alarms(probe_attention(model, batch_of(number)))
     assert list(found) == ["non_causal_attention"], leak
     assert found["non_causal_attention"].evidence["mode"] == ("eval" if "eval" in leak else "train")
 
@@ -357,14 +326,14 @@ def test_a_mask_that_is_lost_when_the_batch_has_none():
         lambda module, args, kwargs: given.append("attention_mask" in kwargs), with_kwargs=True
     )
     spoil(model, lambda mask, module: mask * 0 if given[-1] else mask)
-    found = alarms(probe(model, batch_of()))
+    found = alarms(probe_attention(model, batch_of()))
     assert found["non_causal_attention"].evidence["attention_mask"] == "ones"
-    found = alarms(probe(model, BATCHES["mask of ones"]()))
+    found = alarms(probe_attention(model, BATCHES["mask of ones"]()))
     assert found["non_causal_attention"].evidence["mode"] == "train"
 
 
 def test_an_encoder_that_is_no_decoder():
-    assert "non_causal_attention" in alarms(probe(build("bert", is_decoder=False), batch_of()))
+    assert "non_causal_attention" in alarms(probe_attention(build("bert", is_decoder=False), batch_of()))
 
 
 @pytest.mark.parametrize("number", [2, 4])
@@ -372,14 +341,14 @@ def test_an_encoder_that_is_no_decoder():
 def test_rows_that_mix_are_found_and_not_taken_for_the_future(share, number):
     model = build("llama")
     mix(model, share, lambda output: output.mean(dim=0, keepdim=True))
-    assert list(alarms(probe(model, batch_of(number)))) == ["row_leak"]
+    assert list(alarms(probe_attention(model, batch_of(number)))) == ["row_leak"]
 
 
 @pytest.mark.parametrize("weight", [3.0, 1e-2])
 def test_a_leak_without_gradient_is_found(weight):
     model = build("llama")
     mix(model, weight, lambda output: output.detach().mean(dim=(0, 1), keepdim=True))
-    found = alarms(probe(model, batch_of(4)))
+    found = alarms(probe_attention(model, batch_of(4)))
     assert found and all("movement" in finding.evidence for finding in found.values())
 
 
@@ -387,17 +356,19 @@ def test_a_leak_without_gradient_is_found(weight):
 def test_movement_without_gradient_of_the_size_of_rounding_is_silent(weight, dtype):
     model = build("llama").to(dtype)
     mix(model, weight, lambda output: output.detach().mean(dim=(0, 1), keepdim=True))
-    assert not alarms(probe(model, batch_of(4)))
+    assert not alarms(probe_attention(model, batch_of(4)))
 
 
 @pytest.mark.parametrize("number", [1, 4])
 def test_a_mask_of_ones_turns_document_masking_off(number):
-    results = probe(build("llama"), packed(number, attention_mask=torch.ones(number, LENGTH, dtype=torch.long)))
+    results = probe_attention(
+        build("llama"), packed(number, attention_mask=torch.ones(number, LENGTH, dtype=torch.long))
+    )
     assert list(alarms(results)) == ["cross_document_attention"]
 
 
 def test_positions_that_restart_isolate_nothing_in_learned_positions():
-    assert "cross_document_attention" in alarms(probe(build("bert"), packed()))
+    assert "cross_document_attention" in alarms(probe_attention(build("bert"), packed()))
 
 
 # --- what it leaves, what it cannot judge
@@ -410,7 +381,7 @@ def test_it_leaves_no_trace():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch, generator = batch_of(), torch.get_rng_state()
     kept = {name: value.clone() for name, value in batch.items()}
-    probe(model, batch)
+    probe_attention(model, batch)
     assert torch.equal(generator, torch.get_rng_state())
     assert model.training and not model.model.layers[0].training and model.model.layers[1].training
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == [
@@ -425,21 +396,18 @@ def test_it_leaves_no_trace():
 def test_gradient_checkpointing_does_not_disturb():
     model = build("llama", "eager")
     model.activation_checkpointing_enable()
-    assert not alarms(probe(model, batch_of()))
+    assert not alarms(probe_attention(model, batch_of()))
     LEAKS["no mask in one layer"](model)
-    assert list(alarms(probe(model, batch_of()))) == ["non_causal_attention"]
+    assert list(alarms(probe_attention(model, batch_of()))) == ["non_causal_attention"]
 
 
-def test_reasons_why_not():
-    model = build("llama")
-    assert "no input_ids" in str(probe(model, {"inputs_embeds": torch.zeros(2, 4, 32)})["row_leak"])
-    only = {"input_ids": rows_of(2, 1)}
-    assert "no scored position has a later one" in str(probe(model, only)["non_causal_attention"])
-    assert set(probe(model, only)) == set(IDS)
+def test_a_position_without_a_later_one_cannot_be_judged():
+    with pytest.raises(CannotJudge, match="no scored position has a later one"):
+        probe_attention(build("llama"), {"input_ids": rows_of(2, 1)})
 
 
 def test_one_token_only_is_still_judged_in_train_mode():
-    results = probe(build("llama"), {"input_ids": torch.full((2, LENGTH), 5)})
+    results = probe_attention(build("llama"), {"input_ids": torch.full((2, LENGTH), 5)})
     assert results["non_causal_attention"] is None and results["row_leak"] is None
 
 
@@ -455,10 +423,4 @@ def test_labels_stay_where_the_model_needs_them():
         def forward(self, input_ids, labels):
             return self.inner(input_ids=input_ids, labels=labels).to_tuple()
 
-    assert probe(Needs(), batch_of())["non_causal_attention"] is None
-
-
-def test_large_rows_are_few(monkeypatch):
-    monkeypatch.setattr(attention.Attention, "MAX_TOKENS", LENGTH)
-    results = probe(build("llama"), batch_of(4))
-    assert results["non_causal_attention"] is None and results["row_leak"] is None
+    assert probe_attention(Needs(), batch_of())["non_causal_attention"] is None

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from recipe.guards.batches import IGNORE_INDEX
 from recipe.guards.guard import CannotJudge
 from recipe.guards.head import LossTargets, recover_loss_targets, targets_from_gradient
-from recipe.guards.targets import LossTarget, add_loss
+from recipe.guards.targets import LossTarget
 
 IDS = torch.arange(2 * 24).reshape(2, 24) * 5 % 53
 
@@ -36,21 +37,21 @@ def test_targets_weights_and_masks_come_out_of_the_gradient(dtype):
 
 
 def test_a_healthy_loss_is_silent():
-    assert LossTarget.judge(IDS, targets_at(1)) is None
+    assert LossTarget.judge(IDS, targets_at(1), IDS) is None
 
 
 @pytest.mark.parametrize(
     ("shift", "name", "found"), [(0, "missing_label_shift", "token i "), (2, "double_label_shift", "token i+2")]
 )
 def test_a_wrong_shift_is_named(shift, name, found):
-    finding = LossTarget.judge(IDS, targets_at(shift))
+    finding = LossTarget.judge(IDS, targets_at(shift), IDS)
     assert finding.id == name and found in finding.found and finding.severity == "error"
     assert "(22 of 22 positions)" in finding.found
 
 
 def test_one_wrong_row_among_good_ones_is_found():
     mixed = torch.stack([targets_at(1)[0], targets_at(0)[1]])
-    finding = LossTarget.judge(IDS, mixed)
+    finding = LossTarget.judge(IDS, mixed, IDS)
     assert finding.id == "missing_label_shift" and finding.evidence["row"] == 1
 
 
@@ -77,46 +78,45 @@ def test_masked_positions_that_are_not_scored_are_no_fault():
 
 def test_a_last_position_that_is_scored_is_found():
     found = scored_but(slice(0, 0))
-    assert LossTarget.judge_last_position(IDS, found.targets, IDS) is None
+    assert LossTarget.judge_last_position(IDS, found, IDS) is None
     found.targets[:, -1] = 7
-    assert LossTarget.judge_last_position(IDS, found.targets, IDS).id == "wrong_loss_target"
+    assert LossTarget.judge_last_position(IDS, found, IDS).id == "wrong_loss_target"
     assert (
-        LossTarget.judge_last_position(IDS, found.targets, IDS.roll(-1, dims=1)) is None
+        LossTarget.judge_last_position(IDS, found, IDS.roll(-1, dims=1)) is None
     )  # next tokens as labels: there is one
 
 
 def test_a_model_that_is_sure_is_not_judged():
-    """Certainty is silent as well."""
     assert LossTarget.judge_unscored(scored_but(slice(0, 12), loss=0.01), IDS) is None
 
 
 def test_targets_of_another_row():
-    assert LossTarget.judge(IDS, targets_at(1).flip(0)).id == "wrong_loss_target"
+    assert LossTarget.judge(IDS, targets_at(1).flip(0), IDS).id == "wrong_loss_target"
 
 
 def test_repeated_tokens_are_not_mistaken_for_a_missing_shift():
     ids = torch.tensor([[7] * 30 + list(range(20))])
     targets = torch.cat([ids[:, 1:], torch.tensor([[IGNORE_INDEX]])], dim=1)
-    assert LossTarget.judge(ids, targets) is None
+    assert LossTarget.judge(ids, targets, ids) is None
 
 
 def test_masked_prompts_are_not_a_fault():
     targets = targets_at(1)
     targets[:, :10] = IGNORE_INDEX
-    assert LossTarget.judge(IDS, targets) is None
+    assert LossTarget.judge(IDS, targets, IDS) is None
 
 
 def test_a_few_chance_hits_elsewhere_are_not_a_fault():
     targets = targets_at(1)
     targets[0, 3] = 52  # 1 of 22
-    assert LossTarget.judge(IDS, targets) is None
+    assert LossTarget.judge(IDS, targets, IDS) is None
 
 
 @pytest.mark.parametrize("ids", [torch.full((2, 24), 3), IDS[:, :8]])
 def test_too_little_to_go_by_says_so(ids):
     targets = torch.cat([ids[:, 1:], torch.full((2, 1), IGNORE_INDEX)], dim=1)
     with pytest.raises(CannotJudge, match="8 are needed"):
-        LossTarget.judge(ids, targets)
+        LossTarget.judge(ids, targets, ids)
 
 
 # --- on real models
@@ -153,16 +153,16 @@ def test_dropout_does_not_move_the_generator():
 def test_healthy_and_broken_models(make, tiny_model):
     model = tiny_model if make == "llama" else gpt2()
     healthy = recover_loss_targets(model, lambda: model(input_ids=IDS, labels=IDS).loss)
-    assert LossTarget.judge(IDS, healthy.targets) is None
+    assert LossTarget.judge(IDS, healthy.targets, IDS) is None
     model.loss_function = unshifted
     broken = recover_loss_targets(model, lambda: model(input_ids=IDS, labels=IDS).loss)
-    assert LossTarget.judge(IDS, broken.targets).id == "missing_label_shift"
+    assert LossTarget.judge(IDS, broken.targets, IDS).id == "missing_label_shift"
 
 
 def test_labels_shifted_by_hand_and_again_by_the_model(tiny_model):
     labels = torch.cat([IDS[:, 1:], torch.full((2, 1), IGNORE_INDEX)], dim=1)
     found = recover_loss_targets(tiny_model, lambda: tiny_model(input_ids=IDS, labels=labels).loss)
-    assert LossTarget.judge(IDS, found.targets).id == "double_label_shift"
+    assert LossTarget.judge(IDS, found.targets, IDS).id == "double_label_shift"
 
 
 def test_a_model_without_a_head_cannot_be_judged():
@@ -207,7 +207,7 @@ def test_a_fused_loss_is_judged_by_the_hidden_state(tiny_model, shift, name):
     count = (targets_at(shift) != IGNORE_INDEX).sum()
     scored = found.weights[targets_at(shift) != IGNORE_INDEX]
     assert torch.allclose(scored, torch.full_like(scored, 1 / count), rtol=1e-3)  # fp32 sums over the vocabulary
-    finding = LossTarget.judge(IDS, found.targets)
+    finding = LossTarget.judge(IDS, found.targets, IDS)
     assert (finding and finding.id) == name
 
 
@@ -230,31 +230,41 @@ def test_label_smoothing_on_a_model_that_is_sure_is_not_a_fault():
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1)
     (gradient,) = torch.autograd.grad(loss, logits)
     found = targets_from_gradient(logits.detach(), gradient).targets
-    assert LossTarget.judge(IDS, found) is None and (found[1] == IGNORE_INDEX).all()
+    assert LossTarget.judge(IDS, found, IDS) is None and (found[1] == IGNORE_INDEX).all()
 
 
-# --- the loss by position
+# --- during training
 
 
-def add_losses(totals, positions, losses):
-    for position, loss in zip(positions, losses, strict=True):
-        add_loss(totals, position, loss)
+def test_sampled_rows_are_judged_by_most_of_their_positions():
+    healthy, copied, few = [16, 1, 14, 1, 0], [16, 12, 2, 1, 1], [7, 7, 0, 0, 0]
+    (finding,) = LossTarget.judge_rows({4: healthy, 5: copied, 6: few}, LossTarget.MAX_ELSEWHERE_SAMPLED)
+    assert finding.id == "missing_label_shift" and finding.evidence["row"] == 5
+    assert finding.found == "loss target = token i (12 of 16 positions), in 1 of 3 rows"
+    assert not LossTarget.judge_rows({0: [16, 0, 8, 0, 8]}, LossTarget.MAX_ELSEWHERE_SAMPLED)
+    assert LossTarget.judge_rows({0: [16, 0, 7, 0, 9]}, LossTarget.MAX_ELSEWHERE_SAMPLED)[0].id == "wrong_loss_target"
 
 
-def evidence_of(totals) -> dict:
-    guard = LossTarget()
-    guard.state = {"by_position": totals}
-    return guard.evidence()
+def test_a_row_whose_labels_are_not_as_in_most_rows():
+    count, own, following = np.array([20, 20, 20, 7]), np.array([20, 9, 1, 0]), np.array([1, 2, 19, 7])
+    found = list(LossTarget.judge_labels("own", count, own, following))
+    assert [(finding.id, finding.evidence["row"]) for finding in found] == [
+        ("wrong_loss_target", 1),
+        ("double_label_shift", 2),
+    ]
+    found = list(LossTarget.judge_labels("next", count, following, own))
+    assert [finding.id for finding in found] == ["wrong_loss_target", "missing_label_shift"]
+    assert not list(LossTarget.judge_labels("neither", count, own, following))
 
 
 def test_loss_by_position():
-    totals = []
-    assert evidence_of(totals) == {"loss_by_position": {}, "falls": None}
+    guard = LossTarget()
+    guard.setup(None)
+    assert guard.evidence() == {"loss_by_position": {}}
     for i in range(40):
-        add_losses(totals, [0, 1, 6, 100], [5.0 + 0.1 * (i % 3), 4.5, 4.0, 3.0 + 0.1 * (i % 3)])
-    evidence = evidence_of(json.loads(json.dumps(totals)))  # as after a resume
-    assert evidence["falls"] and list(evidence["loss_by_position"]) == ["0", "1-1", "4-7", "64-127"]
-    assert evidence["loss_by_position"]["4-7"] == pytest.approx(4.0)
-    flat = []
-    add_losses(flat, [0, 100] * 40, [1.0, 1.0] * 40)
-    assert evidence_of(flat)["falls"] is False
+        for position, loss in ((0, 5.0 + 0.1 * (i % 3)), (1, 4.5), (6, 4.0), (100, 3.0 + 0.1 * (i % 3))):
+            guard._add_loss(position, loss)
+    guard.load(json.loads(json.dumps(guard.save())))  # as after a resume
+    means = guard.evidence()["loss_by_position"]
+    assert list(means) == ["0", "1", "4", "64"]
+    assert means["4"] == pytest.approx(4.0) and means["0"] > 5 > means["64"]

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from recipe.__main__ import run
-from recipe.guards.trajectory import check_reference, load_reference
+from recipe.guards.off_reference import LossOffReference
+from recipe.guards.trajectory import load_reference
 from recipe.record import ARGUMENTS, DEVIATIONS, MIN_HALF_WIDTH, choose_steps, point_at
 
 
@@ -44,7 +45,7 @@ def test_recorded_runs_and_new_ones_like_them_are_inside_a_broken_one_is_not(tmp
     broken = [loss * 0.8 for loss in healthy]
 
     def findings(losses):
-        return [check_reference(reference, steps[:now], tokens[:now], losses[:now]) for now in steps]
+        return [LossOffReference.judge(reference, now, tokens[:now], losses[:now]) for now in steps]
 
     assert not any(findings(healthy))
     assert any(findings(broken))

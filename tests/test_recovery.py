@@ -58,11 +58,11 @@ def test_what_only_a_probe_sees_after_a_resume(tmp_path, caplog, monkeypatch):
 
 def test_what_was_fixed_recovers_once(tmp_path, caplog):
     caplog.set_level(logging.INFO, "recipe.guards")
-    run = dict(train=as_rows(text(64), shifted(text(64))), steps=16, save_strategy="steps", save_steps=8)
-    watch(make_trainer(tmp_path, **run))
+    run = dict(train=as_rows(text(4 * STEPS), shifted(text(4 * STEPS))), save_strategy="steps", save_steps=8)
+    watch(make_trainer(tmp_path, steps=8, **run))
     assert recovered(caplog) == []
-    run |= {"train": as_rows(text(64))}
-    watch(make_trainer(tmp_path, **run), tmp_path / "run/checkpoint-8")
+    run |= {"train": as_rows(text(4 * STEPS))}
+    watch(make_trainer(tmp_path, steps=STEPS, **run), tmp_path / "run/checkpoint-8")
     assert [line.split(" | ")[0] for line in recovered(caplog)] == ["double_label_shift"]
 
 

@@ -5,9 +5,9 @@ import math
 from dataclasses import replace
 
 import pytest
-from recipe.guards.finding import Finding
 
 from recipe.__main__ import run
+from recipe.guards import Finding
 from recipe.plain_json import dumps
 from recipe.results import verdict
 from recipe.verdict import LAST_STEPS, Learned, final_loss, judge_run
@@ -35,7 +35,7 @@ def found(name: str, severity: str) -> Finding:
 
 
 def test_a_run_that_learned_from_context_is_healthy():
-    assert judge_run([found("source_exhausted", "info")], DEMO, JUDGED).text == "healthy"
+    assert judge_run([found("accumulation_mismatch", "info")], DEMO, JUDGED).text == "healthy"
 
 
 NOTHING = "no fault found, but nothing learned from context yet: "

@@ -16,7 +16,7 @@ Each other module is one guard, or a family that shares its measurement. A guard
 
 from recipe.guards.accumulation import AccumulationMismatch
 from recipe.guards.adam import OptimizerOff
-from recipe.guards.attention import Attention
+from recipe.guards.attention import AttentionLeak
 from recipe.guards.callback import RegressionCallback
 from recipe.guards.compiled import CompiledMismatch
 from recipe.guards.diverged import LossDiverged
@@ -53,7 +53,7 @@ GUARDS: tuple[type[Guard], ...] = (
     LearningRate,
     InitialLoss,
     LossTarget,
-    Attention,
+    AttentionLeak,
     TokenRange,
     DoubleBos,
     PaddingIsTarget,

@@ -226,6 +226,8 @@ class RegressionCallback(TrainerCallback):
         if self.session is not None:
             self._flush(control)
             self.session.explain_waiting()
+            if self.session.failure is not None:  # since the last exchange
+                self._give_up(self.session.failure)
         self._release()
 
     @property
@@ -241,7 +243,7 @@ class RegressionCallback(TrainerCallback):
         if self._trainer is None:
             return
         self.stopped_by = self.session.flush(self.stopped_by)
-        if self.session.failure is not None:
+        if self.session.is_over:
             self._give_up(self.session.failure)
             self._release()
         if self.session.stop_asked:

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
-from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable, Verdict
+from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable, Skip, Verdict
 from recipe.guards.ngrams import NO_VOCABULARY
 
 
@@ -52,11 +52,13 @@ class LossDiverged(Guard):
     def setup(self, run) -> None:
         if not run.vocab_size:
             raise CannotJudge(NO_VOCABULARY)
-        if run.max_steps < self.STEPS:
-            raise NotApplicable(f"the run has {run.max_steps} steps, it needs {self.STEPS}")
         self.vocab_size = run.vocab_size
         # `window`: the reported loss and the sampled one (None in steps without a sample) of the last steps.
         self.state = {"first_reported": None, "first_sampled": None, "window": []}
+
+    def inspect(self, run) -> Iterator[Verdict]:
+        if run.max_steps < self.STEPS:  # it is followed all the same: a longer run may resume from it
+            yield Skip(self._only_id(), NotApplicable(f"the run has {run.max_steps} steps, it needs {self.STEPS}"))
 
     def observe(self, step) -> Iterator[Verdict]:
         rows = [row for *_, head in step.head for row in zip(head["losses"], head["weights"], strict=True)]

@@ -24,10 +24,10 @@ MAX_FUSED_POSITIONS = 1024
 # Share of the gradient that the best target leaves unexplained: 1e-7 in fp32, 1e-3 in bf16. Logits scaled by 2 leave
 # up to 0.1, and the targets are still right; by 3, 0.3.
 MAX_REMAINDER = 0.15
-# Looked at in each row of a micro-batch, and in all of its rows: 4 rows of 18, of which 16 can be judged, since a
-# position needs the two tokens after it. Chosen, not measured, to keep the sampling short.
-POSITIONS, MAX_POSITIONS = 18, 72
-# Micro-batches. Where a fused loss makes no logits, a sample costs four heads of these positions. Chosen.
+# Sampled in each row of a micro-batch, and rows: 4 rows of 18, of which 16 can be judged, since a position needs the
+# two tokens after it. Chosen, not measured, to keep the sampling short.
+POSITIONS, MAX_ROWS = 18, 4
+# Micro-batches. Without logits (a fused loss) a sample costs four heads of these positions. Chosen, not measured.
 FUSED_EVERY = 8
 
 
@@ -67,8 +67,8 @@ def recover_loss_targets(model: torch.nn.Module, compute_loss: Callable[[], torc
 
     For cross entropy that gradient is `w (p - onehot(y))`: its only negative entry is the target y, an all-zero row is
     masked, and `-grad_y / (1 - p_y)` is the weight w. Where a fused loss makes no logits, the gradient at the last
-    hidden state is used (`targets_from_hidden`). `compute_loss` runs `model` eagerly. Nothing is left behind: no
-    gradient reaches a parameter, and the random generators are put back. Raises `CannotJudge` where neither is there.
+    hidden state is used (`targets_from_hidden`). `compute_loss` runs `model` eagerly. No gradient reaches a parameter,
+    and the random generators are put back. Raises `CannotJudge` where neither is there.
     """
     head = head_of(model)
     devices = [parameter.device for parameter in head.parameters() if parameter.device.type == "cuda"][:1]
@@ -169,11 +169,8 @@ def _target_of_hidden(hidden: torch.Tensor, gradient: torch.Tensor, head: torch.
 
 
 def count_hits(input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`[rows, 5]` int64: positions that can be told apart, and of these the ones scored on token i, i+1, i+2 and
-    elsewhere.
-
-    A position counts where it is scored and the tokens at i, i+1 and i+2 differ.
-    """
+    """`[rows, 5]` int64: scored positions whose tokens at i, i+1 and i+2 differ, and of these the ones scored on token
+    i, i+1, i+2 and elsewhere."""
     first, second, third, targets = input_ids[:, :-2], input_ids[:, 1:-1], input_ids[:, 2:], targets[:, :-2]
     clear = (targets != IGNORE_INDEX) & (first != second) & (second != third) & (first != third)
     hits = [((targets == ids) & clear).sum(dim=1) for ids in (first, second, third)]
@@ -185,12 +182,9 @@ def count_hits(input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class SampledRows(NamedTuple):
-    """What the head tells of a few positions of one micro-batch.
-
-    `values`: a copy of `[rows, 9]` on its way to the host, one row for each sampled row of the batch: hits (5, see
-    `count_hits`), lowest, mean and highest weight of the scored positions (zeros where there is none), and their mean
-    cross entropy in nats.
-    """
+    """A few positions of one micro-batch. `values`: a copy of `[rows, 9]` on its way to the host, one row for each
+    sampled row of the batch: hits (5, see `count_hits`), lowest, mean and highest weight of the scored positions (0
+    where there is none), and their mean cross entropy in nats."""
 
     first_row: int
     first_position: int
@@ -201,7 +195,6 @@ class SampledRows(NamedTuple):
         return {
             "first_row": self.first_row,
             "first_position": self.first_position,
-            "positions": POSITIONS,
             "hits": [[int(number) for number in row[:5]] for row in rows],
             "weights": [row[5:8] for row in rows],
             "losses": [row[8] for row in rows],
@@ -269,7 +262,7 @@ class HeadTap:
         if is_hidden and self._logits_seen:
             return
         num_rows, block_size = ids.shape
-        count = min(num_rows, max(1, MAX_POSITIONS // POSITIONS))
+        count = min(num_rows, MAX_ROWS)
         row = self._turn * count % (num_rows - count + 1) if num_rows > count else 0
         # Golden-section steps: successive turns lie far apart and miss no place.
         position = int(self._turn * 0.6180339887 % 1 * (block_size - POSITIONS + 1))

@@ -153,7 +153,8 @@ class Reporter:
                 if finding.id not in self.open:
                     where = {"found": f"{finding.found} (rank {rank})", "evidence": {**finding.evidence, "rank": rank}}
                     finding = replace(finding, **where)
-                    self.open[finding.id] = Open(finding, {finding.check: 0})
+                    # Under a name of its own: the checks of this rank cannot take it back.
+                    self.open[finding.id] = Open(finding, {f"{finding.check} on rank {rank}": 0})
                     self.report(self.explain(finding))
 
     def give_up(self, ids: Iterable[str], reason: str | CannotJudge) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from transformers import Trainer
 
 from recipe.guards.batches import IGNORE_INDEX, SeenTokens, flags_of, input_ids_of
@@ -38,7 +39,7 @@ class Batch:
     def __init__(self, run: Run, inputs, num_items_in_batch, is_first: bool):
         self.run, self.model, self.is_first = run, run.model, is_first
         self.num_items_in_batch = num_items_in_batch
-        self._targets: LossTargets | None = None
+        self._targets: LossTargets | Exception | None = None
         self.twin = twin_of(run.trainer)
         self.all_inputs = prepare_inputs(self.twin, dict(inputs) if isinstance(inputs, Mapping) else inputs)
         missing = ("input_ids", "labels")
@@ -65,10 +66,16 @@ class Batch:
         return loss_of(self.twin, self.model, inputs or self.inputs, self.num_items_in_batch)
 
     def targets(self) -> LossTargets:
-        """What the positions of `inputs` are really scored on, in train mode; recovered once. Raises `CannotJudge`."""
+        """What the positions of `inputs` are really scored on, in train mode; recovered once. Raises `CannotJudge`, or
+        what the user's code raised, each time it is asked for."""
         if self._targets is None:
             self.model.train()
-            self._targets = recover_loss_targets(self.model, self.loss_of())
+            try:
+                self._targets = recover_loss_targets(self.model, self.loss_of())
+            except Exception as error:
+                self._targets = error
+        if isinstance(self._targets, Exception):
+            raise self._targets
         return self._targets
 
     def count_items(self, inputs: dict):
@@ -207,9 +214,19 @@ def twin_of(trainer: Trainer) -> Trainer:
         if name not in DATASETS:
             setattr(twin, name, _own_containers(value))
     twin.state, twin.control = copy.copy(trainer.state), copy.copy(trainer.control)
+    twin.accelerator = _alone(trainer.accelerator)
     vars(twin).pop("training_step", None)
     vars(twin).pop("prediction_step", None)
     return twin
+
+
+def _alone(accelerator: Accelerator) -> Accelerator:
+    """A copy that waits for no other rank: what it gathers is this rank's value for each of them. A probe may fail on
+    one rank alone, and the others must not wait for it."""
+    alone, count = copy.copy(accelerator), accelerator.num_processes
+    if count > 1:
+        alone.gather = lambda tensor: torch.cat([tensor.reshape(-1, *tensor.shape[1:])] * count)
+    return alone
 
 
 def _own_containers(value):

@@ -71,8 +71,9 @@ def survives(method: Callable) -> Callable:
 
 
 class Session:
-    """`history`: a record a step, oldest first. `failure`: why the guards are off, None while they are in force.
-    `run`, `runner`, `taps`: None before the first micro-batch."""
+    """`history`: a record a step, oldest first. `failure`: why the guards are off, None while they are in force; a
+    rank that fails takes part in the exchanges until the others know of it (`is_over`). `run`, `runner`, `taps`: None
+    before the first micro-batch."""
 
     def __init__(self, trainer: Trainer, options: Options, reporter: Reporter, ranks: Ranks, output_dir: Path):
         self.trainer, self.options, self.reporter, self.ranks = trainer, options, reporter, ranks
@@ -80,6 +81,7 @@ class Session:
         self.history: list[StepRecord] = []
         self.tokens_seen, self.passes, self.learning_rate_sum = 0, 1, 0.0
         self.failure: str | None = None
+        self.is_over = False  # every rank knows of the failure
         self.stop_asked = False
         self.run: Run | None = None
         self.runner: Runner | None = None
@@ -101,13 +103,14 @@ class Session:
     def begin(self, inputs, num_items_in_batch, own_step, checkpoint: Path | None) -> None:
         """Sets the guards up, restores them, and runs the probes. `own_step`: see `Run`."""
         saved = read_state(checkpoint) if checkpoint is not None and self.is_main else None
-        shared = self.ranks.broadcast(saved and self._part_of_ranks(*saved))
+        shared = self.ranks.broadcast(self._part_of_ranks(*saved) if saved is not None else None)
         self._prepare(inputs, num_items_in_batch, own_step, saved or shared, checkpoint)
         unreported, self.reporter.unreported = self.reporter.unreported, []
         ranks = self.ranks.gather((unreported, self.failure))
         if self.is_main:
             self.reporter.report_others([findings for findings, _ in ranks])
         self.failure = self.ranks.broadcast(next((failure for _, failure in ranks if failure), None))
+        self.is_over = self.failure is not None
         if self.options.only_check:
             raise PreflightDone
 
@@ -226,6 +229,7 @@ class Session:
         failed = dict(self.runner.failed) if self.runner is not None else {}
         answer = self.ranks.broadcast((self.stop_asked, stopped_by, failed, self.failure))
         self.stop_asked, stopped_by, failed, self.failure = answer
+        self.is_over = self.failure is not None
         for name, what in failed.items() if self.runner is not None else ():
             self.runner.fail(name, what)
         return stopped_by
@@ -342,9 +346,11 @@ class Session:
         compute on every rank."""
         names = {guard.__name__ for guard in self.options.guards if guard.on_every_rank}
         kept = {f"{name}." for name in (*names, "pinned")}
-        own = {name: state for name, state in numbers.get("guards", {}).items() if name in names}
-        taps = {name: state for name, state in numbers.get("taps", {}).items() if name == "head"}
-        numbers = {**numbers, "guards": own, "taps": taps}
+        parts = {"guards": names, "taps": {"head"}}
+        for name, wanted in parts.items():
+            states = numbers.get(name)
+            if isinstance(states, dict):  # else it is damaged, which is found where it is restored
+                numbers = {**numbers, name: {key: state for key, state in states.items() if key in wanted}}
         return numbers, {n: array for n, array in arrays.items() if any(n.startswith(prefix) for prefix in kept)}
 
     def close(self) -> None:
