@@ -3,6 +3,7 @@
 import logging
 import shlex
 import signal
+import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -163,13 +164,24 @@ def final_evaluation(trainer: PretrainTrainer) -> dict:
     return {name: metrics[name] for name in names}
 
 
+def context_of(guards: RegressionCallback) -> dict[str, float | int | None]:
+    """Prequential nats of unigram and bigram in the last steps that were scored, the sum of the learning rates, and
+    the vocabulary; None where they are not known."""
+    names, session = ("unigram_of_run", "bigram_of_run", "learning_rate_sum", "vocab_size"), guards.session
+    if session is None or session.taps is None:
+        return dict.fromkeys(names)
+    recent = session.taps.ngrams.recent if session.taps.ngrams is not None else []
+    means = map(statistics.fmean, zip(*recent, strict=True)) if recent else (None, None)
+    return dict(zip(names, (*means, session.learning_rate_sum, session.run.vocab_size or None), strict=True))
+
+
 def verdict(
     guards: RegressionCallback, received: int | None, eval_loss: float | None = None, entropy: float | None = None
 ) -> Verdict:
     """`entropy`: of the tokens that `eval_loss` is about. Without it, or without an evaluation (an interrupted run, a
     Trainer of one's own), the loss is compared with what the frequencies of the training tokens give, scored before
     they are learned. For any `RegressionCallback`, after training."""
-    context = guards.context
+    context = context_of(guards)
     is_prequential = (eval_loss is None or entropy is None) and context["unigram_of_run"] is not None
     learned = Learned(
         final_loss=final_loss(eval_loss, [record["loss"] for record in guards.history]),

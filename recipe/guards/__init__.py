@@ -8,7 +8,7 @@
     run.py           what the Trainer tells of its run
     taps.py          what is recorded on each rank: batches.py, head.py, gradients.py, updates.py, ngrams.py
     sandbox.py       running the trainer's own code without leaving a trace
-    records.py       the files of a run, and the guards' state in checkpoints
+    records.py       the files of a run; checkpoint.py: the guards' state in checkpoints
 
 Each other module is one guard, or a family that shares its measurement. A guard is added by a new module and a line in
 `GUARDS`; CONTRIBUTING.md shows how.

@@ -9,8 +9,11 @@ the call stack of `on_train_begin`: the `self` of the first calling frame that i
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import Trainer, TrainerCallback
+
+from recipe.guards.session import Session
 
 logger = logging.getLogger("recipe.guards")
 
@@ -38,9 +41,49 @@ class Wrapping:
         self._replaced.append((owner, name, own))
         setattr(owner, name, make(getattr(owner, name)))
 
-    def original(self, owner: object, name: str) -> object | None:
-        """What the instance itself held under `name`, None where the class's method is used."""
-        return next((own for held, held_name, own in self._replaced if held is owner and held_name == name), None)
+    def watch(self, session: Session, checkpoint: Path | None) -> None:
+        """Wraps the three methods of the session's trainer. The first micro-batch sets the session up. A wrapper stays
+        in place when somebody has copied it, and then does nothing."""
+        trainer, own_step = session.trainer, vars(session.trainer).get("training_step")
+
+        def wrap_training_step(training_step: Callable) -> Callable:
+            def step(model, inputs, num_items_in_batch=None, *args, **kwargs):
+                if session.run is None and session.failure is None:
+                    session.begin(inputs, num_items_in_batch, own_step, checkpoint)
+                if not session.is_watching:
+                    return training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+                tokens = session.before_micro_step(inputs, num_items_in_batch)
+                loss = training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+                session.after_micro_step(loss, inputs, tokens)
+                return loss
+
+            return step
+
+        def wrap_prediction_step(prediction_step: Callable) -> Callable:
+            def step(model, inputs, *args, **kwargs):
+                if not session.is_watching:
+                    return prediction_step(model, inputs, *args, **kwargs)
+                tokens = session.attempt(session.taps.begin_prediction, inputs)
+                outputs = prediction_step(model, inputs, *args, **kwargs)
+                session.attempt(session.taps.end_prediction, tokens, outputs)
+                return outputs
+
+            return step
+
+        def wrap_clip(clip: Callable) -> Callable:
+            def clip_grad_norm_(*args, **kwargs):
+                if not session.is_watching:
+                    return clip(*args, **kwargs)
+                session.attempt(session.taps.before_clip)
+                norm = clip(*args, **kwargs)
+                session.attempt(session.taps.after_clip, session.local, norm)
+                return norm
+
+            return clip_grad_norm_
+
+        self.replace(trainer, "training_step", wrap_training_step)
+        self.replace(trainer, "prediction_step", wrap_prediction_step)
+        self.replace(trainer.accelerator, "clip_grad_norm_", wrap_clip)
 
     def undo(self) -> None:
         for owner, name, own in reversed(self._replaced):

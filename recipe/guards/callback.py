@@ -6,7 +6,6 @@ It knows no guard by name. A step's numbers leave the device without waiting and
 the main process; what other ranks record is gathered there over the host's network.
 """
 
-import statistics
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,9 +14,10 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from recipe.guards.attach import Wrapping, find_trainer, make_visible
+from recipe.guards.checkpoint import read_session, warn_damaged
 from recipe.guards.guard import Finding, Guard
 from recipe.guards.ranks import Ranks
-from recipe.guards.records import StepRecord, append_line, keep_until, read_state, read_steps, warn_damaged
+from recipe.guards.records import StepRecord, append_line, keep_until, read_steps
 from recipe.guards.run import plain_rate
 from recipe.guards.runner import Reporter
 from recipe.guards.session import HISTORY, Options, Session
@@ -118,21 +118,6 @@ class RegressionCallback(TrainerCallback):
     def reference(self) -> Reference | None:
         return self.session.run.reference if self.session and self.session.run else None
 
-    @property
-    def context(self) -> dict[str, float | int | None]:
-        """For the verdict: prequential nats of unigram and bigram in the last steps that were scored, the sum of the
-        learning rates, and the vocabulary; None where they are not known."""
-        session = self.session
-        taps, run = (session.taps, session.run) if session is not None else (None, None)
-        recent = taps.ngrams.recent if taps is not None and taps.ngrams is not None else []
-        unigram, bigram = map(statistics.fmean, zip(*recent, strict=True)) if recent else (None, None)
-        return {
-            "unigram_of_run": unigram,
-            "bigram_of_run": bigram,
-            "learning_rate_sum": session.learning_rate_sum if run is not None else None,
-            "vocab_size": run.vocab_size or None if run is not None else None,
-        }
-
     def ask_to_stop(self) -> None:
         """Save a checkpoint and end the training after the current step (on several ranks the one after, when all have
         been told)."""
@@ -168,9 +153,7 @@ class RegressionCallback(TrainerCallback):
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
         default = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._checkpoint = Path(checkpoint or default) if state.global_step else None
-        self._wrapping.replace(self._trainer, "training_step", self._wrap_training_step)
-        self._wrapping.replace(self._trainer, "prediction_step", self._wrap_prediction_step)
-        self._wrapping.replace(self._trainer.accelerator, "clip_grad_norm_", self._wrap_clip)
+        self._wrapping.watch(self.session, self._checkpoint)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """A further epoch is a declared pass where epochs are what was asked for, or are known to be (sized data).
@@ -220,7 +203,7 @@ class RegressionCallback(TrainerCallback):
 
     def on_predict(self, args, state, control, **kwargs):
         if self._is_watching:
-            self.session.drop_evaluation()  # a prediction's rows are no evaluation's
+            self.session.attempt(self.session.taps.take_evaluation)  # a prediction's rows are no evaluation's
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.session is not None:
@@ -266,52 +249,13 @@ class RegressionCallback(TrainerCallback):
             self.session.close()
         self._trainer = None
 
-    # --- the Trainer's methods
-
-    def _wrap_training_step(self, training_step):
-        def step(model, inputs, num_items_in_batch=None, *args, **kwargs):
-            session = self.session
-            if session.run is None and session.failure is None:
-                own_step = self._wrapping.original(self._trainer, "training_step")
-                session.begin(inputs, num_items_in_batch, own_step, self._checkpoint)
-            if not session.is_watching:
-                return training_step(model, inputs, num_items_in_batch, *args, **kwargs)
-            tokens = session.before_micro_step(inputs, num_items_in_batch)
-            loss = training_step(model, inputs, num_items_in_batch, *args, **kwargs)
-            session.after_micro_step(loss, inputs, tokens)
-            return loss
-
-        return step
-
-    def _wrap_prediction_step(self, prediction_step):
-        def step(model, inputs, *arguments, **kwargs):
-            if not self._is_watching:
-                return prediction_step(model, inputs, *arguments, **kwargs)
-            tokens = self.session.before_prediction_step(inputs)
-            outputs = prediction_step(model, inputs, *arguments, **kwargs)
-            self.session.after_prediction_step(tokens, outputs)
-            return outputs
-
-        return step
-
-    def _wrap_clip(self, clip):
-        def clip_grad_norm_(*arguments, **kwargs):
-            if not self._is_watching:
-                return clip(*arguments, **kwargs)
-            self.session.before_clip()
-            norm = clip(*arguments, **kwargs)
-            self.session.after_clip(norm)
-            return norm
-
-        return clip_grad_norm_
-
     # --- files
 
     def load(self, checkpoint: Path) -> None:
         """What was found before a checkpoint with which a training has nothing left to do. After `open_files`."""
-        if self.is_main and (saved := read_state(checkpoint)) is not None:
+        if self.is_main and (saved := read_session(checkpoint)) is not None:
             try:
-                self.reporter.load(saved[0]["reporter"])
+                self.reporter.load(saved.numbers["reporter"])
             except Exception as error:
                 warn_damaged(checkpoint, f"{type(error).__name__}: {error}")
 

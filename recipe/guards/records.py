@@ -1,23 +1,13 @@
-"""The files that the guards write: lines of JSON in the run directory, and their state in checkpoints.
-
-What is read again may be damaged or of another version. It is restored in one `try`; what cannot be restored starts
-fresh, with one warning.
-"""
+"""The files that the guards write in the run directory, a JSON object a line."""
 
 import json
-import logging
 import math
 from dataclasses import fields
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-import numpy as np
-
 from recipe.guards.guard import SEVERITIES, Finding
 from recipe.plain_json import dumps
-
-logger = logging.getLogger("recipe.guards")
-NUMBERS, ARRAYS = "guards.json", "guards.npz"
 
 
 class StepRecord(TypedDict):
@@ -101,36 +91,3 @@ def as_finding(record: dict) -> Finding | None:
         return Finding(**{**vars(finding), "likely_causes": tuple(finding.likely_causes)}) if is_whole else None
     except TypeError:
         return None
-
-
-# --- the state in a checkpoint
-
-
-def write_state(checkpoint: Path, numbers: dict, arrays: dict[str, np.ndarray]) -> None:
-    """`guards.json` and `guards.npz`. Half a file is never left under its name."""
-    partial = checkpoint / f"{ARRAYS}.partial"
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)
-    partial.replace(checkpoint / ARRAYS)
-    partial = checkpoint / f"{NUMBERS}.partial"
-    partial.write_text(dumps(numbers), encoding="utf-8")
-    partial.replace(checkpoint / NUMBERS)
-
-
-def read_state(checkpoint: Path) -> tuple[dict, dict[str, np.ndarray]] | None:
-    """None where the checkpoint holds none (made without the guards), or a damaged one, which is logged."""
-    if not (checkpoint / NUMBERS).is_file():
-        return None
-    try:
-        numbers = json.loads((checkpoint / NUMBERS).read_text(encoding="utf-8"))
-        if not isinstance(numbers, dict):
-            raise ValueError(f"{NUMBERS} holds no JSON object")
-        with np.load(checkpoint / ARRAYS, allow_pickle=False) as file:
-            return numbers, dict(file)
-    except Exception as error:  # a damaged archive fails in many ways, and none may end a run
-        warn_damaged(checkpoint, f"{type(error).__name__}: {error}")
-        return None
-
-
-def warn_damaged(checkpoint: Path, problem: str) -> None:
-    logger.warning("%s: the guards' state cannot be restored, they start fresh: %s", checkpoint, problem)

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import Trainer
 
+from recipe.guards.checkpoint import part_of_ranks, read_session, restore, warn_damaged, write_session
 from recipe.guards.guard import CannotJudge, Finding, Guard
 from recipe.guards.ngrams import TRAINED_BEFORE
 from recipe.guards.ranks import Ranks
-from recipe.guards.records import StepRecord, append_line, read_state, warn_damaged, write_state
+from recipe.guards.records import StepRecord, append_line
 from recipe.guards.run import Run
 from recipe.guards.runner import Reporter, Runner
 from recipe.guards.sandbox import PinnedBatch
@@ -49,23 +49,11 @@ class Options:
 
 
 def survives(method: Callable) -> Callable:
-    """A fault of the guards does not end a training: they switch themselves off and log the error. A full disk and a
-    check that is done are no faults."""
+    """A fault of the guards does not end a training, see `Session.attempt`."""
 
     @functools.wraps(method)
     def call(self: "Session", *arguments):
-        if self.failure is not None:
-            return None
-        try:
-            return method(self, *arguments)
-        except (OSError, PreflightDone):
-            raise
-        except Exception as error:
-            if self.options.only_check:
-                raise
-            logger.error("the guards failed and are off; the training goes on without them", exc_info=error)
-            self.failure = f"the guards failed with {type(error).__name__}: {error}"
-            return None
+        return self.attempt(method, self, *arguments)
 
     return call
 
@@ -89,21 +77,38 @@ class Session:
         self.local = LocalStep(step=trainer.state.global_step)
         self._announced: set[str] = set()  # sources whose second pass has begun
         self._passes: list[tuple[str, int | None, str]] = []  # noticed on this rank, not sent yet
-        self._is_due = False  # a step has ended and is not judged yet
+        self._is_due = self._is_closed = False  # due: a step has ended and is not judged yet
         self._pending: PendingStep | None = None
         self._probed_at = 0
         self._last_end = time.perf_counter()
 
     @property
     def is_watching(self) -> bool:
-        return self.failure is None and self.taps is not None
+        return self.failure is None and self.taps is not None and not self._is_closed
+
+    def attempt(self, action: Callable, *arguments):
+        """A fault of the guards does not end a training: they switch themselves off and log the error. A full disk and
+        a check that is done are no faults."""
+        if self.failure is not None:
+            return None
+        try:
+            return action(*arguments)
+        except (OSError, PreflightDone):
+            raise
+        except Exception as error:
+            if self.options.only_check:
+                raise
+            logger.error("the guards failed and are off; the training goes on without them", exc_info=error)
+            self.failure = f"the guards failed with {type(error).__name__}: {error}"
+            return None
 
     # --- before the first step
 
     def begin(self, inputs, num_items_in_batch, own_step, checkpoint: Path | None) -> None:
         """Sets the guards up, restores them, and runs the probes. `own_step`: see `Run`."""
-        saved = read_state(checkpoint) if checkpoint is not None and self.is_main else None
-        shared = self.ranks.broadcast(self._part_of_ranks(*saved) if saved is not None else None)
+        saved = read_session(checkpoint) if checkpoint is not None and self.is_main else None
+        names = {guard.__name__ for guard in self.options.guards if guard.on_every_rank}
+        shared = self.ranks.broadcast(saved and part_of_ranks(saved, names))
         self._prepare(inputs, num_items_in_batch, own_step, saved or shared, checkpoint)
         unreported, self.reporter.unreported = self.reporter.unreported, []
         ranks = self.ranks.gather((unreported, self.failure))
@@ -127,7 +132,12 @@ class Session:
         self.runner.setup(run)
         self.taps = Taps(run, self.runner.taps)
         if run.step and saved is not None:
-            run.is_restored = self._restore(*saved, checkpoint)
+            problems, run.is_restored = restore(self, saved)
+            if problems and self.is_main:
+                warn_damaged(checkpoint, "; ".join(problems))
+            if not run.is_restored:
+                self.taps.close()
+                self.taps = Taps(run, self.runner.taps)
         if not run.is_restored:
             run.pinned.pin(inputs)
             if run.step and self.taps.ngrams is not None:
@@ -155,23 +165,6 @@ class Session:
         self.local.losses.append(loss.detach())
         self.taps.end_micro_step(self.local, inputs, tokens)
         self.runner.after_micro_step(self.run, loss, self.local.step, self.tokens_seen)
-
-    @survives
-    def before_prediction_step(self, inputs):
-        return self.taps.evaluation.begin(inputs) if self.taps.evaluation is not None else None
-
-    @survives
-    def after_prediction_step(self, tokens, outputs) -> None:
-        if self.taps.evaluation is not None:
-            self.taps.evaluation.end(tokens, outputs)
-
-    @survives
-    def before_clip(self) -> None:
-        self.taps.before_clip()
-
-    @survives
-    def after_clip(self, norm) -> None:
-        self.taps.after_clip(self.local, norm)
 
     # --- steps
 
@@ -280,11 +273,6 @@ class Session:
             self._observe_eval(metrics, step, [rows for rows, _ in ranks], ranks[0][1] or [])
 
     @survives
-    def drop_evaluation(self) -> None:
-        if self.taps is not None and self.taps.evaluation is not None:
-            self.taps.evaluation.take()
-
-    @survives
     def explain_waiting(self) -> None:
         """At the end of a training: what has waited for the probes is reported without them."""
         if self.runner is not None:
@@ -292,7 +280,7 @@ class Session:
 
     @survives
     def _take_evaluation(self) -> dict | None:
-        return self.taps.evaluation.take() if self.taps is not None and self.taps.evaluation is not None else None
+        return self.taps.take_evaluation()
 
     @survives
     def _repeat(self) -> list[float]:
@@ -310,56 +298,17 @@ class Session:
 
     @survives
     def save(self, checkpoint: Path) -> None:
+        """On every rank, since some guards compute on every rank what is saved."""
         numbers, arrays = self.runner.save(self.run)
-        if not self.is_main or not checkpoint.is_dir():
-            return
-        taps: dict[str, dict] = {}
-        for name, state in {**self.taps.save(), "pinned": self.run.pinned.save()}.items():
-            taps[name] = {key: value for key, value in state.items() if not isinstance(value, np.ndarray)}
-            kept = {key: value for key, value in state.items() if isinstance(value, np.ndarray)}
-            arrays |= {f"{name}.{key}": value for key, value in kept.items()}
-        own = {"step": self.local.step, "passes": self.passes, "learning_rate_sum": self.learning_rate_sum}
-        own["reporter"] = self.reporter.save()
-        write_state(checkpoint, {**own, "guards": numbers, "taps": taps}, arrays)
-
-    def _restore(self, numbers: dict, arrays: dict[str, np.ndarray], checkpoint: Path | None) -> bool:
-        """False where nothing but the guards' own states could be restored: what is shared is then of no use."""
-        try:
-            taps = {name: {**state, **_part_of(arrays, name)} for name, state in numbers["taps"].items()}
-            self.taps.load(taps)
-            self.run.pinned.load(_part_of(arrays, "pinned"))
-            self.passes, self.learning_rate_sum = int(numbers["passes"]), float(numbers["learning_rate_sum"])
-            self.reporter.load(numbers["reporter"])
-            problems = self.runner.load(self.run, numbers["guards"], arrays)
-        except Exception as error:
-            if self.is_main:
-                warn_damaged(checkpoint, f"{type(error).__name__}: {error}")
-            self.taps.close()
-            self.taps = Taps(self.run, self.runner.taps)
-            return False
-        if problems and self.is_main:
-            warn_damaged(checkpoint, "; ".join(problems))
-        return True
-
-    def _part_of_ranks(self, numbers: dict, arrays: dict[str, np.ndarray]) -> tuple[dict, dict]:
-        """What other ranks need of the main process's state: the pinned rows, the taps' places, and the guards that
-        compute on every rank."""
-        names = {guard.__name__ for guard in self.options.guards if guard.on_every_rank}
-        kept = {f"{name}." for name in (*names, "pinned")}
-        parts = {"guards": names, "taps": {"head"}}
-        for name, wanted in parts.items():
-            states = numbers.get(name)
-            if isinstance(states, dict):  # else it is damaged, which is found where it is restored
-                numbers = {**numbers, name: {key: state for key, state in states.items() if key in wanted}}
-        return numbers, {n: array for n, array in arrays.items() if any(n.startswith(prefix) for prefix in kept)}
+        if self.is_main and checkpoint.is_dir():
+            own = {"step": self.local.step, "passes": self.passes, "learning_rate_sum": self.learning_rate_sum}
+            taps = {**self.taps.save(), "pinned": self.run.pinned.save()}
+            write_session(checkpoint, {**own, "reporter": self.reporter.save(), "guards": numbers}, arrays, taps)
 
     def close(self) -> None:
+        self._is_closed = True
         if self.runner is not None:
             self.runner.close()
         if self.taps is not None:
             self.taps.close()
         self.ranks.close()
-
-
-def _part_of(arrays: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    return {key.removeprefix(f"{name}."): value for key, value in arrays.items() if key.startswith(f"{name}.")}

@@ -297,6 +297,16 @@ class Taps:
         if self.head is not None and (sampled := self.head.take()) is not None:
             local.head.append(sampled)
 
+    def begin_prediction(self, inputs) -> PendingTokens | None:
+        return self.evaluation.begin(inputs) if self.evaluation is not None else None
+
+    def end_prediction(self, tokens: PendingTokens | None, outputs) -> None:
+        if self.evaluation is not None:
+            self.evaluation.end(tokens, outputs)
+
+    def take_evaluation(self) -> dict | None:
+        return self.evaluation.take() if self.evaluation is not None else None
+
     def before_clip(self) -> None:
         for tap in self.gradients:
             tap.before_clip()

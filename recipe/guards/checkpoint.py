@@ -1,0 +1,90 @@
+"""The guards' state in a checkpoint: `guards.json` (numbers) and `guards.npz` (counts, fingerprints, pinned rows).
+
+What is read may be damaged or of another version. It is restored in one `try`; what cannot be restored starts fresh,
+with one warning.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from recipe.plain_json import dumps
+
+logger = logging.getLogger("recipe.guards")
+NUMBERS, ARRAYS = "guards.json", "guards.npz"
+
+
+class Saved(NamedTuple):
+    """`numbers`: of the session, `reporter`, `guards` and `taps` (by name). `arrays`: `OWNER.NAME`."""
+
+    numbers: dict
+    arrays: dict[str, np.ndarray]
+
+
+def write_session(checkpoint: Path, numbers: dict, arrays: dict[str, np.ndarray], taps: dict[str, dict]) -> None:
+    """Half a file is never left under its name. `taps`: their states, numbers and arrays mixed."""
+    plain: dict[str, dict] = {}
+    for name, state in taps.items():
+        plain[name] = {key: value for key, value in state.items() if not isinstance(value, np.ndarray)}
+        kept = {key: value for key, value in state.items() if isinstance(value, np.ndarray)}
+        arrays = arrays | {f"{name}.{key}": value for key, value in kept.items()}
+    partial = checkpoint / f"{ARRAYS}.partial"
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
+    partial.replace(checkpoint / ARRAYS)
+    partial = checkpoint / f"{NUMBERS}.partial"
+    partial.write_text(dumps({**numbers, "taps": plain}), encoding="utf-8")
+    partial.replace(checkpoint / NUMBERS)
+
+
+def read_session(checkpoint: Path) -> Saved | None:
+    """None where the checkpoint holds none (made without the guards), or a damaged one, which is logged."""
+    if not (checkpoint / NUMBERS).is_file():
+        return None
+    try:
+        numbers = json.loads((checkpoint / NUMBERS).read_text(encoding="utf-8"))
+        if not isinstance(numbers, dict):
+            raise ValueError(f"{NUMBERS} holds no JSON object")
+        with np.load(checkpoint / ARRAYS, allow_pickle=False) as file:
+            return Saved(numbers, dict(file))
+    except Exception as error:  # a damaged archive fails in many ways, and none may end a run
+        warn_damaged(checkpoint, f"{type(error).__name__}: {error}")
+        return None
+
+
+def part_of_ranks(saved: Saved, guards: set[str]) -> Saved:
+    """What other ranks need of the main process's state: the guards that compute on every rank, the place that the
+    head is sampled at, and the pinned rows."""
+    numbers = dict(saved.numbers)
+    for name, wanted in (("guards", guards), ("taps", {"head"})):
+        if isinstance(states := numbers.get(name), dict):  # else it is damaged, which is found where it is restored
+            numbers[name] = {key: state for key, state in states.items() if key in wanted}
+    owners = {*guards, "pinned"}
+    return Saved(numbers, {name: array for name, array in saved.arrays.items() if name.split(".")[0] in owners})
+
+
+def tap_state(saved: Saved, name: str) -> dict:
+    own = {key: array for key, array in saved.arrays.items() if key.startswith(f"{name}.")}
+    return {**saved.numbers["taps"].get(name, {}), **{key.removeprefix(f"{name}."): own[key] for key in own}}
+
+
+def restore(session, saved: Saved) -> tuple[list[str], bool]:
+    """Into a `session.Session` that is set up. What is wrong; and whether what the guards share could be restored:
+    without it their own states are of no use."""
+    numbers, run = saved.numbers, session.run
+    try:
+        session.taps.load({name: tap_state(saved, name) for name in numbers["taps"]})
+        run.pinned.load(tap_state(saved, "pinned"))
+        session.passes = int(numbers["passes"])
+        session.learning_rate_sum = float(numbers["learning_rate_sum"])
+        session.reporter.load(numbers["reporter"])
+        return session.runner.load(run, numbers["guards"], saved.arrays), True
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"], False
+
+
+def warn_damaged(checkpoint: Path, problem: str) -> None:
+    logger.warning("%s: the guards' state cannot be restored, they start fresh: %s", checkpoint, problem)
