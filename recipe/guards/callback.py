@@ -6,6 +6,7 @@ It knows no guard by name. A step's numbers leave the device without waiting and
 the main process; what other ranks record is gathered there over the host's network.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -187,7 +188,7 @@ class RegressionCallback(TrainerCallback):
             self._flush(control)  # a run killed after this checkpoint must find its last step's record
             if self._is_set_up:
                 self.session.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            self.session.restart_clock()
+            self.session.last_end = time.perf_counter()
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self.session is not None:
@@ -195,7 +196,7 @@ class RegressionCallback(TrainerCallback):
             self._flush(control)
             if metrics and self._is_set_up:
                 self.session.judge_evaluation(metrics, state.global_step)
-            self.session.restart_clock()
+            self.session.last_end = time.perf_counter()
         if self.is_main and metrics:
             values = {name: value for name, value in metrics.items() if name.startswith("eval_")}
             record = {"step": state.global_step, "tokens_seen": self.tokens_seen, **values}

@@ -61,7 +61,7 @@ def survives(method: Callable) -> Callable:
 class Session:
     """`history`: a record a step, oldest first. `failure`: why the guards are off, None while they are in force; a
     rank that fails takes part in the exchanges until the others know of it (`is_over`). `run`, `runner`, `taps`: None
-    before the first micro-batch."""
+    before the first micro-batch. `last_end`: of a step, or of what does not count as training time."""
 
     def __init__(self, trainer: Trainer, options: Options, reporter: Reporter, ranks: Ranks, output_dir: Path):
         self.trainer, self.options, self.reporter, self.ranks = trainer, options, reporter, ranks
@@ -80,7 +80,7 @@ class Session:
         self._is_due = self._is_closed = False  # due: a step has ended and is not judged yet
         self._pending: PendingStep | None = None
         self._probed_at = 0
-        self._last_end = time.perf_counter()
+        self.last_end = time.perf_counter()
 
     @property
     def is_watching(self) -> bool:
@@ -189,18 +189,14 @@ class Session:
         """The step's numbers, on their way to the host; they are read at the end of the next step."""
         num_tokens = self.local.num_tokens * self.run.world_size
         self.tokens_seen += num_tokens
-        before, self._last_end = self._last_end, time.perf_counter()
+        before, self.last_end = self.last_end, time.perf_counter()
         record = {
             "step": step,
             "tokens_seen": self.tokens_seen,
             "learning_rate": self.local.learning_rate,
-            "tokens_per_second": num_tokens / (self._last_end - before),
+            "tokens_per_second": num_tokens / (self.last_end - before),
         }
         return PendingStep(record, self.local, self.runner.measure(self.run, self.local))
-
-    def restart_clock(self) -> None:
-        """Evaluations and saves do not count as training time."""
-        self._last_end = time.perf_counter()
 
     def flush(self, stopped_by: Finding | None) -> Finding | None:
         """Read the step before, send it to the main process and judge it there. Afterwards every rank knows whether to
