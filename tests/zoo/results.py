@@ -8,8 +8,8 @@ from tests.zoo.score import MATTERS, OURS, SOON, summarize_all
 TOOLS = {"trainproof": "trainproof 0.22.0", "losslint": "losslint 0.4.1", "watchdog": "loss watchdog"}
 PART_TITLES = {
     "held_out_3": "Held out: written when the guards were frozen, without sight of them",
-    "held_out_2": "Held out at first, then used: guards were mended by its first score (held_out_2/first_score.json)",
-    "held_out": "Held out at first, then used: guards were mended by its first score (held_out/first_score.json)",
+    "held_out_2": "Held out at first, then used: guards were fixed by its first score (held_out_2/first_score.json)",
+    "held_out": "Held out at first, then used: guards were fixed by its first score (held_out/first_score.json)",
     "development": "Development: what thresholds were chosen on",
 }
 NOTE = """Probes judge before step 1, before step 21 and when a curve finding asks them: their share of steps is small.
