@@ -29,6 +29,8 @@ PARTS = {
     "guards, one step on the main process": (Runner, "observe"),
     "end of step in all": (RegressionCallback, "on_step_end"),
 }
+# What `recipe.guards.attach.Wrapping` wraps, of the Trainer and of its accelerator.
+STEPS, CLIP = ("training_step", "prediction_step"), ("clip_grad_norm_",)
 
 
 def build(folder: str, config: str, **keys):
@@ -62,10 +64,13 @@ def steps(folder: str, config: str, count: int, block: int, warm: int, **keys) -
 
 
 class Clock(TrainerCallback):
-    """Times steps from end to end, and takes the guards off the trainer and puts them back every `block` steps."""
+    """Times steps from end to end, and takes the guards off the trainer and puts them back every `block` steps: their
+    callback, the methods that they wrapped, and their hooks on the optimizer. Hooks on two parameters and on the head
+    stay, and return at once."""
 
     def __init__(self, trainer, guards: RegressionCallback, block: int):
         self.trainer, self.guards, self.block, self.is_on = trainer, guards, block, True
+        self.taken: list[tuple[dict, dict]] = []  # from where, and what
         self.steps: list[tuple[int, bool, float]] = []
         self.last = time.perf_counter()
 
@@ -79,11 +84,16 @@ class Clock(TrainerCallback):
     def switch(self) -> None:
         callbacks = self.trainer.callback_handler.callbacks
         if self.is_on:
-            self.listening = self.trainer.training_step
-            del self.trainer.training_step
+            wrapped = (vars(self.trainer), STEPS), (vars(self.trainer.accelerator), CLIP)
+            self.taken = [(held, {name: held.pop(name) for name in names}) for held, names in wrapped]
+            optimizer = self.trainer.optimizer.optimizer  # accelerate wraps it
+            for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks):
+                self.taken.append((hooks, dict(hooks)))
+                hooks.clear()
             callbacks.remove(self.guards)
         else:
-            self.trainer.training_step = self.listening
+            for held, own in self.taken:
+                held.update(own)
             callbacks.insert(1, self.guards)
         self.is_on = not self.is_on
 

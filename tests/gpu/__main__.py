@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from datetime import date
+from multiprocessing import forkserver
 from pathlib import Path
 
 from tests.gpu.part import DONE, NOT_RUN, Outcome, is_of_a_fork, run_part
@@ -53,6 +54,8 @@ def main() -> int:
         return write_again(arguments.results)
     check(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if arguments.json.stat().st_size:  # of an earlier run: minutes on a GPU are dear
+        arguments.json.replace(arguments.json.with_name(arguments.json.name + ".before"))
     out = Suite(arguments).run()
     report(out, arguments.json)
     return out["exit_code"]
@@ -64,9 +67,12 @@ def check(arguments: argparse.Namespace) -> None:
         fail(f"--minutes {arguments.minutes:g}: more than 0 and at most 600")
     if arguments.device == "cpu" and not arguments.tiny:
         fail("--device cpu takes --tiny: the full sizes need a GPU")
+    if arguments.json.is_dir():
+        fail(f"--json {arguments.json}: cannot be written (it is a folder)")
     try:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.touch()
+        partial_of(arguments.json).touch()
     except OSError as error:
         fail(f"--json {arguments.json}: cannot be written ({error.strerror})")
     os.environ.update(ENVIRONMENT)
@@ -77,6 +83,10 @@ def check(arguments: argparse.Namespace) -> None:
             fail(f"torch {torch.__version__} finds no CUDA device here; without one: --device cpu --tiny")
         # One GPU: Trainer would take all of them for itself.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
+def partial_of(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 class Suite:
@@ -97,6 +107,8 @@ class Suite:
 
     def run(self) -> dict:
         try:
+            self._context()
+            forkserver.ensure_running()  # it imports while this process does
             with tempfile.TemporaryDirectory(prefix="recipe-gpu-", ignore_cleanup_errors=True) as folder:
                 from tests.gpu.scale import Scale
 
@@ -144,9 +156,12 @@ class Suite:
 
     def _write(self) -> None:
         self.out["seconds"] = time.monotonic() - self.started
-        partial = self.arguments.json.with_name(self.arguments.json.name + ".partial")
-        partial.write_text(json.dumps(self.out, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.arguments.json)
+        partial = partial_of(self.arguments.json)
+        try:
+            partial.write_text(json.dumps(self.out, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self.arguments.json)
+        except OSError as error:  # a full disk does not end the run: its table is still printed
+            say(f"{self.arguments.json}: not written ({error.strerror})")
 
 
 def report(out: dict, path: Path) -> None:
@@ -170,10 +185,10 @@ def write_again(path: Path) -> int:
         fail(f"--results {path}: {error}")
     from tests.gpu.results import RESULTS, write_results
 
-    if not isinstance(out, dict) or "parts" not in out:
+    if not isinstance(out, dict) or not {"parts", "device", "is_tiny"} <= out.keys():
         fail(f"--results {path}: not a file that this command wrote")
     if not write_results(out):
-        fail(f"--results {path}: of a CPU or of tiny sizes, whose figures are not kept")
+        fail(f"--results {path}: of a CPU, of tiny sizes or without a device's name; such figures are not kept")
     print(RESULTS)
     return 0
 

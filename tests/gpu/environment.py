@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -91,8 +92,8 @@ def matrix_rate(scale: Scale, dtype: torch.dtype) -> float:
     size = 256 if scale.is_tiny else 8192
     generator = torch.Generator(device=scale.device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=scale.device, dtype=dtype) for _ in range(2))
-    seconds = sorted(timed(scale, lambda: a @ b) for _ in range(13))
-    return 2 * size**3 / seconds[5] / 1e12
+    seconds = [timed(scale, lambda: a @ b) for _ in range(13)][3:]
+    return 2 * size**3 / statistics.median(seconds) / 1e12
 
 
 def timed(scale: Scale, function: Callable) -> float:

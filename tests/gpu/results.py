@@ -185,8 +185,10 @@ def format_section(out: dict) -> str:
 
 
 def write_results(out: dict, path: Path = RESULTS) -> bool:
-    """Put the section of the run's device in its place. False where the run is none to keep: a CPU's, or tiny."""
-    if out["device"] != "cuda" or out["is_tiny"] or "environment" not in out["parts"]:
+    """Put the section of the run's device in its place. False where the run is none to keep: a CPU's, tiny, or one
+    that ended before it knew the device."""
+    described = out["parts"].get("environment", {}).get("values", {}).get("device", {})
+    if out["device"] != "cuda" or out["is_tiny"] or "name" not in described:
         return False
     section = format_section(out)
     title = section.splitlines()[0]
