@@ -173,7 +173,7 @@ def test_windows_run_across_paragraphs_and_across_the_gaps_that_removal_leaves()
     assert [m.paragraphs for m in kept] == [["a b", "c d"], ["k l m n"], ["a b"]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.text("ab1.", min_size=1, max_size=12), min_size=1, max_size=5), max_size=6))
 def test_no_window_is_left_in_two_documents(texts: list[list[str]]) -> None:
     modules = paragraphs_of(*[[" ".join(paragraph) for paragraph in text] for text in texts])

@@ -72,7 +72,7 @@ def corpora(draw):
     ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(corpora(), st.integers(1, 40))
 def test_every_token_is_scored_by_exactly_what_lies_before_it(corpus, slice_tokens):
     vocab_size, calls = corpus

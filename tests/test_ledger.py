@@ -478,7 +478,7 @@ def test_memory_is_bounded_and_repetition_still_seen():
     assert finding.evidence["share"] > 0.9 and "in the same order" in finding.likely_causes[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=300), st.integers(0, 299), st.integers(2, 64))
 def test_the_table_is_a_dictionary(keys, cut, limit):
     table, expected = SampledTable(limit), {}
@@ -492,7 +492,7 @@ def test_the_table_is_a_dictionary(keys, cut, limit):
     assert found == [expected[key] if key % table.every == 0 else -1 for key in keys]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 2), max_size=60), max_size=6))
 def test_entries_of_repeated_keys(parts):
     """In calls of any size: a key has one entry, numbers have no gap, absent keys have entry 0."""
@@ -510,7 +510,7 @@ def test_entries_of_repeated_keys(parts):
 # --- what is found, exactly
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(WINDOW, 400), st.integers(0, 300), st.integers(0, 300))
 def test_a_copied_stretch_is_seen_exactly_when_one_of_its_windows_is_kept(seed, length, before, after):
     """Each of its n - 63 windows is kept with probability 1 / EVERY; what is seen spans the kept ones."""
@@ -529,7 +529,7 @@ def test_a_copied_stretch_is_seen_exactly_when_one_of_its_windows_is_kept(seed, 
         assert 0.98 * (kept[-1] - kept[0] + WINDOW) - 1 <= copies[0, 2] <= kept[-1] - kept[0] + WINDOW
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.lists(st.integers(0, 300), min_size=1, max_size=12))
 def test_disjoint_random_rows_have_no_copies(seed, lengths):
     rng = np.random.default_rng(seed)
@@ -541,7 +541,7 @@ def test_disjoint_random_rows_have_no_copies(seed, lengths):
     assert len(ledger._copies) == 0 and not ledger._eval_hits.any()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=6), st.integers(0, 1000))
 def test_hashes_depend_on_the_window_and_on_nothing_else(lengths, seed):
     rng = np.random.default_rng(seed)

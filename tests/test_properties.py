@@ -227,7 +227,7 @@ def _eval_rows(mixture, rows):
 
 
 @given(weights=st.lists(st.floats(0.05, 10), min_size=1, max_size=5), first=st.integers(0, 10**12))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_run_of_rows_has_each_sources_share(weights, first):
     counts = Counter(source_of_row(number, weights) for number in range(first, first + 1000))
     for source, weight in enumerate(weights):

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -195,16 +195,19 @@ def test_pack_as_its_docstring_says():
     assert rows[0].pieces == ((0, 0, 0, 3), (1, 0, 0, 1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
+@example(texts=["</s>", "a</s>"], block_size=1)
 @given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=20), block_size=st.integers(1, 9))
 def test_no_token_is_lost_or_doubled(tokenizer, texts, block_size):
-    expected = [token for text in texts if text for token in [*tokenizer(text)["input_ids"], EOS]]
+    ids = [tokenizer(text)["input_ids"] for text in texts if text]
+    # a text may be "</s>" itself: a document that ends with EOS gets no second one
+    expected = [token for each in ids for token in (each if each[-1] == EOS else [*each, EOS])]
     rows = list(pack(tokenize(documents_of(texts), tokenizer), block_size))
     found = [token for row in rows for token in row.input_ids.tolist()]
     assert found == expected[: len(expected) // block_size * block_size]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     texts=st.lists(st.text(min_size=1, max_size=30), min_size=4, max_size=12),
     block_size=st.integers(1, 9),

@@ -79,7 +79,7 @@ def test_ids_are_sentencepieces_and_the_text_comes_back(text, tokenizer, referen
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters=script.SPACE_MARK), max_size=60))
 def test_any_text_comes_back(text, tokenizer, reference):
     ids = tokenizer(text)["input_ids"]
@@ -113,7 +113,7 @@ FRAGMENTS = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(text=st.lists(FRAGMENTS, max_size=20).map("".join))
 def test_any_mixture_of_markup_and_space_comes_back(text, tokenizer, reference):
     ids = tokenizer(text)["input_ids"]
