@@ -73,6 +73,7 @@ def check(arguments: argparse.Namespace) -> None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.touch()
         partial_of(arguments.json).touch()
+        partial_of(arguments.json).unlink()
     except OSError as error:
         fail(f"--json {arguments.json}: cannot be written ({error.strerror})")
     os.environ.update(ENVIRONMENT)
