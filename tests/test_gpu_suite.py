@@ -11,14 +11,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from recipe.guards.adam import OptimizerOff
+from recipe.guards.session import Session
+from recipe.guards.taps import Taps
 from tests.gpu import __main__ as command
 from tests.gpu import correctness, results, tokens
 from tests.gpu.__main__ import PARTS
 from tests.gpu.part import DONE, NOT_RUN, TIMED_OUT, Outcome, Report
-from tests.gpu.scale import Scale
+from tests.gpu.scale import Scale, build_run
 from tests.gpu.sync import SyncCounter, caller
-from tests.gpu.throughput import BARE, COMPILED, EAGER, OFF, ON, STOCK, STOCK_TUNED, ratios, utilization
+from tests.gpu.throughput import BARE, COMPILED, EAGER, OFF, ON, STOCK, STOCK_TUNED, Switch, ratios, utilization
 
 ROOT = tokens.ROOT
 COMMAND = [sys.executable, "-m", "tests.gpu"]
@@ -110,6 +114,35 @@ def test_the_table_names_every_part_and_says_what_it_is_worth(out):
     assert "the figures mean nothing" in out["table"]
 
 
+class OffAndOn(TrainerCallback):
+    """Guards off in steps 2 and 3 of 4."""
+
+    def __init__(self, switch: Switch):
+        self.switch = switch
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        (self.switch.off if state.global_step in (1, 2) else self.switch.on)()
+
+
+def test_without_the_guards_none_of_their_calls_is_left(monkeypatch, tmp_path):
+    made = build_run(Scale("cpu", is_tiny=True), tmp_path, max_steps=4)
+    switch, calls = Switch(made.trainer, made.guards), []
+
+    def counted(name, function):
+        return lambda *a, **k: (calls.append((name, switch.clock.is_on)), function(*a, **k))[1]
+
+    hooks = ((Session, "before_micro_step"), (Taps, "before_clip"))
+    hooks += ((OptimizerOff, "_before_step"), (Session, "end_step"))
+    for owner, name in hooks:
+        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
+    made.trainer.callback_handler.callbacks.insert(0, OffAndOn(switch))
+    made.trainer.train()
+    once = {name: calls.count((name, True)) for _, name in hooks}
+    assert once == {"before_micro_step": 4, "before_clip": 2, "_before_step": 2, "end_step": 2}
+    assert all(is_on for _, is_on in calls) and made.guards.failure is None
+    assert "training_step" not in vars(made.trainer)  # the guards saw the end
+
+
 # --- what a user does wrong
 
 
@@ -119,6 +152,7 @@ def test_the_table_names_every_part_and_says_what_it_is_worth(out):
         (("--minutes", "0"), "more than 0"),
         (("--device", "cpu"), "--tiny"),
         (("--json", "/dev/null/out.json"), "cannot be written"),
+        (("--json", "/"), "it is a folder"),
         (("--results", "nowhere.json"), "nowhere.json"),
         (("--only", "everything"), "invalid choice"),
     ],
@@ -160,6 +194,26 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert started.returncode == 130 and "Traceback" not in said
     assert "| schedule | how it ended | not run, interrupted" in table
     assert list(json.loads(path.read_text())["parts"]) == list(PARTS)
+
+
+def test_an_interrupted_part_keeps_its_figures(monkeypatch, tmp_path):
+    def run_part(context, name, scale, folder, seconds):
+        folder.mkdir()
+        Report(folder / "report.json", 100).put("figure", 1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_part", run_part)
+    arguments = SimpleNamespace(minutes=8, device="cpu", tiny=True, only=["throughput"], json=tmp_path / "out.json")
+    out = command.Suite(arguments).run()
+    assert out["exit_code"] == 130 and out["parts"]["throughput"]["error"] == "interrupted"
+    assert json.loads(arguments.json.read_text())["parts"]["throughput"]["values"] == {"figure": 1.0}
+
+
+def test_an_earlier_out_is_kept(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text("earlier")
+    run("--device", "cpu", "--tiny", "--json", str(path), "--minutes", "0.01")
+    assert (tmp_path / "out.json.before").read_text() == "earlier" and json.loads(path.read_text())["parts"]
 
 
 # --- its own arithmetic
@@ -266,6 +320,7 @@ def test_results_are_of_whole_runs_on_a_gpu(tmp_path, out):
     path.write_text(f"{results.HEADER}\n{results.NOT_YET}")
     assert not results.write_results(out, path)
     of_a_gpu = {**out, "device": "cuda", "is_tiny": False}
+    assert not results.write_results({**of_a_gpu, "parts": {}}, path) and results.NOT_YET in path.read_text()
     for _ in range(2):  # a second run replaces the section
         assert results.write_results(of_a_gpu, path)
     text = path.read_text()

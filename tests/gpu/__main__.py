@@ -19,7 +19,7 @@ from datetime import date
 from multiprocessing import forkserver
 from pathlib import Path
 
-from tests.gpu.part import DONE, NOT_RUN, Outcome, is_of_a_fork, run_part
+from tests.gpu.part import DONE, FAILED, NOT_RUN, Outcome, is_of_a_fork, measured, run_part
 
 # Seconds of each part in a run of eight minutes: at most, and the least that it is begun with.
 PARTS = {
@@ -73,6 +73,7 @@ def check(arguments: argparse.Namespace) -> None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.touch()
         partial_of(arguments.json).touch()
+        partial_of(arguments.json).unlink()
     except OSError as error:
         fail(f"--json {arguments.json}: cannot be written ({error.strerror})")
     os.environ.update(ENVIRONMENT)
@@ -115,7 +116,12 @@ class Suite:
                 self.out["commit"] = known_commit()
                 scale = Scale(self.arguments.device, self.arguments.tiny)
                 for name in self.names:
-                    self._keep(name, self._run_part(name, scale, Path(folder) / name))
+                    try:
+                        self._keep(name, self._run_part(name, scale, Path(folder) / name))
+                    except (KeyboardInterrupt, SystemExit):
+                        if values := measured(Path(folder) / name):
+                            self._keep(name, Outcome(FAILED, values=values, error="interrupted"))
+                        raise
         except (KeyboardInterrupt, SystemExit) as end:
             self.out["exit_code"] = 130 if isinstance(end, KeyboardInterrupt) else end.code
             for name in self.names:

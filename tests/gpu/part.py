@@ -89,7 +89,7 @@ def finite(value):
 def run_part(context, name: str, scale, folder: Path, seconds: float) -> Outcome:
     """Run `tests.gpu.<name>.run(scale, report, folder)`; after `seconds` all of its processes are killed."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, log, started = folder / "report.json", folder / "log.txt", time.monotonic()
+    log, started = folder / "log.txt", time.monotonic()
     process = context.Process(target=_child, args=(name, scale, folder, seconds))
     is_late = False
     try:
@@ -99,7 +99,7 @@ def run_part(context, name: str, scale, folder: Path, seconds: float) -> Outcome
     finally:  # Ctrl-C too
         _kill_group(process)
     took = time.monotonic() - started
-    values = _read(path)
+    values = measured(folder)
     status = TIMED_OUT if is_late else DONE if process.exitcode == 0 else FAILED
     error = values.pop("failure", None)
     if status == FAILED and error is None:
@@ -111,9 +111,10 @@ def is_of_a_fork(outcome: Outcome) -> bool:
     return any(words in text for text in (str(outcome.error), str(outcome.values)) for words in OF_A_FORK)
 
 
-def _read(path: Path) -> dict:
+def measured(folder: Path) -> dict:
+    """The figures that the part in this folder has put, up to now."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
