@@ -156,7 +156,7 @@ def _is_prose(text: str) -> bool:
 
 
 def build_guards(config: Config) -> RegressionCallback:
-    return RegressionCallback(
+    guards = RegressionCallback(
         trajectory=config.guards.trajectory,
         on_regression=config.guards.on_regression,
         disabled_guards=config.guards.disabled_guards,
@@ -166,6 +166,8 @@ def build_guards(config: Config) -> RegressionCallback:
             "train_tokens": config.max_steps * config.tokens_per_step,
         },
     )
+    guards.must_write = True
+    return guards
 
 
 def restored_settings(config: Config, model) -> dict:

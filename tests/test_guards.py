@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 from recipe.explain import SECTIONS, pages, sections_of
 from recipe.guards import FINDING_IDS, GUARDS, MEANINGS, RegressionCallback
 from recipe.guards.guard import CannotJudge, Finding, Guard
-from recipe.guards.runner import Reporter
+from recipe.guards.reporter import Reporter
 from recipe.guards.taps import TAPS
 
 ROOT = Path(__file__).parents[1]

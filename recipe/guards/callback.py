@@ -6,9 +6,10 @@ It knows no guard by name. A step's numbers leave the device without waiting and
 the main process; what other ranks record is gathered there over the host's network.
 """
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torch.utils.data import IterableDataset
@@ -19,11 +20,12 @@ from recipe.guards.checkpoint import read_session, warn_damaged
 from recipe.guards.guard import Finding, Guard
 from recipe.guards.ranks import Ranks
 from recipe.guards.records import StepRecord, append_line, keep_until, read_steps
+from recipe.guards.reporter import Reporter
 from recipe.guards.run import plain_rate
-from recipe.guards.runner import Reporter
 from recipe.guards.session import HISTORY, Options, Session
 from recipe.guards.trajectory import Reference, load_reference
 
+logger = logging.getLogger("recipe.guards")
 FILES = ("steps.jsonl", "evals.jsonl", "findings.jsonl")
 
 
@@ -63,7 +65,7 @@ class RegressionCallback(TrainerCallback):
         if trajectory not in ("auto", "none"):
             load_reference(trajectory)  # a bad file is refused now
         self.trajectory, self.on_regression, self.disabled = trajectory, on_regression, frozenset(disabled_guards)
-        self.only_check = False
+        self.only_check = self.must_write = False
         self.reporter = Reporter(self.guards, self.disabled, self._act)
         self.stopped_by: Finding | None = None
         self.session: Session | None = None  # of the training that goes on, or the last one
@@ -143,14 +145,14 @@ class RegressionCallback(TrainerCallback):
             self._give_up("another RegressionCallback watches this Trainer")
             self._trainer, self.reporter.is_main = None, False  # two would write every line of the files twice
             return
-        self.open_files(args, state)
+        failure = _write(self.must_write, self.open_files, args, state)
         if self._trainer is None:
             self._give_up("no Trainer among the callers of on_train_begin; pass RegressionCallback(trainer=trainer)")
             return
-        options = Options(self.guards, self.trajectory, self._given_facts, self.only_check)
+        options = Options(self.guards, self.trajectory, self._given_facts, self.only_check, self.must_write)
         ranks = Ranks(args.world_size, self.is_main)
         self.session = Session(self._trainer, options, self.reporter, ranks, self.output_dir)
-        self.session.history = self._history
+        self.session.history, self.session.failure = self._history, failure
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
         default = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._checkpoint = Path(checkpoint or default) if state.global_step else None
@@ -200,7 +202,7 @@ class RegressionCallback(TrainerCallback):
         if self.is_main and metrics:
             values = {name: value for name, value in metrics.items() if name.startswith("eval_")}
             record = {"step": state.global_step, "tokens_seen": self.tokens_seen, **values}
-            append_line(self.output_dir / "evals.jsonl", record)
+            _write(self.must_write, append_line, self.output_dir / "evals.jsonl", record)
 
     def on_predict(self, args, state, control, **kwargs):
         if self._is_watching:
@@ -283,6 +285,18 @@ def _scheduled_rates(scheduler) -> list[float | None]:
         return [plain_rate(rate) for rate in scheduler.get_last_lr()]
     except (AttributeError, NotImplementedError):
         return []
+
+
+def _write(must: bool, action: Callable, *arguments) -> str | None:
+    """Why it failed. A full disk ends the recipe's own run (`must_write`), and no other training."""
+    try:
+        action(*arguments)
+        return None
+    except OSError as error:
+        if must:
+            raise
+        logger.error("the guards cannot write their files; the training goes on: %s", error)
+        return f"the guards cannot write their files: {error}"
 
 
 def _stop(control) -> None:

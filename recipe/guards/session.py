@@ -19,8 +19,9 @@ from recipe.guards.guard import CannotJudge, Finding, Guard
 from recipe.guards.ngrams import TRAINED_BEFORE
 from recipe.guards.ranks import Ranks
 from recipe.guards.records import StepRecord, append_line
+from recipe.guards.reporter import Reporter
 from recipe.guards.run import Run
-from recipe.guards.runner import Reporter, Runner
+from recipe.guards.runner import Runner
 from recipe.guards.sandbox import PinnedBatch
 from recipe.guards.taps import Evaluation, LocalStep, PendingStep, Step, Taps
 
@@ -40,12 +41,14 @@ class PreflightDone(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """Of the callback. `only_check`: stop after the probes, and let a fault of the guards be raised."""
+    """Of the callback. `only_check`: stop after the probes, and let a fault of the guards be raised. `must_write`: a
+    file that cannot be written ends the training."""
 
     guards: tuple[type[Guard], ...]
     trajectory: str
     facts: dict
     only_check: bool
+    must_write: bool
 
 
 def survives(method: Callable) -> Callable:
@@ -87,16 +90,15 @@ class Session:
         return self.failure is None and self.taps is not None and not self._is_closed
 
     def attempt(self, action: Callable, *arguments):
-        """A fault of the guards does not end a training: they switch themselves off and log the error. A full disk and
-        a check that is done are no faults."""
+        """A fault of the guards does not end a training: they switch themselves off and log the error."""
         if self.failure is not None:
             return None
         try:
             return action(*arguments)
-        except (OSError, PreflightDone):
+        except PreflightDone:
             raise
         except Exception as error:
-            if self.options.only_check:
+            if self.options.only_check or (self.options.must_write and isinstance(error, OSError)):
                 raise
             logger.error("the guards failed and are off; the training goes on without them", exc_info=error)
             self.failure = f"the guards failed with {type(error).__name__}: {error}"
@@ -186,7 +188,7 @@ class Session:
 
     @survives
     def _send(self, step: int) -> PendingStep:
-        """The step's numbers, on their way to the host; they are read at the end of the next step."""
+        """The step's numbers, whose copy to the host has begun; they are read at the end of the next step."""
         num_tokens = self.local.num_tokens * self.run.world_size
         self.tokens_seen += num_tokens
         before, self.last_end = self.last_end, time.perf_counter()
@@ -225,7 +227,8 @@ class Session:
 
     @survives
     def _read(self, pending: PendingStep) -> dict:
-        return pending.read()
+        values = pending.read()
+        return {**values, "payloads": self.runner.leave_out_unsendable(values["payloads"], self.run)}
 
     @survives
     def _judge(self, pending: PendingStep | None, ranks: list[dict]) -> None:

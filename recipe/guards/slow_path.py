@@ -42,7 +42,7 @@ class SlowPath(Guard):
     MIN_RECOMPILED = 2
 
     def setup(self, run) -> None:
-        self.state = {"graphs": None}
+        self.graphs: int | None = None  # of this process: not saved
 
     def probe(self, batch) -> Iterator[Verdict]:
         if not batch.is_first:
@@ -78,9 +78,8 @@ class SlowPath(Guard):
         if not step.run.is_compiled or step.number < self.COMPILED_BY:
             return
         graphs = count_graphs()
-        known = self.state["graphs"]
-        self.state["graphs"] = graphs if known is None else known
-        finding = self.judge_compiled(graphs - self.state["graphs"], count_graph_breaks())
+        self.graphs = graphs if self.graphs is None else self.graphs
+        finding = self.judge_compiled(graphs - self.graphs, count_graph_breaks())
         yield finding or self.clear()
 
     @classmethod

@@ -62,7 +62,7 @@ class Reference:
             near = isinstance(wanted, (int, float)) and isinstance(value, (int, float))
             agrees = abs(value - wanted) <= TOLERANCES.get(name, 0) * abs(wanted) if near else value == wanted
             if not agrees:
-                return f"reference {self.name} is for {name} {_show(wanted)}, this run has {_show(value)}"
+                return f"{self.name} is for {name} {_show(wanted)}, this run has {_show(value)}"
         return None
 
 
@@ -98,7 +98,7 @@ def find_reference(trajectory: str, facts: dict) -> tuple[Reference | None, str]
     if trajectory != "auto":
         reference = load_reference(trajectory)
         reason = reference.mismatch(facts)
-        return (None, reason) if reason else (reference, "")
+        return (None, f"reference {reason}") if reason else (reference, "")
     reasons = []
     for path in sorted(TRAJECTORIES.glob("*.json")):
         reference = load_reference(path)
@@ -106,4 +106,4 @@ def find_reference(trajectory: str, facts: dict) -> tuple[Reference | None, str]
         if reason is None:
             return reference, ""
         reasons.append(reason)
-    return None, "; ".join(reasons) or "no reference is shipped"
+    return None, "no reference of this config: " + "; ".join(reasons) if reasons else "no reference is shipped"
