@@ -1,4 +1,4 @@
-"""What a Trainer tells of its run at the first micro-batch."""
+"""Facts of a run, read from its Trainer at the first micro-batch."""
 
 from collections.abc import Mapping
 from functools import cached_property
