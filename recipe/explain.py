@@ -25,7 +25,8 @@ def guard_of(name: str) -> type[Guard]:
         if name in guard.ids:
             return guard
     close = difflib.get_close_matches(name, FINDING_IDS, n=3)
-    hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(FINDING_IDS)}"
+    known = textwrap.fill(", ".join(FINDING_IDS), WIDTH)
+    hint = f"did you mean {', '.join(close)}?" if close else f"there are\n{known}"
     raise UserError(f"no finding is called {name!r}; {hint}")
 
 

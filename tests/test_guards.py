@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from recipe.explain import SECTIONS, pages, sections_of
+from recipe.errors import UserError
+from recipe.explain import SECTIONS, WIDTH, guard_of, pages, sections_of
 from recipe.guards import FINDING_IDS, GUARDS, MEANINGS, RegressionCallback
 from recipe.guards.guard import CannotJudge, Finding, Guard
 from recipe.guards.reporter import Reporter
@@ -57,6 +58,13 @@ def test_the_pages_are_those_of_the_classes():
     """`python -m recipe.explain docs` writes them."""
     for path, text in pages(ROOT / "docs").items():
         assert path.read_text(encoding="utf-8") == text, path
+
+
+def test_an_unknown_id_is_answered_in_short_lines():
+    with pytest.raises(UserError, match="there are") as error:
+        guard_of("zzzzz")
+    assert all(name in str(error.value) for name in FINDING_IDS)
+    assert max(map(len, str(error.value).splitlines())) <= WIDTH
 
 
 def test_a_finding_id_is_written_in_its_own_module_only():

@@ -5,7 +5,7 @@
     session.py       the guards on one training; ranks.py: what ranks exchange
     runner.py        calls the guards; onset, recovery, explanations, state
     guard.py         Guard, Finding, CannotJudge, NotApplicable
-    run.py           what the Trainer tells of its run
+    run.py           facts of the run, read from the Trainer
     taps.py          what is recorded on each rank: batches.py, head.py, gradients.py, updates.py, ngrams.py
     sandbox.py       running the trainer's own code without leaving a trace
     records.py       the files of a run; checkpoint.py: the guards' state in checkpoints

@@ -30,7 +30,7 @@ class OptimizerOff(Guard):
         The difference may be 1 % of the change, plus rounding. Before step 1: beta1 must not be larger than beta2.
     Try: comparing one step of this parameter with `torch.optim.AdamW` on a copy of it.
     Cannot see: other optimizers than torch's own Adam and AdamW (a subclass may compute something else), parameters in
-        half precision, amsgrad, fp16 loss scaling, optimizers with somebody else's hooks after the step.
+        half precision, amsgrad, fp16 loss scaling, optimizers with hooks of other code after the step.
     """
 
     ids = {"optimizer_off": "The optimizer does not compute what its class and its settings say."}
@@ -66,7 +66,7 @@ class OptimizerOff(Guard):
         if type(optimizer) not in (Adam, AdamW):
             raise NotApplicable(f"{type(optimizer).__name__} is not torch's own Adam or AdamW")
         if has_step_post_hooks(optimizer):  # they run before the one here, and may change what it looks at
-            raise NotApplicable("a hook of somebody else runs after the optimizer's step")
+            raise NotApplicable("a hook of other code runs after the optimizer's step")
         plain = [group for group in optimizer.param_groups if not (group.get("amsgrad") or group.get("maximize"))]
         self._watched = [parameter for group in plain for parameter in _smallest_and_largest(group["params"])]
         if not self._watched:
@@ -105,7 +105,7 @@ class OptimizerOff(Guard):
             if self._num_seen == 1:
                 self._counts[index] = None if any(bool(each.any()) for each in moments) else 0
             elif not is_first or not all(map(torch.equal, moments, self._left[index])):
-                self._counts[index] = None  # not seen in every step since, or loaded and cleared by somebody
+                self._counts[index] = None  # not seen in every step since, or loaded and cleared by other code
 
     @contained
     def _after_step(self, optimizer: Optimizer, *_) -> None:

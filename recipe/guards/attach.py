@@ -43,7 +43,7 @@ class Wrapping:
 
     def watch(self, session: Session, checkpoint: Path | None) -> None:
         """Wraps the three methods of the session's trainer. The first micro-batch sets the session up. A wrapper stays
-        in place when somebody has copied it, and then does nothing."""
+        in place when other code has copied it, and then does nothing."""
         trainer, own_step = session.trainer, vars(session.trainer).get("training_step")
 
         def wrap_training_step(training_step: Callable) -> Callable:

@@ -9,21 +9,21 @@ from recipe.guards.guard import CannotJudge, Finding, Guard, Verdict
 
 
 class LossBelowEnvelope(Guard):
-    """The loss is below the n-gram baseline early in training, where no honest model that began untrained gets.
+    """The loss is below the n-gram baseline early in training, where no healthy model that began untrained gets.
 
     When: at every step from step 10 until the n-gram models stop.
     Measured: n-gram models of orders 1 to 5 score every token of the global batch, then learn it; the floor is the
         best order's mean, and ln V at most. A warning when the mean loss of 10 steps is 0.3 nats below the floor. On
         natural text healthy models stay 0.41 and more above it, on random tokens 0.01 below. `steps.jsonl` has the
         floor of every step.
-    Try: the probes' findings first. A model that was trained before, or on this data before, gets there honestly.
+    Try: the probes' findings first. A model that was trained before, or on this data before, gets there without a bug.
     Cannot see: anything after the n-gram models stop: 1,000 tokens for each entry of the vocabulary or 20M were seen;
         2^24 n-grams are kept (6.7M tokens of a 32k vocabulary); pass 2 begins; a resume from a checkpoint without the
         guards' state; a first loss under both 0.75 ln V and the unigram's. Leaks that leave the loss above the floor.
         Synthetic data whose rule is learned faster than counts can (bigrams of rank 3: 0.13 to 0.51 below) trips it.
     """
 
-    ids = {"loss_below_envelope": "The loss is lower than an honest model can reach on this data so early."}
+    ids = {"loss_below_envelope": "The loss is lower than a healthy model can reach on this data so early."}
     taps = ("ngrams",)
     explained_by = (
         *("missing_label_shift", "non_causal_attention", "row_leak", "cross_document_attention", "wrong_loss_target"),

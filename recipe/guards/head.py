@@ -182,7 +182,7 @@ def count_hits(input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class SampledRows(NamedTuple):
-    """A few positions of one micro-batch. `values`: a copy of `[rows, 9]` on its way to the host, one row for each
+    """A few positions of one micro-batch. `values`: `[rows, 9]`, being copied to the host, one row for each
     sampled row of the batch: hits (5, see `count_hits`), lowest, mean and highest weight of the scored positions (0
     where there is none), and their mean cross entropy in nats."""
 
@@ -206,7 +206,7 @@ class HeadTap:
 
     Hooks at the head (or, where a fused loss makes no logits, at the backbone) read its output and the gradient there
     and change neither: weights with and without are bit-identical, in fp32 and bf16 (tested). The sampled place moves
-    on with each micro-batch, so that in time every row and position has its turn.
+    on with each micro-batch, so that in time every row and position is sampled.
     """
 
     def __init__(self, model: torch.nn.Module):

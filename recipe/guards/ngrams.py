@@ -1,4 +1,4 @@
-"""N-gram models of the run's own tokens: a floor and a ceiling for the loss of an honest model.
+"""N-gram models of the run's own tokens: a floor and a ceiling for the loss of a healthy model.
 
 Ceiling: the loss of the tokens' frequencies alone. Floor: the loss of n-gram models of orders 1 to 5, the best of them
 in each call. All are prequential (a token is scored, then learned), so nothing is scored on what it was learned from.
@@ -6,7 +6,7 @@ Interpolation is Witten and Bell's: P_k(w | c) = (n(cw) + t(c) P_{k-1}(w)) / (n(
 n(c) counts how often c was followed and t(c) by how many different tokens. A row begins with a mark of its own.
 
 Best of the orders, not the 5-gram: where the source is of low order, a 5-gram believes its single sightings and stays
-above what a model reaches. Smallest (model - floor) in windows of 10 steps, honest Llamas of 0.3M to 0.7M parameters,
+above what a model reaches. Smallest (model - floor) in windows of 10 steps, healthy Llamas of 0.3M to 0.7M parameters,
 300 or 400 steps of 1,024 or 2,048 tokens, learning rates 1e-3 to 1e-2, in brackets against the 5-gram alone:
 
     demo (3.1M parameters, 800 steps)  0.90 (0.89)     random tokens                   -0.01 (-0.75)
@@ -17,7 +17,7 @@ above what a model reaches. Smallest (model - floor) in windows of 10 steps, hon
 The floor is never above ln V, the loss of a guess that needs no counts: of random tokens of a large vocabulary the
 unigram says 0.4 more, since it has seen few of them, and a model that has learned nothing was under it (zoo).
 
-An honest model can go below the floor where it shares statistics between tokens and counts cannot: bigrams of rank 3,
+A healthy model can go below the floor where it shares statistics between tokens and counts cannot: bigrams of rank 3,
 -0.13 with 300 tokens, -0.51 with 2,000. Such synthetic data trips the guard. So would a model of bytes or characters
 in time, since it sees further than 5 of them: judging ends after 1,000 tokens for each entry of the vocabulary.
 

@@ -1,6 +1,6 @@
-"""What a Trainer tells of its run at the first micro-batch."""
+"""Facts of a run, read from its Trainer at the first micro-batch."""
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -129,11 +129,6 @@ class Run:
     @property
     def is_evaluated(self) -> bool:
         return self.args.eval_strategy != "no" or self.args.eval_on_start
-
-    @property
-    def rows_in_pass(self) -> int | None:
-        data = self.trainer.train_dataset
-        return len(data) if isinstance(data, Sized) else None
 
 
 def reference_facts(trainer: Trainer, model: torch.nn.Module, inputs) -> dict:

@@ -71,7 +71,7 @@ class LocalStep:
 
 
 class PendingStep:
-    """A step whose numbers are on their way to the host. `record`: what the host knew of it at once. `payloads`: by
+    """A step whose numbers are being copied to the host. `record`: what the host knew of it at once. `payloads`: by
     guard, what its `measure` gave."""
 
     def __init__(self, record: dict, local: LocalStep, payloads: dict[str, Any]):
@@ -111,7 +111,7 @@ def _on_device(norm: torch.Tensor | float | None, like: torch.Tensor) -> torch.T
 
 
 def _send(value):
-    """Tensors inside lists and dicts start their way to the host."""
+    """Starts copying the tensors inside lists and dicts to the host."""
     if isinstance(value, torch.Tensor):
         return AsyncCopy(value)
     if isinstance(value, dict):
