@@ -131,6 +131,23 @@ def test_frozen_on_purpose_is_information_and_much_of_a_new_model_a_warning():
     assert judge_groups(named(model), optimizer, is_new_model=True).severity == "warning"
 
 
+def test_the_base_of_adapters_is_frozen_on_purpose_also_where_it_is_new():
+    model = llama()
+    model.model.requires_grad_(False)
+    run = SimpleNamespace(
+        model=model,
+        named_parameters=named(model),
+        optimizer=torch.optim.AdamW(model.lm_head.parameters()),
+        is_new_model=True,
+    )
+    assert [found.severity for found in FrozenParameters().inspect(run)] == ["warning"]
+    model.peft_config = {}
+    assert [found.severity for found in FrozenParameters().inspect(run)] == ["info"]
+    del model.peft_config
+    model.add_module("lora_A", nn.Linear(2, 2))  # adapters of one's own
+    assert [found.severity for found in FrozenParameters().inspect(run)] == ["info"]
+
+
 # --- reached and moved
 
 

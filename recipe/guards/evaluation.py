@@ -165,6 +165,7 @@ class TrainEvalGap(Guard):
     explained_by = (
         *("missing_label_shift", "non_causal_attention", "row_leak", "cross_document_attention", "wrong_loss_target"),
         *("resume_replay", "repeated_data", "train_eval_overlap", "eval_train_mismatch", "eval_not_repeatable"),
+        *("loss_diverged", "loss_spike"),  # of the last 20 steps only some are from before
     )
     # Known faults start at 1.5 nats at the usual loss of 3 (eval divided by 2 steps of accumulation, torchtitan#1758;
     # no causal mask: 2.7, entrenar#310). Code and web text differ by 1.8, so up to 2 nats it is information. Ratio and

@@ -20,7 +20,8 @@ class FrozenParameters(Guard):
     Measured: the parameter groups and `requires_grad`; in the first steps up to 4,096 elements of each parameter
         before and after the step, and its largest gradient; at every step, whether it has a gradient. An error:
         parameters in no optimizer group, or with a gradient and no movement. A warning: no gradient; more than half of
-        a new model frozen, or of the model without gradient later. Information: fewer, and experts without tokens.
+        a new model frozen, or of the model without gradient later. Information: fewer, the base of adapters (PEFT),
+        and experts without tokens.
     Try: building the optimizer from the final model, after it was wrapped, cast and resized. Without a gradient: look
         for `detach()` or `no_grad()` on the path to the loss.
     Cannot see: parameters that stop moving later while their gradient is still computed; movement of half-precision
@@ -43,7 +44,8 @@ class FrozenParameters(Guard):
         self.state = {"num_steps": 0, "reached": reached, "steps_without": {}}
 
     def inspect(self, run) -> Iterator[Verdict]:
-        yield self.judge_groups(run.named_parameters, run.optimizer, run.is_new_model) or self.clear(check=PROBE)
+        trains_all = run.is_new_model and not has_adapters(run.model)
+        yield self.judge_groups(run.named_parameters, run.optimizer, trains_all) or self.clear(check=PROBE)
 
     def before_step(self, local) -> None:
         stopped = self._count_steps_without()
@@ -178,6 +180,11 @@ class FrozenParameters(Guard):
             evidence={"names": names[:20], "count": len(names)},
             check=check,
         )
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Whether PEFT put adapters into it: what they adapt is frozen on purpose, also where its weights are new."""
+    return hasattr(model, "peft_config") or any("lora_" in name for name, _ in model.named_parameters())
 
 
 def share_of(names: list[str], parameters: Parameters) -> float:
