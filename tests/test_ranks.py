@@ -27,7 +27,7 @@ def launch(tmp_path, *words, num_ranks=2) -> dict:
     return json.loads(exit_file.read_text())
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_two_ranks_are_the_same_run_as_one(write_config, tmp_path, num_workers):
     path = write_config()
     assert run(["train", path, "--output_dir", str(tmp_path / "one")]) == 0
@@ -92,6 +92,7 @@ def test_a_users_mistake_on_two_ranks_gives_2(write_config, tmp_path):
     assert found["code"] == 2 and "has 300 documents" in found["reason"]
 
 
+@pytest.mark.slow
 def test_four_ranks_then_two_then_one_are_one_run(write_config, tmp_path):
     """Resumed twice, each time on another world size with other workers: the same losses, the same position."""
     schedule = {"lr_scheduler_type": "constant", "eval_strategy": "no", "eval_steps": None, "save_steps": 2}

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,23 @@ from recipe.trainer import StreamCallback
 @pytest.fixture(autouse=True)
 def short_samples(monkeypatch):
     monkeypatch.setattr("recipe.trainer.SampleCallback.__init__.__defaults__", (4,))
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
+@pytest.fixture
+def trained(write_config, tmp_path, kept) -> str:
+    """The path of a config whose run is over: trained once, copied for each test."""
+    path = write_config()
+    if kept.exists():
+        shutil.copytree(kept, tmp_path / "run")
+    else:
+        assert run(["train", path]) == 0
+        shutil.copytree(tmp_path / "run", kept)
+    return path
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -57,8 +75,7 @@ def test_a_run_leaves_everything_it_promises(write_config, tmp_path, capsys):
     assert "too few tokens" in (run_dir / "final/README.md").read_text()
 
 
-def test_the_final_model_loads_as_any_other(write_config, tmp_path):
-    assert run(["train", write_config()]) == 0
+def test_the_final_model_loads_as_any_other(trained, tmp_path):
     final = str(tmp_path / "run/final")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
     assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
@@ -67,14 +84,12 @@ def test_the_final_model_loads_as_any_other(write_config, tmp_path):
     assert (tmp_path / "run/final/README.md").exists()
 
 
-def test_eval_loss_is_the_plain_next_token_loss_of_the_hold_out(write_config, tmp_path, tokenizer):
+def test_eval_loss_is_the_plain_next_token_loss_of_the_hold_out(trained, tmp_path, tokenizer):
     from recipe.data.lanes import train_and_eval_splits
     from recipe.data.source import open_source
     from recipe.data.stream import HeldOutRows, Part
 
-    path = write_config()
-    assert run(["train", path]) == 0
-    source = open_source(json.loads(Path(path).read_text())["source"])
+    source = open_source(json.loads(Path(trained).read_text())["source"])
     offsets = dict(train_skip=0, train_seed=42, eval_skip=280, eval_seed=1041, eval_documents=10)
     rows = HeldOutRows([Part(source, train_and_eval_splits(source, **offsets)[1])], tokenizer, 32)
     ids = torch.stack([torch.from_numpy(row.input_ids).long() for row in rows.rows])
@@ -100,8 +115,6 @@ def test_a_resumed_run_is_bit_equal_to_one_that_went_through(write_config, tmp_p
 
 def remove_after(run_dir: Path, step: int) -> None:
     """As a machine leaves it that dies after `step`: later checkpoints gone, records of later steps written."""
-    import shutil
-
     for checkpoint in run_dir.glob("checkpoint-*"):
         if int(checkpoint.name.split("-")[1]) > step:
             shutil.rmtree(checkpoint)
@@ -131,45 +144,37 @@ def test_evaluating_changes_nothing_of_the_training(write_config, tmp_path, num_
     assert losses(tmp_path / "often") == losses(tmp_path / "never")
 
 
-def test_resuming_at_the_end_trains_no_further_step(write_config, tmp_path):
-    path = write_config()
-    assert run(["train", path]) == 0
+def test_resuming_at_the_end_trains_no_further_step(trained, tmp_path):
     before, final = losses(tmp_path / "run"), tmp_path / "run/final/model.safetensors"
     weights = final.read_bytes()
     final.unlink()  # as if it was killed between its last checkpoint and its results
-    assert run(["train", path, "--resume_from_checkpoint", "latest"]) == 0
+    assert run(["train", trained, "--resume_from_checkpoint", "latest"]) == 0
     assert losses(tmp_path / "run") == before and final.read_bytes() == weights
     assert json.loads((tmp_path / "run/run.json").read_text())["result"]["verdict_kind"] == "nothing_learned"
     assert not (tmp_path / "run/checkpoint-7").exists()
 
 
 @pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt", "stream_state.json", "model.safetensors"])
-def test_latest_passes_over_an_incomplete_checkpoint(write_config, tmp_path, missing):
-    path = write_config()
-    assert run(["train", path]) == 0
+def test_latest_passes_over_an_incomplete_checkpoint(trained, tmp_path, missing):
     whole = losses(tmp_path / "run")
     (tmp_path / f"run/checkpoint-6/{missing}").unlink()
-    assert run(["train", path, "--resume_from_checkpoint", "latest"]) == 0
+    assert run(["train", trained, "--resume_from_checkpoint", "latest"]) == 0
     assert losses(tmp_path / "run") == whole
 
 
-def test_a_named_incomplete_checkpoint_is_refused(write_config, tmp_path, capsys):
-    path = write_config()
-    assert run(["train", path]) == 0
+def test_a_named_incomplete_checkpoint_is_refused(trained, tmp_path, capsys):
     (tmp_path / "run/checkpoint-3/optimizer.pt").unlink()
-    assert run(["train", path, "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-3")]) == 2
+    assert run(["train", trained, "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-3")]) == 2
     assert "optimizer.pt missing" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_another_stream_is_refused_with_the_differences(write_config, tmp_path, capsys):
-    assert run(["train", write_config()]) == 0
+def test_a_checkpoint_of_another_stream_is_refused_with_the_differences(trained, write_config, tmp_path, capsys):
     assert run(["train", write_config(train_seed=7), "--resume_from_checkpoint", "latest"]) == 2
     assert "train_seed: checkpoint 42, config 7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [{"learning_rate": 0.1}, {"seed": 7}, {"adam_beta2": 0.9}])
-def test_what_a_checkpoint_brings_back_cannot_be_changed_silently(write_config, tmp_path, capsys, changes):
-    assert run(["train", write_config()]) == 0
+def test_what_a_checkpoint_brings_back_cannot_be_changed_silently(trained, write_config, tmp_path, capsys, changes):
     assert run(["train", write_config(**changes), "--resume_from_checkpoint", "latest"]) == 2
     error = capsys.readouterr().err
     assert next(iter(changes)) in error and "would be ignored" in error
@@ -220,11 +225,9 @@ def test_the_command_to_resume_repeats_the_overrides():
     assert _repeated(()) == ""
 
 
-def test_a_directory_that_holds_a_run_is_not_written_into(write_config, capsys, tmp_path):
-    path = write_config()
-    assert run(["train", path]) == 0
+def test_a_directory_that_holds_a_run_is_not_written_into(trained, capsys, tmp_path):
     before = (tmp_path / "run/steps.jsonl").read_text()
-    assert run(["train", path]) == 2
+    assert run(["train", trained]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert (tmp_path / "run/steps.jsonl").read_text() == before
 
@@ -437,8 +440,7 @@ def test_a_mixture_trains_resumes_and_is_counted_by_source(write_config, tmp_pat
     assert "source 1.weight: checkpoint 1, config 2" in capsys.readouterr().err
 
 
-def test_another_stream_is_taken_up_when_the_user_says_so(write_config, tmp_path, capsys, caplog):
-    assert run(["train", write_config()]) == 0
+def test_another_stream_is_taken_up_when_the_user_says_so(trained, write_config, tmp_path, capsys, caplog):
     resume = ["--resume_from_checkpoint", str(tmp_path / "run/checkpoint-3"), "--output_dir", str(tmp_path / "run")]
     assert run(["train", write_config(train_seed=7), *resume, "--on_changed_stream", "continue"]) == 0
     assert "documents may be missed or read twice" in caplog.text
@@ -504,21 +506,17 @@ def test_an_older_checkpoint_goes_when_the_new_one_is_complete(write_config, tmp
 
 
 @pytest.mark.parametrize("damaged", ["", "{}", "[]", '{"identity": {}, "sett'])
-def test_a_damaged_stream_state_is_no_checkpoint(write_config, tmp_path, capsys, damaged):
-    path = write_config()
-    assert run(["train", path]) == 0
+def test_a_damaged_stream_state_is_no_checkpoint(trained, tmp_path, capsys, damaged):
     (tmp_path / "run/checkpoint-6/stream_state.json").write_text(damaged)
     assert find_checkpoint("latest", tmp_path / "run").name == "checkpoint-3"
-    assert run(["train", path, "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-6")]) == 2
+    assert run(["train", trained, "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-6")]) == 2
     assert "stream_state.json (it is damaged) missing" in capsys.readouterr().err
 
 
-def test_a_position_without_its_parts_is_damaged_too(write_config, tmp_path, capsys):
-    path = write_config()
-    assert run(["train", path]) == 0
+def test_a_position_without_its_parts_is_damaged_too(trained, tmp_path, capsys):
     file = tmp_path / "run/checkpoint-3/stream_state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "position": {"rows": 12}}))
-    assert run(["train", path, "--resume_from_checkpoint", str(file.parent)]) == 2
+    assert run(["train", trained, "--resume_from_checkpoint", str(file.parent)]) == 2
     assert "stream_state.json is damaged; resume from another" in capsys.readouterr().err
 
 
