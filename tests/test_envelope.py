@@ -3,6 +3,8 @@
 import io
 import math
 from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from recipe.guards import ngrams as module
 from recipe.guards.envelope import LossBelowEnvelope
+from recipe.guards.guard import CannotJudge
 from recipe.guards.ngrams import ORDERS, NgramLoss, NgramModel, starts_untrained
 
 NAN = float("nan")
@@ -251,3 +254,9 @@ def test_below_tells_the_healthy_run_from_the_one_without_label_shift(losses, fi
 )
 def test_starts_untrained(first_loss, unigram, vocab_size, untrained):
     assert starts_untrained(first_loss, NgramLoss(2048, unigram, 6.0, 5.5), vocab_size) is untrained
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_model_that_was_trained_before_cannot_be_judged(is_new):
+    with nullcontext() if is_new else pytest.raises(CannotJudge, match="trained before"):
+        LossBelowEnvelope().setup(SimpleNamespace(is_new_model=is_new))

@@ -17,6 +17,12 @@ MIN_POSITIONS = 8
 # Of the sum of a gradient's positive entries, in its lowest one. Derived: cross entropy has one negative entry, as
 # large as all the positive ones together; what label smoothing leaves once a model is sure is shared among many.
 NEGATIVE_SHARE = 0.5
+# Of the second lowest entry, in the lowest one and in all negative ones but that. Chosen, not measured: a teacher's
+# second choice has a large share of what is not its first; label smoothing shares its rest equally among many. Then
+# the share of such positions among those with a negative entry, which a few lookalikes do not reach.
+SECOND_SHARE, SOFT_SHARE = 0.1, 0.25
+# Of the weights' spread where a loss is negated: those of a mean are equal, bf16 rounds to 0.4 %. Chosen.
+WEIGHT_SPREAD = 0.05
 # Of the sum of probabilities from 1: bf16 rounds each to 0.4 %.
 SHARES_ERROR = 0.01
 # Of a micro-batch, where the targets cost four heads. Chosen, not measured: enough for hundreds of positions a row.
@@ -35,14 +41,24 @@ FUSED_EVERY = 8
 class LossTargets:
     """All `[rows, positions]`. `targets` int64: the token that each position is really scored on, IGNORE_INDEX where
     it is not scored or was not looked at. `weights` float32: how much it counts in the loss. `losses` float32: its
-    cross entropy, nats. `is_silent` bool: the loss does not depend on its logits at all. `are_shares`: the logits of
-    each position are probabilities."""
+    cross entropy, nats. `is_silent` bool: the loss does not depend on its logits at all. `is_soft` bool: it wants
+    several tokens, as a teacher does; None where that was not looked at. `are_shares`: the logits of each position are
+    probabilities. `is_negated`: the loss is minus a mean cross entropy."""
 
     targets: torch.Tensor
     weights: torch.Tensor
     losses: torch.Tensor
     is_silent: torch.Tensor
+    is_soft: torch.Tensor | None = None
     are_shares: bool = False
+    is_negated: bool = False
+
+    @property
+    def are_soft(self) -> torch.Tensor | bool:
+        """Whether soft targets are what is recovered: then the lowest entry of a gradient is no target."""
+        if self.is_soft is None:
+            return False
+        return self.is_soft.sum() > SOFT_SHARE * ((self.targets != IGNORE_INDEX) | self.is_soft).sum()
 
 
 # --- recovering
@@ -79,8 +95,10 @@ def recover_loss_targets(model: torch.nn.Module, compute_loss: Callable[[], torc
     if gradient is None:
         raise CannotJudge("the loss does not depend on the head's output")
     if recorded["logits"]:
-        found = targets_from_gradient(seen.detach(), gradient)
-        return replace(found, are_shares=_are_shares(seen.detach()[0]))
+        seen = seen.detach()
+        found = targets_from_gradient(seen, gradient)
+        is_negated = _is_negated(seen, gradient, found.is_silent, loss)
+        return replace(found, are_shares=_are_shares(seen[0]), is_negated=is_negated)
     return targets_from_hidden(seen.detach(), gradient, head)
 
 
@@ -88,6 +106,19 @@ def _are_shares(logits: torch.Tensor) -> bool:
     """Whether they are at least 0 and add up to 1 at each position, which logits do by no chance."""
     sums = logits.float().sum(dim=-1)
     return bool((logits >= 0).all()) and bool(((sums - 1).abs() < SHARES_ERROR).all())
+
+
+def _is_negated(logits: torch.Tensor, gradient: torch.Tensor, is_silent: torch.Tensor, loss: torch.Tensor) -> bool:
+    """Whether minus the gradient is that of a mean cross entropy, at every position that is not silent. Losses that
+    push single tokens away (unlikelihood, rejected answers) are above 0, weigh each, or train on others too."""
+    if not float(loss.detach().mean()) < 0:
+        return False
+    ascended = targets_from_gradient(logits, -gradient)
+    scored = ascended.targets != IGNORE_INDEX
+    if int(scored.sum()) < MIN_POSITIONS or bool((scored == is_silent).any()) or bool(ascended.are_soft):
+        return False
+    weights = ascended.weights[scored]
+    return float(weights.max() - weights.min()) <= WEIGHT_SPREAD * float(weights.max())
 
 
 @contextmanager
@@ -123,9 +154,9 @@ def targets_from_gradient(logits: torch.Tensor, gradient: torch.Tensor) -> LossT
 
 
 def target_of_logits(logits: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Targets, weights, losses and silence (`LossTargets`) of `[..., vocab_size]`."""
+    """Targets, weights, losses, silence and softness (`LossTargets`) of `[..., vocab_size]`."""
     logits, gradient = logits.float(), gradient.float()
-    lowest, target = gradient.min(dim=-1)
+    (lowest, second), (target, _) = (part.unbind(-1) for part in gradient.topk(2, dim=-1, largest=False))
     losses = logits.logsumexp(dim=-1) - logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     weights = -lowest / (1 - (-losses).exp()).clamp_min(1e-6)
     # Cross entropy has one negative entry, as large as all the positive ones together. With label smoothing it
@@ -133,7 +164,9 @@ def target_of_logits(logits: torch.Tensor, gradient: torch.Tensor) -> tuple[torc
     size = torch.linalg.vector_norm(gradient, 1, dim=-1)
     positive = (size + gradient.sum(dim=-1)) / 2
     is_scored = (lowest < 0) & (-lowest > NEGATIVE_SHARE * positive)
-    return torch.where(is_scored, target, IGNORE_INDEX), torch.where(is_scored, weights, 0.0), losses, size == 0
+    is_soft = second < SECOND_SHARE * torch.minimum(lowest, -(positive + lowest).clamp_min(0.0))
+    targets, weights = torch.where(is_scored, target, IGNORE_INDEX), torch.where(is_scored, weights, 0.0)
+    return targets, weights, losses, size == 0, is_soft
 
 
 def targets_from_hidden(hidden: torch.Tensor, gradient: torch.Tensor, head: torch.nn.Module) -> LossTargets:
@@ -272,6 +305,7 @@ class HeadTap:
             found = targets_from_hidden(values, gradient, self.head)
         else:
             found = LossTargets(*target_of_logits(values, gradient))
+            found = replace(found, targets=torch.where(found.are_soft, IGNORE_INDEX, found.targets))
         self._sampled = SampledRows(row, position, AsyncCopy(_pack(ids, found)))
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from recipe.guards.batches import IGNORE_INDEX
-from recipe.guards.guard import PROBE, Finding, Guard, NotApplicable, Verdict
+from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
 from recipe.guards.head import head_of
 
 
@@ -33,8 +33,9 @@ class InitialLoss(Guard):
             raise NotApplicable("the model was trained before, so its first loss may be anything")
         else:
             scored = found.targets != IGNORE_INDEX
-            loss = float(found.losses[scored].mean()) if scored.any() else math.nan
-            yield self.judge(loss, vocab_size) or self.clear(check=PROBE)
+            if not scored.any():
+                raise CannotJudge("no target could be recovered")
+            yield self.judge(float(found.losses[scored].mean()), vocab_size) or self.clear(check=PROBE)
 
     @classmethod
     def judge(cls, loss: float, vocab_size: int) -> Finding | None:

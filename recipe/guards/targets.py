@@ -41,16 +41,17 @@ class LossTarget(Guard):
         row is at fault with more than half of its targets at token i or i+2, or a tenth elsewhere (half in the samples
         during training). If the loss follows labels that differ from the tokens in less than half of the places, it is
         information (token dropout). Before step 1 also a warning if over 1 % of the positions with a label are not
-        scored (information for a loss of your own), or if the last position of most rows is. Labels: once 64 have
-        shown what they are in this run (90 % the token itself, or the next), a row with less than half such.
+        scored (information for a loss of your own), or if the last position of most rows is; an error if the loss is
+        minus a mean cross entropy (a warning for a trained model). Labels: once 64 have shown what they are in this
+        run (90 % the token itself, or the next), a row with less than half such.
     Try (missing_label_shift): `labels = input_ids` for a Hugging Face model, which shifts inside. A loss of your own
         must compare `logits[:, :-1]` with `labels[:, 1:]`.
     Try (double_label_shift): removing your own shift; pass labels unshifted.
     Try (wrong_loss_target): printing one row of `input_ids` beside its `labels` where the loss function receives them.
-    Cannot see: sharded weights, a model that names no output embeddings, a head that runs several times in one loss
-        ("cannot judge"); a few wrong targets in each row after step 1. A fused loss without logits is judged by the
-        gradient at the last hidden state (plain linear heads; every 8th micro-batch during training), a compiled model
-        by its labels alone during training.
+    Cannot see: sharded weights, a model that names no output embeddings, a head that runs several times in one loss,
+        wrong targets where many are soft (distillation) ("cannot judge"); a few wrong targets in each row after
+        step 1. A fused loss without logits is judged by the gradient at the last hidden state (plain linear heads;
+        every 8th micro-batch during training), a compiled model by its labels alone during training.
     """
 
     ids = {
@@ -103,7 +104,15 @@ class LossTarget(Guard):
 
     def probe(self, batch) -> Iterator[Verdict]:
         found, ids, labels = batch.targets(), batch.inputs["input_ids"], batch.inputs["labels"]
+        if found.is_negated:
+            yield from self._verdicts([self.judge_negated(batch.run.is_new_model)], PROBE)
+            return
         finding = self.judge(ids, found.targets, labels)
+        if found.are_soft:
+            if finding and finding.id == "wrong_loss_target":
+                raise CannotJudge("soft targets (a teacher's): positions have no one target")
+            yield from self._verdicts([finding] if finding else [], PROBE)
+            return
         finding = finding or self.judge_unscored(found, labels, batch.has_own_loss)
         finding = finding or self.judge_last_position(ids, found, labels)
         yield from self._verdicts([finding] if finding else [], PROBE)
@@ -131,6 +140,18 @@ class LossTarget(Guard):
         causes = ("tokens are replaced on purpose (token dropout, denoising)", "noise in the labels")
         action = "nothing, if it is on purpose; else print one row of input_ids beside its labels"
         return replace(finding, severity="info", likely_causes=causes, action=action)
+
+    @classmethod
+    def judge_negated(cls, is_new_model: bool) -> Finding:
+        """A trained model may be made to forget on purpose, a new one has nothing to forget."""
+        return cls.finding(
+            "error" if is_new_model else "warning",
+            id="wrong_loss_target",
+            found="the loss is negated: training makes it worse",
+            expected="cross entropy",
+            causes=("a minus sign before the loss", "texts to be forgotten on purpose (unlearning)"),
+            action="return the cross entropy itself, and let the optimizer minimize it",
+        )
 
     @classmethod
     def judge_rows(cls, hits: dict[int, Sequence[int]], max_elsewhere: float) -> list[Finding]:
