@@ -244,6 +244,60 @@ def test_a_fault_disables_its_guard_alone(guard, config, unwatched, tmp_path, mo
     assert {"loss_not_finite", "learning_rate_off"} & others <= guards.judged
 
 
+class Toy(Guard):
+    """For tests."""
+
+    ids = {"toy": "A toy."}
+
+    def setup(self, run):
+        self.state = {"n": 0}
+
+    def observe(self, step):
+        yield self.clear()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"__init__": raising},
+        {"evidence": raising},
+        {"evidence": lambda self: {"x": torch.ones(1)}},
+        {"save": lambda self: {"n": {1, 2}}},
+        {"observe": lambda self, step: iter(["no verdict"])},
+        {"observe": lambda self, step: iter([self.finding("info", "a", "b", evidence={"x": torch.ones(1)})])},
+        {"observe": lambda self, step: None},
+    ],
+    ids=lambda method: next(iter(method)),
+)
+def test_each_kind_of_fault_disables_its_guard_alone(method, config, unwatched, tmp_path, monkeypatch, caplog):
+    """Also what would fail later, where it is written or sent."""
+    others = tuple(guard for guard in GUARDS if {"loss_not_finite", "init_loss_off"} & set(guard.ids))
+    monkeypatch.setattr(RegressionCallback, "guards", (*others, type("Toy", (Toy,), method)))
+    guards = RegressionCallback()
+    trainer = train(config, tmp_path / "run", guards)
+    assert_equal_weights(trainer, unwatched)
+    assert guards.failure is None and "the guard failed: " in guards.cannot_judge["toy"]
+    assert len([record for record in caplog.records if "guard toy failed and is off" in record.getMessage()]) == 1
+    assert "loss_not_finite" in guards.judged and "toy" not in json.dumps([f.to_json() for f in guards.findings])
+    assert "Toy" not in json.loads((tmp_path / "run/checkpoint-12/guards.json").read_text())["guards"]
+
+
+@pytest.mark.parametrize("name", ["findings.jsonl", "steps.jsonl", "evals.jsonl"])
+def test_a_file_that_cannot_be_written_does_not_end_a_training(name, config, unwatched, tmp_path):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    guards = RegressionCallback()
+    assert_equal_weights(train(config, tmp_path / "run", guards), unwatched)
+    assert "cannot write their files" in guards.failure
+
+
+def test_the_recipes_own_run_ends_where_its_records_cannot_be_written(config, tmp_path):
+    (tmp_path / "run/steps.jsonl").mkdir(parents=True)
+    guards = RegressionCallback()
+    guards.must_write = True
+    with pytest.raises(OSError):
+        train(config, tmp_path / "run", guards)
+
+
 @of_each_guard
 def test_disabled_ids_are_silent(guard):
     """Whatever the guard yields."""

@@ -25,9 +25,14 @@ def fault(*arguments, **kwargs):
     raise RuntimeError("a fault")
 
 
+def unsendable(*arguments, **kwargs):
+    return lambda: "a fault"
+
+
 # Where it is raised, on rank 1 alone.
 FAULTS = {
     "measuring": (RankDivergence, "measure"),
+    "what cannot be sent": (RankDivergence, "measure"),
     "setting up": (RankDivergence, "setup"),
     "probing": (LossTarget, "probe"),
     "reading a step": (PendingStep, "read"),
@@ -71,13 +76,14 @@ def on_both_ranks(folder: Path) -> None:
         guards = RegressionCallback()
         logged.clear()
         # What `survives` guards is replaced inside of it, as a bug there would be.
-        replaced = survives(fault) if hasattr(getattr(owner, method), "__wrapped__") else fault
+        broken = unsendable if name == "what cannot be sent" else fault
+        replaced = survives(broken) if hasattr(getattr(owner, method), "__wrapped__") else broken
         with mock.patch.object(owner, method, replaced if rank == 1 else getattr(owner, method)):
             watched = train(folder / name.replace(" ", "-"), guards)
         results[name] = {
             "is_equal": all(torch.equal(value, alone[key]) for key, value in watched.items()),
             "failure": guards.failure,
-            "unjudged": {key: reason for key, reason in guards.cannot_judge.items() if "a fault" in reason},
+            "unjudged": {key: reason for key, reason in guards.cannot_judge.items() if "failed" in reason},
             "logged": list(logged),
             "judged": sorted(guards.judged),
         }
@@ -100,11 +106,12 @@ def test_a_fault_on_one_rank_does_not_change_the_training(results, name):
     assert results[name]["is_equal"]
 
 
-@pytest.mark.parametrize("name", ["measuring", "setting up"])
+@pytest.mark.parametrize("name", ["measuring", "what cannot be sent", "setting up"])
 def test_a_guard_that_fails_on_one_rank_is_off_on_all_and_the_others_go_on(results, name):
     found = results[name]
     assert found["failure"] is None and set(found["unjudged"]) == {"rank_divergence"}
-    assert len(found["logged"]) == 1 and "a fault" in found["logged"][0] and "rank 1" in found["logged"][0]
+    words = "unsendable" if name == "what cannot be sent" else "a fault"
+    assert len(found["logged"]) == 1 and words in found["logged"][0] and "rank 1" in found["logged"][0]
     assert {"loss_not_finite", "learning_rate_off", "missing_label_shift"} <= set(found["judged"])
 
 
