@@ -3,7 +3,8 @@
 
     callback.py      RegressionCallback: Trainer's events; attach.py: how it reaches the Trainer
     session.py       the guards on one training; ranks.py: what ranks exchange
-    runner.py        calls the guards; onset, recovery, explanations, state
+    runner.py        calls the guards, each by itself; their state
+    reporter.py      onset, recovery and explanations of findings
     guard.py         Guard, Finding, CannotJudge, NotApplicable
     run.py           facts of the run, read from the Trainer
     taps.py          what is recorded on each rank: batches.py, head.py, gradients.py, updates.py, ngrams.py

@@ -177,7 +177,7 @@ class TrainEvalGap(Guard):
             raise NotApplicable(f"the run has {run.max_steps} steps, it needs {self.MIN_STEPS}")
 
     def inspect(self, run) -> Iterator[Verdict]:
-        if not run.is_evaluated:  # by the Trainer; somebody may call `evaluate`, which is then judged
+        if not run.is_evaluated:  # by the Trainer; code may call `evaluate`, which is then judged
             yield Skip("train_eval_gap", NotApplicable("no evaluation during training"))
 
     def observe_eval(self, evaluation) -> Iterator[Verdict]:
