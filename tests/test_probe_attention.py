@@ -1,5 +1,8 @@
 """What logits depend on: on hand-made numbers, on tiny models of many families, and with seeded leaks."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -424,3 +427,24 @@ def test_labels_stay_where_the_model_needs_them():
             return self.inner(input_ids=input_ids, labels=labels).to_tuple()
 
     assert probe_attention(Needs(), batch_of())["non_causal_attention"] is None
+
+
+def test_a_mask_that_compute_loss_makes_is_the_one_that_is_probed(tiny_model):
+    ids = torch.randint(1, 50, (2, LENGTH))
+
+    def probe(inputs, **given):
+        batch = SimpleNamespace(
+            has_own_compute_loss=True,
+            twin=SimpleNamespace(compute_loss_context_manager=nullcontext),
+            model=tiny_model,
+            inputs={"input_ids": ids, "labels": ids} | inputs,
+            loss_of=lambda: lambda: tiny_model(input_ids=ids, labels=ids, **given).loss,
+        )
+        return [verdict for verdict in AttentionLeak().probe(batch) if isinstance(verdict, Finding)]
+
+    full = torch.zeros(2, 1, LENGTH, LENGTH)
+    causal = full.masked_fill(torch.ones_like(full).triu(1).bool(), float("-inf"))
+    ones = {"attention_mask": torch.ones_like(ids)}
+    for healthy in ({}, {"attention_mask": causal}, ones):
+        assert not probe({}, **healthy) and not probe(ones, **healthy)
+    assert [finding.id for finding in probe({}, attention_mask=full)] == ["non_causal_attention"]

@@ -78,10 +78,9 @@ class AttentionLeak(Guard):
     UNPROVEN, UNPROVEN_FP32 = 0.5, 1e-3
 
     def probe(self, batch) -> Iterator[Verdict]:
-        if batch.has_own_compute_loss:
-            check_model_inputs(batch)
+        inputs = model_inputs(batch) if batch.has_own_compute_loss else batch.inputs
         with batch.twin.compute_loss_context_manager():
-            results = probe_attention(batch.model, batch.inputs)
+            results = probe_attention(batch.model, inputs, find_documents(batch.inputs))
         for name, result in results.items():
             yield Skip(name, result) if isinstance(result, CannotJudge) else result or self.clear(name, PROBE)
 
@@ -148,10 +147,11 @@ class AttentionLeak(Guard):
         return found
 
 
-def probe_attention(model: torch.nn.Module, batch: dict) -> Results:
+def probe_attention(model: torch.nn.Module, batch: dict, documents: torch.Tensor | None = None) -> Results:
     """The eager model in train mode, by gradient, then in eval mode with the other variant of the attention mask, by
-    changing tokens. It leaves no trace. Raises `CannotJudge`."""
-    documents, scored = find_documents(batch), find_scored(batch)
+    changing tokens. It leaves no trace. `documents`: of `find_documents`, where the batch does not tell. Raises
+    `CannotJudge`."""
+    documents, scored = find_documents(batch) if documents is None else documents, find_scored(batch)
     probed, others = choose_positions(documents, scored)
     results = _probe_gradient(model, batch, probed, documents, training=True)
     if "row_leak" in _alarms(results) and len(probed) > 1:  # of one position it is certain whose gradient it is
@@ -170,9 +170,9 @@ def _alarms(results: Results) -> dict[str, Finding]:
     return {name: result for name, result in results.items() if isinstance(result, Finding)}
 
 
-def check_model_inputs(batch) -> None:
-    """The probe calls the model itself, so a `compute_loss` of the user's own must give it the batch's tokens, once.
-    Raises `CannotJudge` where it gives it others, or embeddings."""
+def model_inputs(batch) -> dict:
+    """The batch's inputs with the mask and the positions that a `compute_loss` of the user's own gives the model: the
+    probe calls it itself. Raises `CannotJudge` where it gives it other tokens, or embeddings, or more than once."""
     embedding, given, embedded = batch.model.get_input_embeddings(), [], []
     hooks = [
         batch.model.register_forward_pre_hook(lambda module, *call: given.append(call), with_kwargs=True),
@@ -185,9 +185,15 @@ def check_model_inputs(batch) -> None:
         for hook in hooks:
             hook.remove()
     tokens = [kwargs.get("input_ids", args[0] if args else None) for args, kwargs in given]
+    are_plain = all(len(args) <= 1 for args, _ in given)
     is_once = len(tokens) == len(embedded) == 1 and isinstance(tokens[0], torch.Tensor)
     if not is_once or not torch.equal(tokens[0], batch.inputs["input_ids"]):
         raise CannotJudge("compute_loss gives the model something else than the batch's tokens, or more than once")
+    used = {name: given[0][1].get(name) for name in ("attention_mask", "position_ids")}
+    if not are_plain or not all(isinstance(value, torch.Tensor | None) for value in used.values()):
+        raise CannotJudge("compute_loss gives the model a mask that is no tensor, or arguments without names")
+    others = {name: value for name, value in batch.inputs.items() if name not in used}
+    return others | {name: value for name, value in used.items() if value is not None}
 
 
 # --- the batch
