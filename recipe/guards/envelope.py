@@ -38,7 +38,7 @@ class LossBelowEnvelope(Guard):
     def setup(self, run) -> None:
         self.state = {"losses": [], "floors": []}
         if not run.is_new_model:
-            raise CannotJudge("the model was trained before, so it may honestly be below n-grams that begin at zero")
+            raise CannotJudge("the model was trained before, so it may be below n-grams that begin at zero")
 
     def observe(self, step) -> Iterator[Verdict]:
         if step.ngrams.stopped:
