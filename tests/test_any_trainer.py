@@ -267,7 +267,8 @@ def test_two_callbacks_do_the_work_of_one(tmp_path):
 
 # --- healthy runs are silent, and judged
 
-STEPS = 100
+STEPS = 60
+MORE_STEPS = 100  # where a step has fewer targets: some guards wait for a number of them
 JUDGED = {
     *("missing_label_shift", "double_label_shift", "wrong_loss_target", "init_loss_off"),
     *("non_causal_attention", "row_leak", "eval_not_repeatable", "eval_train_mismatch"),
@@ -340,7 +341,7 @@ REGIMES = {
     "data smaller than a step": ({"count": 12, "gradient_accumulation_steps": 4, "steps": 60}, ENVELOPE),
     "accumulation, re-entrant checkpointing": ({"gradient_accumulation_steps": 2, **REENTRANT}, set()),
     "best model kept": (
-        {**EVALUATED, **SAVED, "eval_steps": 50, "save_steps": 50, "load_best_model_at_end": True},
+        {**EVALUATED, **SAVED, "eval_steps": 30, "save_steps": 30, "load_best_model_at_end": True},
         set(),
     ),
 }
@@ -398,8 +399,8 @@ class LittleMemory(Trainer):
 
 
 def test_a_batch_size_found_by_trial(tmp_path):
-    values = {"auto_find_batch_size": True, "trainer_class": LittleMemory}
-    assert_healthy(watch(tiny(), tmp_path, **values))
+    values = {"auto_find_batch_size": True, "trainer_class": LittleMemory, "steps": MORE_STEPS}
+    assert_healthy(watch(tiny(), tmp_path, rows(8 * MORE_STEPS), **values))
 
 
 def test_evaluations_of_several_sets_and_outside_of_training(tmp_path):
@@ -475,8 +476,9 @@ SFT_SHOWN = ("text", "packing", "padding-free", "prompts")
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in SFT_SHOWN else pytest.mark.slow) for c in SFT])
 def test_healthy_sft(case, tokenizer, tmp_path):
     values, but = SFT[case]
-    data = prompts(2 * 8 * STEPS) if "prompts" in case else {"text": texts(2 * 8 * STEPS)}
-    guards = watch_sft(tokenizer, tmp_path, data, **values)
+    steps = MORE_STEPS if "prompts" in case else STEPS
+    data = prompts(2 * 8 * steps) if "prompts" in case else {"text": texts(2 * 8 * steps)}
+    guards = watch_sft(tokenizer, tmp_path, data, steps=steps, **values)
     assert_healthy(guards, but, also={"cross_document_attention"} if but else set())
 
 
