@@ -43,6 +43,7 @@ class Run:
 
     `model`, `train_dataset`, `eval_dataset` (lists of rows, or a `RowStream`), `collator`, `arguments` (of
     TrainingArguments, or the configuration of the kind `recipe`), `trainer_class`, `callbacks`, `optimizers`.
+    `build`: makes the whole Trainer from all of these instead (TRL's DPOTrainer, a Trainer of a PEFT model).
     `on_trainer`: called with the Trainer when it is made. `on_checkpoint`: called with the checkpoint's path when the
     run has been saved and ended. `patch` replaces an attribute of anything until the run is over; `took_effect` is to
     be called wherever the bug's own code runs. A run with `save_at` is made twice, and so the bug is applied twice:
@@ -58,6 +59,7 @@ class Run:
         self.trainer_class: type[Trainer] = Trainer
         self.callbacks: list[TrainerCallback] = []
         self.optimizers = (None, None)
+        self.build: Callable[[], Trainer] | None = None
         self.on_trainer: list[Callable[[Trainer], Any]] = []
         self.on_checkpoint: list[Callable[[Path], Any]] = []
         self._effects = multiprocessing.RawValue("i", 0)  # shared: a bug may act in data workers
@@ -75,7 +77,7 @@ class Run:
 
     def make_trainer(self) -> tuple[Trainer, RegressionCallback]:
         make = {"trainer": self._stock, "recipe": self._recipe, "sft": self._sft}[self.setting.kind]
-        trainer, guards = make()
+        trainer, guards = _guarded(self.build()) if self.build else make()
         trainer.remove_callback(PrinterCallback)
         for act in self.on_trainer:
             act(trainer)
