@@ -1,5 +1,6 @@
 """One run of the zoo: a setting, with or without a bug, watched by the guards and by what others offer."""
 
+import copy
 import json
 import logging
 import math
@@ -287,6 +288,8 @@ def learned_loss(model, setting: Setting) -> float | None:
     """Mean next-token loss on held-out rows of these weights in a healthy model; None where they do not fit it."""
     if setting.kind == "sft" or setting.rows == "flattened":
         return None
+    if hasattr(model, "merge_and_unload"):  # of PEFT
+        model = copy.deepcopy(model).merge_and_unload()
     weights = {name.removeprefix("module."): value for name, value in model.state_dict().items()}
     healthy = make_model(setting)
     try:
