@@ -11,7 +11,7 @@ from recipe.guards import FINDING_IDS
 from tests.zoo import __main__ as command
 from tests.zoo.bug import AREAS
 from tests.zoo.cases import PARTS, SAMPLE, bugs_of, healthy_of, sample, tenth
-from tests.zoo.remains import WHY_MISSED
+from tests.zoo.remains import NO_EFFECT, WHY_MISSED
 from tests.zoo.results import MEASURES, TARGETS, format_results
 from tests.zoo.score import (
     OURS,
@@ -103,6 +103,22 @@ def test_what_was_not_caught_has_a_reason_and_nothing_else_has_one():
     assert all(why.endswith(".") and len(why) <= 140 for why in WHY_MISSED.values())
 
 
+def test_only_listed_bugs_change_nothing():
+    rows = {row["name"]: row for part in PARTS for row in RESULTS["parts"][part]["bugs"]}
+    same = {name for name, row in rows.items() if row["is_same_as_twin"] and not row["is_caught"]}
+    assert same == NO_EFFECT.keys() and all(why.endswith(".") for why in NO_EFFECT.values())
+
+
+def test_results_are_short_and_the_summary_comes_first():
+    text = (FOLDER / "RESULTS.md").read_text()
+    titles = [line for line in text.splitlines() if line.startswith("#")]
+    assert titles[1] == "## All parts together" and "what is wrong" not in text
+    assert max(len(line) for line in text.splitlines() if line.startswith("|")) <= 200
+    for part in PARTS:
+        table = text.split(f"## Bugs of `{part}`")[1].split("### Not caught")[0]
+        assert all(f"| {row['name']} |" in table for row in RESULTS["parts"][part]["bugs"])
+
+
 def test_readme_says_what_was_recorded():
     readme = " ".join((FOLDER.parents[1] / "README.md").read_text(encoding="utf-8").split())
     ours = summarize_all(RESULTS["parts"].values(), {})[OURS]
@@ -189,6 +205,29 @@ def test_a_run_that_is_its_twin_to_the_last_digit():
     assert score_bug((), 0, record(), record())["is_same_as_twin"]
     assert not score_bug((), 0, record(evals=[2.0]), record(evals=[1.0]))["is_same_as_twin"]
     assert score_bug((), 0, record(evals=[2.0]), record(evals=[1.0]))["reported"] == 1
+
+
+def test_weights_that_fit_no_healthy_model_may_be_the_same_too():
+    assert score_bug((), 0, record(learned=None), record(learned=None))["is_same_as_twin"]
+    assert not score_bug((), 0, record(learned=None), record())["is_same_as_twin"]
+
+
+def test_a_bug_that_changes_nothing_is_a_problem_unless_it_is_caught_or_listed():
+    def problems(name="typo", effects=1, found=(), losses=(3.0,)):
+        bug = record(*found, effects=effects, losses=losses)
+        return command.without_effect({"name": name, **score_bug((), 0, bug, record(losses=(3.0,)))})
+
+    assert "changed nothing" in problems()[0] and problems(effects=0) == ["its code never ran"]
+    listed = next(iter(NO_EFFECT))
+    assert problems(losses=(2.0,)) == problems(found=[finding()]) == problems(name=listed) == []
+
+
+def test_a_tool_that_was_not_there_has_no_share():
+    about = {"names": (), "onset": 0}
+    rows = [score_bug((), 0, record(), record()) | about, score_bug((), 0, record(new=[]), record(new=[])) | about]
+    shares = summarize(rows, [score_healthy(record())], ["watchdog", "new"])
+    assert (shares["watchdog"]["recall"]["of"], shares["new"]["recall"]["of"]) == (2, 1)
+    assert shares["new"]["false_alarms"]["of"] == 0
 
 
 def test_what_was_missed_is_measured_over_seeds():

@@ -13,9 +13,12 @@ from torch.utils.data import IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from recipe.guards import RegressionCallback
-from tests.zoo.others import Others, Watchdog, is_spike
+from tests.zoo import results
+from tests.zoo.others import TOOLS, Others
+from tests.zoo.others.watchdog import Watchdog, is_spike
 
 STEPS, ROWS, VOCABULARY = 40, 4, 97
+SILENT = {tool: {} for tool in TOOLS}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -71,6 +74,10 @@ class After(TrainerCallback):
         if state.global_step >= self.step:
             with torch.no_grad():
                 self.change(model)
+
+
+def test_every_tool_has_a_column():
+    assert set(results.TOOLS) == set(TOOLS)
 
 
 # --- the watchdog, on numbers
@@ -132,23 +139,24 @@ def test_a_healthy_run_is_silent_and_the_same_bit_for_bit(tmp_path, capsys):
     watched = make_trainer(tmp_path / "watched")
     capsys.readouterr()
     others = watch(watched)
-    assert kinds(others) == {"watchdog": {}, "trainproof": {}, "losslint": {}} and others.printed == []
+    assert kinds(others) == SILENT and others.printed == []
     for one, other in zip(bare.model.parameters(), watched.model.parameters(), strict=True):
         assert torch.equal(one, other)
     logs = [[entry.get("loss") for entry in trainer.state.log_history] for trainer in (bare, watched)]
     assert logs[0] == logs[1] and "training_step" not in vars(watched)
 
 
-def test_all_three_see_nan_weights(tmp_path):
+def test_all_see_nan_weights(tmp_path):
     trainer = make_trainer(tmp_path, callbacks=[After(12, lambda model: model.model.norm.weight.fill_(math.nan))])
     found = kinds(watch(trainer))
     assert found["watchdog"] == {"loss not finite": 13, "grad_norm not finite": 13}
     assert found["losslint"]["nan_inf"] == 13
     assert found["trainproof"]["TP-NAN-GRAD"] == 25  # its callback looks every 25 steps
     assert found["trainproof"]["TP-ZERO-LOSS-ONSET"] == 25
+    assert found["torch-audit"] == {"TA100": 13}
 
 
-def test_all_three_see_a_diverging_loss_and_keep_off_the_terminal(tmp_path, capsys):
+def test_three_see_a_diverging_loss_and_keep_off_the_terminal(tmp_path, capsys):
     def spoil(model):
         model.lm_head.weight.mul_(1.5)
 
@@ -176,6 +184,64 @@ def test_trainproof_sees_labels_shifted_by_the_user_before_step_1(tmp_path):
     assert found["trainproof"]["TP-OBJ-LABEL-SHIFT-DOUBLE"] == 0
 
 
+def torch_audit_after(tmp_path, change, **arguments):
+    return kinds(watch(make_trainer(tmp_path, callbacks=[After(2, change)], max_steps=4, **arguments)))["torch-audit"]
+
+
+def test_torch_audit_sees_gradients_that_explode(tmp_path):
+    def inflate(model):
+        model.lm_head.weight.mul_(1000)
+
+    assert torch_audit_after(tmp_path, inflate) == {"TA102": 3}
+
+
+def test_torch_audit_sees_a_layer_that_is_never_called_and_settings_of_the_optimizer(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.model.forgotten = torch.nn.Linear(8, 8, bias=False)
+    trainer.optimizer = torch.optim.Adam(trainer.model.parameters(), weight_decay=0.1)
+    found = kinds(watch(trainer))["torch-audit"]
+    assert found == {"TA401": 0, "TA403": 0, "TA500": 1}
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+def test_torch_audit_sees_negative_tokens_before_the_model_does(tmp_path):
+    rows = learnable_rows()
+    rows[0]["input_ids"] = rows[0]["input_ids"] - VOCABULARY
+    others, trainer = Others(), make_trainer(tmp_path, rows=rows, train_sampling_strategy="sequential")
+    others.watch(trainer)
+    with pytest.raises(IndexError):
+        trainer.train()
+    assert kinds(others)["torch-audit"] == {"TA305": 0} and others.errors == []
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+def test_trainsight_sees_a_label_that_is_another_token(tmp_path):
+    others = watch(make_trainer(tmp_path, rows=learnable_rows(shift=1), max_steps=2))
+    assert kinds(others)["trainsight"] == {"LABEL_TOKEN_MISMATCH": 0}
+
+
+def padded_rows(scored):
+    rows = learnable_rows()
+    for row in rows:
+        row["attention_mask"] = (torch.arange(32) < 24).long()
+        row["labels"] = row["labels"].masked_fill(~scored, -100)
+    return rows
+
+
+def test_trainsight_sees_padding_and_prompts_that_are_scored(tmp_path):
+    place, prompts = torch.arange(32), {"trainsight": {"prompt_lengths": lambda batch: [8] * len(batch["labels"])}}
+    cases = {
+        "healthy": ((place >= 8) & (place < 24), prompts, {}),
+        "padding": (place >= 8, {}, {"PADDING_LABELS_UNMASKED": 0}),
+        "prompts": (place < 24, prompts, {"PROMPT_LABELS_UNMASKED": 0}),
+        "no prompts": (place < 24, {}, {}),
+        "nothing": (place < 0, {}, {"NO_SUPERVISED_TOKENS": 0}),
+    }
+    for name, (scored, options, found) in cases.items():
+        others = watch(make_trainer(tmp_path, rows=padded_rows(scored), max_steps=1), **options)
+        assert kinds(others)["trainsight"] == found, name
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(learnable_rows(shift=1))
@@ -185,7 +251,8 @@ def test_and_in_a_stream_and_believes_who_says_that_the_loss_does_not_shift(tmp_
     assert (
         "TP-OBJ-LABEL-SHIFT-DOUBLE" in kinds(watch(make_trainer(tmp_path, rows=Stream(), max_steps=2)))["trainproof"]
     )
-    others = watch(make_trainer(tmp_path, rows=learnable_rows(shift=1), max_steps=2), loss_shifts=False)
+    trainer = make_trainer(tmp_path, rows=learnable_rows(shift=1), max_steps=2)
+    others = watch(trainer, trainproof={"loss_shifts": False})
     assert "TP-OBJ-LABEL-SHIFT-DOUBLE" not in kinds(others)["trainproof"]
 
 
@@ -200,7 +267,7 @@ def test_trainproof_sees_a_class_that_is_never_a_target_and_an_ignore_index_that
 
 
 def test_trainproof_sees_documents_that_come_twice(tmp_path):
-    others = watch(make_trainer(tmp_path, max_steps=2), documents=["one text", "another", "one text"])
+    others = watch(make_trainer(tmp_path, max_steps=2), trainproof={"documents": ["one text", "another", "one text"]})
     assert kinds(others)["trainproof"]["TP-PRE-DUPLICATE-TEXT"] == 0
 
 
@@ -212,7 +279,7 @@ def test_a_resumed_run_is_judged_with_its_past(tmp_path):
     others.watch(second)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-30"))
     assert second.state.global_step == STEPS and others.errors == []
-    assert kinds(others) == {"watchdog": {}, "trainproof": {}, "losslint": {}}
+    assert kinds(others) == SILENT
 
 
 def test_a_run_that_breaks(tmp_path):
@@ -229,12 +296,17 @@ def test_a_tool_that_breaks_is_written_down_once(tmp_path, monkeypatch):
     def broken(run):
         raise RuntimeError("cannot lint")
 
-    monkeypatch.setattr("tests.zoo.others.run_all_checks", broken)
+    monkeypatch.setattr("tests.zoo.others.on_logs.run_all_checks", broken)
+    monkeypatch.setattr("torch_audit.validators.builtin.stability.isfinite_all", broken)
     others, trainer = Others(), make_trainer(tmp_path, max_steps=3)
     others.watch(trainer)
     trainer.train()
-    assert others.errors == [{"tool": "losslint", "error": "RuntimeError: cannot lint"}]
-    assert kinds(others)["losslint"] == {}
+    found = kinds(others)
+    assert others.errors == [
+        {"tool": "torch-audit", "error": "RuntimeError: Validator TA100 crashed: cannot lint"},
+        {"tool": "losslint", "error": "RuntimeError: cannot lint"},
+    ]
+    assert found["losslint"] == found["torch-audit"] == {} and trainer.state.global_step == 3
 
 
 def judged_by_guards(path, others=None, guards_first=True):
@@ -266,7 +338,7 @@ def test_of_two_ranks_the_first_reports(tmp_path):
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["watchdog"]["loss not finite"] == 13 and first["losslint"]["nan_inf"] == 13
-    assert second == {"watchdog": {}, "trainproof": {}, "losslint": {}}
+    assert second == SILENT
 
 
 def main(directory: str) -> None:

@@ -6,7 +6,7 @@ bug.py           Bug
 development/     bugs and healthy runs that thresholds were chosen on
 held_out*/       those that were written without sight of the guards
 cases.py         all of them
-others.py        what else watches: trainproof, losslint, a watchdog
+others/          what else watches: tools from PyPI, a watchdog
 pool.py          runs side by side
 score.py         records -> rows and shares; results.py: -> RESULTS.md
 __main__.py      the command

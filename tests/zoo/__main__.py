@@ -22,12 +22,14 @@ from tests.benchmarks.results import commit
 from tests.zoo.bug import Bug
 from tests.zoo.cases import PARTS, bugs_of, healthy_of
 from tests.zoo.pool import Task, run_tasks
+from tests.zoo.remains import NO_EFFECT
 from tests.zoo.results import TOOLS, format_results
 from tests.zoo.score import difference, judged_shares, over_seeds, score_bug, score_healthy, summarize
 from tests.zoo.setting import Setting
 
 FOLDER = Path(__file__).parent
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "trl", "trainproof", "losslint")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "trl")
+PACKAGES += ("trainproof", "losslint", "torch-audit", "trainsight-preflight")
 SEEDS = (1, 2)  # besides the setting's own, for bugs that nobody caught
 say = partial(print, file=sys.stderr, flush=True)
 
@@ -130,9 +132,17 @@ def score_bugs(bugs: list[Bug], records: dict[str, dict]) -> tuple[list[dict], l
         row = score_bug(bug.names, bug.onset, record, twin)
         about = {"name": bug.name, "what": bug.what, "names": bug.names, "area": bug.area, "mechanism": bug.mechanism}
         rows.append({**about, "source": bug.source, "onset": bug.onset, "setting": bug.setting.describe(), **row})
-        if not row["took_effect"]:
-            problems.append(f"{bug.name}: its code never ran")
+        problems += [f"{bug.name}: {problem}" for problem in without_effect(row)]
     return rows, problems
+
+
+def without_effect(row: dict) -> list[str]:
+    """A bug that does nothing measures nothing, unless that is what its report is about."""
+    if not row["took_effect"]:
+        return ["its code never ran"]
+    if row["is_same_as_twin"] and not row["is_caught"] and row["name"] not in NO_EFFECT:
+        return ["its code ran and changed nothing: losses, weights and evaluations are those of its healthy twin"]
+    return []
 
 
 def measure_missed(parts: dict, results: dict, records: dict[str, dict], processes: int | None) -> int:

@@ -1,11 +1,14 @@
-"""RESULTS.md: what was scored, as tables a person reads; results.json holds all of it."""
+"""RESULTS.md: what was scored, in short. results.json holds all of it: of each bug its source, setting, losses and
+when each tool spoke; of each healthy run what was said; why a guard did not judge."""
+
+from collections import Counter
 
 from recipe.guards import FINDING_IDS
 from tests.benchmarks.results import format_table
 from tests.zoo.remains import WHY_MISSED
 from tests.zoo.score import MATTERS, OURS, SOON, summarize_all
 
-TOOLS = {"trainproof": "trainproof 0.22.0", "losslint": "losslint 0.4.1", "watchdog": "loss watchdog"}
+TOOLS = ("trainproof", "losslint", "torch-audit", "trainsight", "watchdog")
 PART_TITLES = {
     "held_out_3": "Held out: written when the guards were frozen, without sight of them",
     "held_out_2": "Held out at first, then used: guards were fixed by its first score (held_out_2/first_score.json)",
@@ -17,7 +20,8 @@ No run here is one for which a reference was recorded (`tests/test_demo.py` has 
 slow` has some)."""
 HEADER = """# The zoo
 
-Written by `python -m tests.zoo`, which runs all of it again. What bugs, twins and columns are: docs/zoo.md."""
+Written by `python -m tests.zoo`, which runs all of it again. What bugs, twins and columns are: docs/zoo.md. Details of
+each run (source, setting, losses, what other tools said and when) are in results.json."""
 MEASURES = {
     "recall": "bugs caught",
     "recall_matters": f"of those that change what is learned by more than {MATTERS} nat",
@@ -37,13 +41,21 @@ TARGETS = {
 
 
 def format_results(results: dict) -> str:
-    parts = [HEADER, _environment(results)]
-    parts += ["## All parts together", _summary(summarize_all(results["parts"].values(), TOOLS))]
-    for part, title in PART_TITLES.items():
-        if results["parts"][part]["bugs"] or results["parts"][part]["healthy"]:
-            parts += [f"## {title}", *_part(results["parts"][part])]
-    parts += ["## How often each guard judged, in all healthy runs", *_judged(results["judged"])]
-    return "\n\n".join(parts) + "\n"
+    parts = {part: results["parts"][part] for part in PART_TITLES if part in results["parts"]}
+    parts = {part: scored for part, scored in parts.items() if scored["bugs"] or scored["healthy"]}
+    sections = [HEADER, _environment(results)]
+    sections += ["## All parts together", _summary(summarize_all(parts.values(), TOOLS))]
+    for part, scored in parts.items():
+        sections += [f"## {PART_TITLES[part]}", _intro(part, scored), _summary(scored["summary"])]
+    bugs = [row for scored in parts.values() for row in scored["bugs"]]
+    if bugs:
+        sections += ["## Bugs caught, by area", _areas(bugs)]
+    for part, scored in parts.items():
+        if scored["bugs"]:
+            sections += [f"## Bugs of `{part}`", _bugs(scored["bugs"]), "### Not caught", _missed(scored["bugs"])]
+    sections += ["## Alarms on healthy runs, by kind", _alarms(parts.values())]
+    sections += ["## How often each guard judged, in all healthy runs", *_judged(results["judged"])]
+    return "\n\n".join(sections) + "\n"
 
 
 def _environment(results: dict) -> str:
@@ -55,28 +67,22 @@ def _environment(results: dict) -> str:
     )
 
 
-def _part(part: dict) -> list[str]:
+def _intro(name: str, part: dict) -> str:
     bugs, healthy = part["bugs"], part["healthy"]
     mechanisms = len({row["mechanism"] for row in bugs})
-    intro = f"{len(bugs)} bugs of {mechanisms} mechanisms, {len(healthy)} healthy runs (twins among them)."
-    missed = [row for row in bugs if not row["is_caught"]]
     early = [f"{row['name']} ({', '.join(row['early'])})" for row in bugs if row["early"]]
-    intro += f" Alarms before a bug began: {', '.join(early) or 'none'}."
-    sections = [intro, _summary(part["summary"])]
-    if bugs:
-        sections += ["### By area", _areas(bugs), "### Bugs", _bugs(bugs)]
-        sections += ["### Not caught", _missed(missed) if missed else "None."]
-    if healthy:
-        sections += ["### Healthy runs", _healthy(healthy)]
-    return sections
+    return (
+        f"`{name}`: {len(bugs)} bugs of {mechanisms} mechanisms, {len(healthy)} healthy runs (twins among them). "
+        f"Alarms before a bug began: {', '.join(early) or 'none'}."
+    )
 
 
 def _summary(summary: dict) -> str:
     rows = []
     for measure, words in MEASURES.items():
-        cells = {tool: _share(summary[tool][measure], measure) for tool in (OURS, *TOOLS)}
-        ours = {"these guards": cells[OURS], "target": TARGETS.get(measure, "-")}
-        rows.append({"": words, **ours, **{title: cells[tool] for tool, title in TOOLS.items()}})
+        ours = {"these guards": _share(summary[OURS][measure], measure), "target": TARGETS.get(measure, "-")}
+        others = {tool: _hits(summary.get(tool, {}).get(measure)) for tool in TOOLS}
+        rows.append({"": words, **ours, **others})
     return format_table(rows)
 
 
@@ -88,85 +94,73 @@ def _share(share: dict | None, measure: str) -> str:
     return f"{share['hits']} of {share['of']} = {100 * share['share']:.1f} % ({bound})"
 
 
+def _hits(share: dict | None) -> str:
+    return f"{share['hits']} of {share['of']}" if share and share["of"] else "-"
+
+
 def _areas(bugs: list[dict]) -> str:
     rows = []
     for area in dict.fromkeys(row["area"] for row in bugs):
         own = [row for row in bugs if row["area"] == area]
-        counts = {TOOLS[tool]: sum(row["others"].get(tool) is not None for row in own) for tool in TOOLS}
-        named = sum(row["is_named"] for row in own)
-        rows.append(
-            {"area": area, "bugs": len(own), "caught": sum(r["is_caught"] for r in own), "named": named, **counts}
-        )
+        ours = {"bugs": len(own), "caught": sum(row["is_caught"] for row in own)}
+        ours["named first"] = sum(row["is_named"] for row in own)
+        rows.append({"area": area, **ours, **{tool: _caught_by(tool, own) for tool in TOOLS}})
     return format_table(rows)
 
 
+def _caught_by(tool: str, bugs: list[dict]) -> int | None:
+    steps = [row["others"][tool] for row in bugs if tool in row["others"]]
+    return sum(step is not None for step in steps) if steps else None
+
+
 def _bugs(bugs: list[dict]) -> str:
-    return format_table([_bug(row) for row in bugs])
+    return format_table(
+        [
+            {
+                "bug": row["name"],
+                "first finding": row["first"],
+                "step": row["step"],
+                "onset": row["onset"],
+                "named": _named(row),
+                "learned, nats": _nats(row["learned"]),
+            }
+            for row in bugs
+        ]
+    )
 
 
-def _bug(row: dict) -> dict:
-    is_known = "" if row["is_named"] or not row["is_caught"] else f" (not {(*row['names'], 'named by any id')[0]})"
-    others = [f"{tool} {row['others'][tool]}" for tool in TOOLS if row["others"].get(tool) is not None]
-    return {
-        "bug": row["name"],
-        "what is wrong": row["what"],
-        "source": row["source"],
-        "first finding": f"{row['first']}{is_known}" if row["is_caught"] else "-",
-        "onset": row["onset"],
-        "step": row["step"],
-        "tokens": row["tokens"],
-        "loss then: bug, twin": _pair(row["loss_when_caught"]),
-        "loss at the end": _pair(row["loss_at_end"]),
-        "learned, nats": _nats(row["learned"]),
-        "reported, nats": _nats(row["reported"]),
-        "others, step": ", ".join(others) or "-",
-    }
-
-
-def _pair(pair: list | None) -> str:
-    return ", ".join("-" if value is None else f"{value:.2f}" for value in pair) if pair else "-"
+def _named(row: dict) -> str:
+    if not row["is_caught"]:
+        return "-"
+    return "yes" if row["is_named"] else f"no ({(*row['names'], 'no id fits')[0]})"
 
 
 def _nats(value: float | None) -> str:
     return "-" if value is None else f"{value:+.3f}"
 
 
-def _missed(rows: list[dict]) -> str:
-    return format_table(
-        [
-            {
-                "bug": row["name"],
-                "what is wrong": row["what"],
-                "learned, nats": _nats(row["learned"])
-                + (f" ± {row['learned_error']:.3f}" if row.get("learned_error") is not None else ""),
-                "reported, nats": _nats(row["reported"]),
-                "hints (information)": ", ".join(row["hints"]) or "-",
-                "why it stays unseen": WHY_MISSED.get(row["name"], "-"),
-            }
-            for row in sorted(rows, key=lambda row: -abs(row["learned"] or 0))
-        ]
-    )
+def _missed(bugs: list[dict]) -> str:
+    missed = [row for row in bugs if not row["is_caught"]]
+    rows = [
+        {
+            "bug": row["name"],
+            "learned, nats": _nats(row["learned"])
+            + (f" ± {row['learned_error']:.3f}" if row.get("learned_error") is not None else ""),
+            "reported, nats": _nats(row["reported"]),
+            "why it stays unseen": WHY_MISSED.get(row["name"], "-"),
+        }
+        for row in sorted(missed, key=lambda row: -abs(row["learned"] or 0))
+    ]
+    return format_table(rows) if rows else "None."
 
 
-def _healthy(rows: list[dict]) -> str:
-    return format_table(
-        [
-            {
-                "run": row["name"],
-                "setting": row["setting"],
-                "steps": row["steps"],
-                "tokens": row["tokens"],
-                "loss at the end": "-" if row["loss_at_end"] is None else f"{row['loss_at_end']:.2f}",
-                "alarms": "; ".join(f"{name} at step {step}: {found}" for name, step, found in row["alarms"])
-                or "none",
-                "others": ", ".join(
-                    f"{tool}: {', '.join(row['others'][tool])}" for tool in TOOLS if row["others"][tool]
-                )
-                or "none",
-            }
-            for row in rows
-        ]
-    )
+def _alarms(parts) -> str:
+    """A twin that parts share was one run, as in the summary."""
+    runs = {row["setting"]: row for part in parts for row in part["healthy"]}.values()
+    counts = Counter((OURS, finding) for row in runs for finding, _, _ in row["alarms"])
+    counts += Counter((tool, what) for row in runs for tool in TOOLS for what in row["others"].get(tool, ()))
+    rows = [{"tool": tool, "alarm": what, "runs": count} for (tool, what), count in counts.most_common()]
+    return format_table(sorted(rows, key=lambda row: (OURS, *TOOLS).index(row["tool"]))) if rows else "None."
 
 
 def _judged(judged: dict[str, dict]) -> list[str]:
@@ -176,10 +170,9 @@ def _judged(judged: dict[str, dict]) -> list[str]:
             "runs with something to judge": judged[name]["meant"],
             "judged, % of them": _percent(judged[name]["runs"]),
             "of their steps, % (median)": _percent(judged[name]["steps"]),
-            "else, because": "; ".join(f"{reason} ({count})" for reason, count in judged[name]["reasons"].items())
-            or "-",
         }
         for name in FINDING_IDS
+        if name in judged
     ]
     return [format_table(rows), NOTE]
 

@@ -73,9 +73,15 @@ def _padded(ids: np.ndarray, setting: Setting) -> dict[str, torch.Tensor]:
     input_ids = torch.from_numpy(np.pad(ids, (0, padding), constant_values=PAD))
     mask = (torch.arange(setting.block) < len(ids)).long()
     labels = torch.where(mask.bool(), input_ids, IGNORED)
+    row = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
     if setting.rows == "prompts":
-        labels[: len(ids) // 3] = IGNORED
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        labels[: prompt_lengths(row)] = IGNORED
+    return row
+
+
+def prompt_lengths(rows: dict[str, torch.Tensor]):
+    """Of a row of the kind `prompts`, or a batch of them: the first third of its text."""
+    return (rows["attention_mask"].sum(-1) // 3).tolist()
 
 
 def make_collator(setting: Setting):

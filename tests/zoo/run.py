@@ -31,7 +31,7 @@ from recipe.arguments import parse_config
 from recipe.guards import RegressionCallback
 from recipe.train import assemble
 from tests.zoo.models import make_model
-from tests.zoo.rows import IGNORED, RowStream, make_collator, make_rows
+from tests.zoo.rows import IGNORED, RowStream, make_collator, make_rows, prompt_lengths
 from tests.zoo.setting import Setting
 from tests.zoo.texts import EVAL_DOCUMENTS, texts_of
 
@@ -245,7 +245,7 @@ def _phases(setting: Setting, bug, rank: int, folder: Path, with_others: bool) -
             for change in filter(None, (setting.change, bug)):
                 change(run)
             trainer, guards = run.make_trainer()
-            others = _watched_by_others(trainer) if with_others else None
+            others = _watched_by_others(trainer, setting) if with_others else None
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if setting.save_at and phase == 0:
                 checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{setting.save_at}"
@@ -257,11 +257,12 @@ def _phases(setting: Setting, bug, rank: int, folder: Path, with_others: bool) -
     return record, trainer
 
 
-def _watched_by_others(trainer: Trainer):
+def _watched_by_others(trainer: Trainer, setting: Setting):
     from tests.zoo.others import Others  # a GPU machine need not have these tools
 
     others = Others()
-    others.watch(trainer)
+    has_prompts = setting.rows == "prompts" and setting.kind == "trainer"
+    others.watch(trainer, trainsight={"prompt_lengths": prompt_lengths if has_prompts else None})
     return others
 
 

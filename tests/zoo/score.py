@@ -46,9 +46,14 @@ def score_bug(names: Iterable[str], onset: int, record: dict, twin: dict) -> dic
         "loss_when_caught": first and [loss_at(each["losses"], first["step"]) for each in (record, twin)],
         "loss_at_end": [mean_of_last(each["losses"]) for each in (record, twin)],
         "took_effect": record["effects"] > 0,
-        "is_same_as_twin": record["losses"] == twin["losses"] and learned == 0 and not reported,
+        "is_same_as_twin": is_same(record, twin),
         "others": {tool: first_step(own, twin["others"][tool], onset) for tool, own in record["others"].items()},
     }
+
+
+def is_same(record: dict, twin: dict) -> bool:
+    """To the last digit, in all that is compared."""
+    return all(record[name] == twin[name] for name in ("losses", "learned_loss", "eval_losses"))
 
 
 def score_healthy(record: dict) -> dict:
@@ -143,15 +148,19 @@ def summarize(bugs: list[dict], healthy: list[dict], tools: Iterable[str]) -> di
 
 
 def _summarize_other(tool: str, bugs: list[dict], matter: list[dict], with_id: list[dict], healthy: list[dict]):
-    caught = [row for row in bugs if row["others"].get(tool) is not None]
+    """Of the runs that the tool watched: results that were recorded without it have none."""
+    bugs, matter, with_id, healthy = (
+        [row for row in rows if tool in row["others"]] for rows in (bugs, matter, with_id, healthy)
+    )
+    caught = [row for row in bugs if row["others"][tool] is not None]
     return {
-        "recall": share_of(row["others"].get(tool) is not None for row in bugs),
-        "recall_matters": share_of(row["others"].get(tool) is not None for row in matter),
-        "recall_with_id": share_of(row["others"].get(tool) is not None for row in with_id),
+        "recall": share_of(row["others"][tool] is not None for row in bugs),
+        "recall_matters": share_of(row["others"][tool] is not None for row in matter),
+        "recall_with_id": share_of(row["others"][tool] is not None for row in with_id),
         "named_first": None,
         "before_step_1": share_of(row["others"][tool] <= row["onset"] for row in caught),
         "soon": share_of(row["others"][tool] - row["onset"] <= SOON for row in caught),
-        "false_alarms": share_of(bool(row["others"].get(tool)) for row in healthy),
+        "false_alarms": share_of(bool(row["others"][tool]) for row in healthy),
     }
 
 
