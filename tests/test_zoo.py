@@ -119,6 +119,12 @@ def test_results_are_short_and_the_summary_comes_first():
         assert all(f"| {row['name']} |" in table for row in RESULTS["parts"][part]["bugs"])
 
 
+def test_crashes_of_other_tools_are_shown():
+    crash = {"run": "healthy", "tool": "losslint", "error": "RuntimeError: cannot lint"}
+    assert "Crashes of other tools: losslint 1." in format_results({**RESULTS, "crashes": [crash]})
+    assert "Crashes" not in format_results({**RESULTS, "crashes": []})
+
+
 def test_readme_says_what_was_recorded():
     readme = " ".join((FOLDER.parents[1] / "README.md").read_text(encoding="utf-8").split())
     ours = summarize_all(RESULTS["parts"].values(), {})[OURS]

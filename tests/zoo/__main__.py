@@ -99,6 +99,7 @@ def run_zoo(
     for part in results["parts"].values():
         part["summary"] = summarize(part["bugs"], part["healthy"], TOOLS)
     results["judged"] = judged_shares(healthy_records, FINDING_IDS)
+    results["crashes"] = [{"run": key, **crash} for key, run in records.items() for crash in run.get("crashes", ())]
     results["seconds"] = time.perf_counter() - start
     return finite(results)
 

@@ -53,7 +53,7 @@ def format_results(results: dict) -> str:
     for part, scored in parts.items():
         if scored["bugs"]:
             sections += [f"## Bugs of `{part}`", _bugs(scored["bugs"]), "### Not caught", _missed(scored["bugs"])]
-    sections += ["## Alarms on healthy runs, by kind", _alarms(parts.values())]
+    sections += ["## Alarms on healthy runs, by kind", _alarms(parts.values()), *_crashes(results)]
     sections += ["## How often each guard judged, in all healthy runs", *_judged(results["judged"])]
     return "\n\n".join(sections) + "\n"
 
@@ -161,6 +161,13 @@ def _alarms(parts) -> str:
     counts += Counter((tool, what) for row in runs for tool in TOOLS for what in row["others"].get(tool, ()))
     rows = [{"tool": tool, "alarm": what, "runs": count} for (tool, what), count in counts.most_common()]
     return format_table(sorted(rows, key=lambda row: (OURS, *TOOLS).index(row["tool"]))) if rows else "None."
+
+
+def _crashes(results: dict) -> list[str]:
+    counts = Counter(crash["tool"] for crash in results.get("crashes", ()))
+    return [f"Crashes of other tools: {', '.join(f'{tool} {count}' for tool, count in counts.items())}."] * bool(
+        counts
+    )
 
 
 def _judged(judged: dict[str, dict]) -> list[str]:

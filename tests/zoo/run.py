@@ -214,6 +214,7 @@ def execute(
     `findings`: id, severity, step, tokens_seen, found. `losses`: as Trainer logs them, one a step. `learned_loss`:
     nats a token on held-out rows of the weights at the end, put into a healthy model. `eval_losses`: as Trainer
     reports them. `effects`: how often the bug's own code ran. `others`: the alarms of each other tool.
+    `crashes`: their errors.
     """
     _quiet()
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a user's run; `pool` sets forkserver
@@ -235,7 +236,7 @@ def _quiet() -> None:
 
 def _phases(setting: Setting, bug, rank: int, folder: Path, with_others: bool) -> tuple[dict, Trainer]:
     record = {"findings": [], "losses": [], "eval_losses": [], "effects": 0, "judged_steps": Counter(), "steps": 0}
-    record |= {"cannot_judge": {}, "not_applicable": {}, "others": {}}
+    record |= {"cannot_judge": {}, "not_applicable": {}, "others": {}, "crashes": []}
     checkpoint = None
     for phase in range(2 if setting.save_at else 1):
         run = Run(setting, folder, rank, is_resumed=phase == 1)
@@ -283,6 +284,7 @@ def _add(record: dict, run: Run, trainer: Trainer, guards: RegressionCallback, o
     record["tokens"] = guards.tokens_seen
     for tool, alarms in (others.alarms() if others else {}).items():
         record["others"].setdefault(tool, []).extend(alarms)
+    record["crashes"] += others.errors if others else []
 
 
 def learned_loss(model, setting: Setting) -> float | None:

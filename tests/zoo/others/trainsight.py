@@ -33,19 +33,21 @@ class Trainsight(Tool):
             expected_template_suffix="",
             strict=False,  # True raises at the first fault
         )
-        tokenizer = self.trainer.processing_class or Ids(self.trainer.model.config.eos_token_id)
-        report = SFTReconciler(tokenizer, contract).audit_batch(inputs, prompt_lengths=lengths)
+        report = SFTReconciler(Decoder(self.trainer), contract).audit_batch(inputs, prompt_lengths=lengths)
         for fault in report.diagnoses:
             self.hear(0, fault.error_code, f"{fault.row_id}: {fault.error_message}")
 
 
-class Ids:
-    """What `SFTReconciler` asks of a tokenizer. It loads `name_or_path` and uses it for raw samples only."""
+class Decoder:
+    """What `SFTReconciler` asks of a tokenizer. It loads `name_or_path` from a disk, for raw samples only: the
+    trainer's tokenizer need not be on one."""
 
-    name_or_path, pad_token_id = str(TOKENIZER), None
+    name_or_path = str(TOKENIZER)
 
-    def __init__(self, eos_token_id: int | None):
-        self.eos_token_id = eos_token_id
+    def __init__(self, trainer):
+        self._tokenizer = trainer.processing_class
+        self.eos_token_id = getattr(self._tokenizer or trainer.model.config, "eos_token_id", None)
+        self.pad_token_id = getattr(self._tokenizer, "pad_token_id", None)
 
-    def decode(self, ids: list[int], **_) -> str:
-        return " ".join(map(str, ids))
+    def decode(self, ids: list[int], **options) -> str:
+        return self._tokenizer.decode(ids, **options) if self._tokenizer else " ".join(map(str, ids))
