@@ -11,6 +11,7 @@ from recipe.guards import FINDING_IDS
 from tests.zoo import __main__ as command
 from tests.zoo.bug import AREAS
 from tests.zoo.cases import PARTS, SAMPLE, bugs_of, healthy_of, sample, tenth
+from tests.zoo.pool import Task
 from tests.zoo.remains import NO_EFFECT, WHY_MISSED
 from tests.zoo.results import MEASURES, TARGETS, format_results
 from tests.zoo.score import (
@@ -219,13 +220,14 @@ def test_weights_that_fit_no_healthy_model_may_be_the_same_too():
 
 
 def test_a_bug_that_changes_nothing_is_a_problem_unless_it_is_caught_or_listed():
-    def problems(name="typo", effects=1, found=(), losses=(3.0,)):
-        bug = record(*found, effects=effects, losses=losses)
-        return command.without_effect({"name": name, **score_bug((), 0, bug, record(losses=(3.0,)))})
+    def problems(bug, *found, effects=1, losses=(3.0,)):
+        records = {Task(bug.setting, bug).key: record(*found, effects=effects, losses=losses)}
+        return command.score_bugs([bug], {**records, Task(bug.setting).key: record(losses=(3.0,))})[1]
 
-    assert "changed nothing" in problems()[0] and problems(effects=0) == ["its code never ran"]
-    listed = next(iter(NO_EFFECT))
-    assert problems(losses=(2.0,)) == problems(found=[finding()]) == problems(name=listed) == []
+    listed, other = (next(bug for bug in BUGS if (bug.name in NO_EFFECT) == is_listed) for is_listed in (True, False))
+    assert "its code ran and changed nothing" in problems(other)[0]
+    assert problems(listed, effects=0) == [f"{listed.name}: its code never ran"]
+    assert problems(other, losses=(2.0,)) == problems(other, finding()) == problems(listed) == []
 
 
 def test_a_tool_that_was_not_there_has_no_share():

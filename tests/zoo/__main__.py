@@ -133,7 +133,7 @@ def score_bugs(bugs: list[Bug], records: dict[str, dict]) -> tuple[list[dict], l
         row = score_bug(bug.names, bug.onset, record, twin)
         about = {"name": bug.name, "what": bug.what, "names": bug.names, "area": bug.area, "mechanism": bug.mechanism}
         rows.append({**about, "source": bug.source, "onset": bug.onset, "setting": bug.setting.describe(), **row})
-        problems += [f"{bug.name}: {problem}" for problem in without_effect(row)]
+        problems += [f"{bug.name}: {problem}" for problem in without_effect(rows[-1])]
     return rows, problems
 
 
