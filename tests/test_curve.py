@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from recipe.guards.finite import LossNotFinite
 from recipe.guards.grad_norm import GradNorm
-from recipe.guards.head import recover_loss_targets
 from recipe.guards.initial_loss import InitialLoss
+from recipe.guards.recording import recover_loss_targets
 from recipe.guards.spike import LossSpike
 
 NAN = math.nan

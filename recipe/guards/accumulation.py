@@ -12,7 +12,7 @@ from recipe.guards.batches import IGNORE_INDEX, LABEL_IS_TOKEN
 from recipe.guards.evaluation import name_factor
 from recipe.guards.gradients import GradientNorms
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
-from recipe.guards.head import recover_loss_targets
+from recipe.guards.recording import recover_loss_targets
 from recipe.guards.sandbox import first_positions, scaled_loss_of
 
 # One label in so many stays in the second micro-batch of the probe. Derived: a mean of means then weighs the tokens of
@@ -82,6 +82,8 @@ class AccumulationMismatch(Guard):
     def probe(self, batch) -> Iterator[Verdict]:
         if batch.run.args.gradient_accumulation_steps * batch.run.world_size == 1:
             raise NotApplicable("one micro-batch a step: nothing is accumulated")
+        if not batch.run.is_next_token:
+            raise NotApplicable(f"the objective is {batch.run.objective.words}")
         if batch.run.own_step is not None:
             raise CannotJudge("training_step was replaced on the trainer itself, so it cannot be run without a step")
 
@@ -92,9 +94,10 @@ class AccumulationMismatch(Guard):
 
     def observe(self, step) -> Iterator[Verdict]:
         weights = {(rank, micro): mean_weight(rows["weights"]) for rank, micro, rows in step.head}
-        if not self.run.is_loss_scaled:
+        if not self.run.is_loss_scaled and self.run.is_next_token:
             yield from self._observe_weights(step, weights)
-        yield from self._observe_count(step, list(weights.values()))
+        if self.run.is_next_token:
+            yield from self._observe_count(step, list(weights.values()))
         if not self.run.is_loss_scaled and self.run.world_size == 1:  # several ranks have averaged the gradient
             yield from self._observe_sum(step)
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import torch
 
-from recipe.guards.batches import IGNORE_INDEX
+from recipe.guards.batches import IGNORE_INDEX, input_ids_of
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Skip, Verdict
+from recipe.guards.head import backbone_of
 from recipe.guards.sandbox import frozen
 
 # Of each id: severity, what is seen, likely causes, action.
@@ -78,9 +79,10 @@ class AttentionLeak(Guard):
     UNPROVEN, UNPROVEN_FP32 = 0.5, 1e-3
 
     def probe(self, batch) -> Iterator[Verdict]:
-        inputs = model_inputs(batch) if batch.has_own_compute_loss else batch.inputs
+        inputs = model_inputs(batch)
+        is_same = inputs["input_ids"].shape == batch.inputs["input_ids"].shape
         with batch.twin.compute_loss_context_manager():
-            results = probe_attention(batch.model, inputs, find_documents(batch.inputs))
+            results = probe_attention(batch.model, inputs, find_documents(batch.inputs if is_same else inputs))
         for name, result in results.items():
             yield Skip(name, result) if isinstance(result, CannotJudge) else result or self.clear(name, PROBE)
 
@@ -171,29 +173,21 @@ def _alarms(results: Results) -> dict[str, Finding]:
 
 
 def model_inputs(batch) -> dict:
-    """The batch's inputs with the mask and the positions that a `compute_loss` of the user's own gives the model: the
-    probe calls it itself. Raises `CannotJudge` where it gives it other tokens, or embeddings, or more than once."""
-    embedding, given, embedded = batch.model.get_input_embeddings(), [], []
-    hooks = [
-        batch.model.register_forward_pre_hook(lambda module, *call: given.append(call), with_kwargs=True),
-        embedding.register_forward_hook(lambda *call: embedded.append(1)),
-    ]
-    try:
-        with torch.no_grad():
-            batch.loss_of()()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    tokens = [kwargs.get("input_ids", args[0] if args else None) for args, kwargs in given]
-    are_plain = all(len(args) <= 1 for args, _ in given)
-    is_once = len(tokens) == len(embedded) == 1 and isinstance(tokens[0], torch.Tensor)
-    if not is_once or not torch.equal(tokens[0], batch.inputs["input_ids"]):
-        raise CannotJudge("compute_loss gives the model something else than the batch's tokens, or more than once")
-    used = {name: given[0][1].get(name) for name in ("attention_mask", "position_ids")}
-    if not are_plain or not all(isinstance(value, torch.Tensor | None) for value in used.values()):
-        raise CannotJudge("compute_loss gives the model a mask that is no tensor, or arguments without names")
-    others = {name: value for name, value in batch.inputs.items() if name not in used}
-    return others | {name: value for name, value in used.items() if value is not None}
+    """The arguments of the model in the call that `compute_loss` really made, masks that it built among them; the
+    labels of the batch, where the call had none, say what is scored. Raises `CannotJudge`."""
+    objective = batch.run.objective
+    if objective is not None and (objective.is_denoising or objective.scores_rows):
+        raise NotApplicable(f"the objective is {objective.words}: its model may look both ways")
+    if getattr(getattr(batch.model, "config", None), "is_encoder_decoder", False):
+        raise NotApplicable("an encoder sees all of its tokens")
+    call = next(iter(batch.recording.calls), None)
+    if call is None:
+        raise CannotJudge("compute_loss does not call the model, but parts of it")
+    if input_ids_of(call) is None:
+        raise CannotJudge("compute_loss gives the model no input_ids (embeddings of its own)")
+    labels = batch.inputs.get("labels")
+    own = {"labels": labels} if labels is not None and labels.shape == call["input_ids"].shape else {}
+    return own | call
 
 
 # --- the batch
@@ -211,7 +205,8 @@ def find_documents(batch: dict) -> torch.Tensor:
     if (ends := batch.get("cu_seq_lens_q")) is not None:
         begins.view(-1)[ends[ends < ids.numel()].long()] = True
     mask = batch.get("attention_mask")
-    is_padding = mask == 0 if mask is not None and mask.shape == ids.shape else torch.zeros_like(begins)
+    is_2d = isinstance(mask, torch.Tensor) and mask.shape == ids.shape
+    is_padding = mask == 0 if is_2d else torch.zeros_like(begins)
     begins[:, 1:] &= ~(is_padding[:, 1:] | is_padding[:, :-1])
     begins[:, 0] = False
     return begins.cumsum(dim=1).masked_fill(is_padding, PADDING)
@@ -250,7 +245,7 @@ def other_mask(model: torch.nn.Module, batch: dict, documents: torch.Tensor) -> 
     mask, known = batch.get("attention_mask"), inspect.signature(model.forward).parameters
     if mask is None and "attention_mask" in known and not (documents > 0).any():
         return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}, "ones"
-    if mask is not None and mask.ndim == 2 and bool((mask == 1).all()):
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and bool((mask == 1).all()):
         return {name: value for name, value in batch.items() if name != "attention_mask"}, "none"
     return batch, "as given"
 
@@ -259,12 +254,20 @@ def other_mask(model: torch.nn.Module, batch: dict, documents: torch.Tensor) -> 
 
 
 def _logits(model: torch.nn.Module, batch: dict) -> torch.Tensor:
-    labels = inspect.signature(model.forward).parameters.get("labels")
-    if labels is None or labels.default is not inspect.Parameter.empty:  # the loss costs more memory than the logits
-        batch = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
-    outputs = model(**batch)
+    """Or the last hidden states, where a fused head makes none."""
+    hidden: list[torch.Tensor] = []
+    backbone = backbone_of(model)
+    hook = backbone.register_forward_hook(lambda module, args, output: hidden.append(output[0]))
+    try:
+        try:  # without labels, since the loss costs more memory than the logits
+            outputs = model(**{name: value for name, value in batch.items() if name not in ("labels", "shift_labels")})
+        except Exception:  # a model that needs them
+            outputs = model(**batch)
+    finally:
+        hook.remove()
     outputs = outputs.get("logits") if isinstance(outputs, dict) else outputs
-    parts = outputs if isinstance(outputs, tuple) else [outputs]
+    parts = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    parts += hidden[-1:] if backbone is not model else []
     logits = next((part for part in parts if isinstance(part, torch.Tensor) and part.ndim == 3), None)
     if logits is None or logits.shape[:2] != batch["input_ids"].shape:
         raise CannotJudge(f"{type(model).__name__} gives no logits for each position")

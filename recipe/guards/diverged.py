@@ -25,6 +25,7 @@ class LossDiverged(Guard):
     """
 
     ids = {"loss_diverged": "The loss is above that of a uniform guess and of the run's start, and stays there."}
+    needs_next_token = True
     taps = ("head",)
     explained_by = (
         *("wrong_loss_target", "wrong_gradient", "frozen_parameters", "lost_updates", "optimizer_off"),

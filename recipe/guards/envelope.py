@@ -31,7 +31,7 @@ class LossBelowEnvelope(Guard):
         *("resume_replay", "repeated_data", "train_eval_overlap"),
         *("accumulation_mismatch", "wrong_gradient", "eval_train_mismatch"),
     )
-    is_symptom = judges_curve = True
+    is_symptom = judges_curve = needs_next_token = True
     WINDOW = 10  # steps; that of the measurements in `ngrams.py`
     MARGIN = 0.3  # nats; on natural text a model stays 0.41 above the floor, on random tokens 0.01 below
 

@@ -18,6 +18,7 @@ class EosNeverTarget(Guard):
     """
 
     ids = {"eos_never_target": "The end of a document is never a target, so the model cannot learn to stop."}
+    needs_next_token = True
     taps = ("tokens",)
     MIN_SEEN = 32  # documents that ended without EOS as target, before it is reported. Chosen, not measured
     ABSENT_TOKENS = 1_000_000  # longer than one document of any usual corpus, a hundred times over. Not measured

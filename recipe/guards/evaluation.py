@@ -42,11 +42,17 @@ class EvalNotRepeatable(Guard):
         self.state = {"digests": {}}  # of the rows of each eval set, at its first evaluation
 
     def probe(self, batch) -> Iterator[Verdict]:
+        self._need_fixed_rows(batch.run)
         with frozen(batch.model, training=False), torch.no_grad():
             losses = [_eval_loss(batch) for _ in range(2)]  # each draws other random numbers
         yield self.judge(*losses, batch.run.is_exact) or self.clear(check=PROBE)
 
+    def _need_fixed_rows(self, run) -> None:
+        if run.objective is not None and run.objective.is_denoising:
+            raise NotApplicable(f"the objective is {run.objective.words}, which are drawn at random")
+
     def observe_eval(self, evaluation) -> Iterator[Verdict]:
+        self._need_fixed_rows(evaluation.run)
         name, rows = _loss_name(evaluation), [row for rank in evaluation.ranks for row in rank["rows"]]
         if name is not None:
             digest = digest_of_rows(rows)
@@ -239,4 +245,7 @@ def _loss_name(evaluation) -> str | None:
 
 
 def _eval_loss(batch) -> float:
-    return float(batch.twin.prediction_step(batch.model, dict(batch.short_inputs), True)[0].mean())
+    loss = batch.twin.prediction_step(batch.model, dict(batch.short_inputs), True)[0]
+    if loss is None:
+        raise CannotJudge("an evaluation of this batch gives no loss")
+    return float(loss.mean())

@@ -111,6 +111,7 @@ class Guard:
         is_symptom: its warnings wait until the probes have run again, and then name what these found.
         explains_symptoms: its probe runs again when a symptom is found.
         rules_out: own id -> word in the likely causes of symptoms that are dropped when this probe finds nothing.
+        needs_next_token: it judges nothing but a next-token cross entropy; else it is not applicable.
         judges_curve: it compares the loss curve with an expectation.
         judges_target: it knows on which token each position is scored.
         on_every_rank: `before_step`, `after_step`, `measure` and `save` run on all ranks, not on the main one alone.
@@ -124,6 +125,7 @@ class Guard:
     is_symptom: ClassVar[bool] = False
     explains_symptoms: ClassVar[bool] = False
     rules_out: ClassVar[Mapping[str, str]] = {}
+    needs_next_token: ClassVar[bool] = False
     judges_curve: ClassVar[bool] = False
     judges_target: ClassVar[bool] = False
     on_every_rank: ClassVar[bool] = False

@@ -1,7 +1,5 @@
 """The model's head: which token each position is really scored on, read off the gradient at the logits."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,10 +19,6 @@ NEGATIVE_SHARE = 0.5
 # second choice has a large share of what is not its first; label smoothing shares its rest equally among many. Then
 # the share of such positions among those with a negative entry, which a few lookalikes do not reach.
 SECOND_SHARE, SOFT_SHARE = 0.1, 0.25
-# Of the weights' spread where a loss is negated: those of a mean are equal, bf16 rounds to 0.4 %. Chosen.
-WEIGHT_SPREAD = 0.05
-# Of the sum of probabilities from 1: bf16 rounds each to 0.4 %.
-SHARES_ERROR = 0.01
 # Of a micro-batch, where the targets cost four heads. Chosen, not measured: enough for hundreds of positions a row.
 MAX_FUSED_POSITIONS = 1024
 # Share of the gradient that the best target leaves unexplained: 1e-7 in fp32, 1e-3 in bf16. Logits scaled by 2 leave
@@ -43,7 +37,7 @@ class LossTargets:
     it is not scored or was not looked at. `weights` float32: how much it counts in the loss. `losses` float32: its
     cross entropy, nats. `is_silent` bool: the loss does not depend on its logits at all. `is_soft` bool: it wants
     several tokens, as a teacher does; None where that was not looked at. `are_shares`: the logits of each position are
-    probabilities. `is_negated`: the loss is minus a mean cross entropy."""
+    probabilities."""
 
     targets: torch.Tensor
     weights: torch.Tensor
@@ -51,7 +45,6 @@ class LossTargets:
     is_silent: torch.Tensor
     is_soft: torch.Tensor | None = None
     are_shares: bool = False
-    is_negated: bool = False
 
     @property
     def are_soft(self) -> torch.Tensor | bool:
@@ -64,9 +57,17 @@ class LossTargets:
 # --- recovering
 
 
+def find_head(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that makes the logits, None where the model names none."""
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def head_of(model: torch.nn.Module) -> torch.nn.Module:
     """The module that makes the logits. Raises `CannotJudge` where the model names none."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = find_head(model)
     if head is None:
         raise CannotJudge(f"{type(model).__name__} names no output embeddings")
     return head
@@ -76,74 +77,6 @@ def backbone_of(model: torch.nn.Module) -> torch.nn.Module:
     """The module whose output the head is given; `model` itself where they are not apart."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
     return getattr(inner, "base_model", inner)
-
-
-def recover_loss_targets(model: torch.nn.Module, compute_loss: Callable[[], torch.Tensor]) -> LossTargets:
-    """Find the targets from the loss's gradient at the logits.
-
-    For cross entropy that gradient is `w (p - onehot(y))`: its only negative entry is the target y, an all-zero row is
-    masked, and `-grad_y / (1 - p_y)` is the weight w. Where a fused loss makes no logits, the gradient at the last
-    hidden state is used (`targets_from_hidden`). `compute_loss` runs `model` eagerly. No gradient reaches a parameter,
-    and the random generators are put back. Raises `CannotJudge` where neither is there.
-    """
-    head = head_of(model)
-    devices = [parameter.device for parameter in head.parameters() if parameter.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), recording_head(model) as recorded:
-        loss = compute_loss()
-        seen = only_one(recorded)
-        (gradient,) = torch.autograd.grad(loss, seen, allow_unused=True)
-    if gradient is None:
-        raise CannotJudge("the loss does not depend on the head's output")
-    if recorded["logits"]:
-        seen = seen.detach()
-        found = targets_from_gradient(seen, gradient)
-        is_negated = _is_negated(seen, gradient, found.is_silent, loss)
-        return replace(found, are_shares=_are_shares(seen[0]), is_negated=is_negated)
-    return targets_from_hidden(seen.detach(), gradient, head)
-
-
-def _are_shares(logits: torch.Tensor) -> bool:
-    """Whether they are at least 0 and add up to 1 at each position, which logits do by no chance."""
-    sums = logits.float().sum(dim=-1)
-    return bool((logits >= 0).all()) and bool(((sums - 1).abs() < SHARES_ERROR).all())
-
-
-def _is_negated(logits: torch.Tensor, gradient: torch.Tensor, is_silent: torch.Tensor, loss: torch.Tensor) -> bool:
-    """Whether minus the gradient is that of a mean cross entropy, at every position that is not silent. Losses that
-    push single tokens away (unlikelihood, rejected answers) are above 0, weigh each, or train on others too."""
-    if not float(loss.detach().mean()) < 0:
-        return False
-    ascended = targets_from_gradient(logits, -gradient)
-    scored = ascended.targets != IGNORE_INDEX
-    if int(scored.sum()) < MIN_POSITIONS or bool((scored == is_silent).any()) or bool(ascended.are_soft):
-        return False
-    weights = ascended.weights[scored]
-    return float(weights.max() - weights.min()) <= WEIGHT_SPREAD * float(weights.max())
-
-
-@contextmanager
-def recording_head(model: torch.nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """What head and backbone give out while this is open: `{"logits": [...], "hidden": [...]}`."""
-    recorded: dict[str, list[torch.Tensor]] = {"logits": [], "hidden": []}
-    backbone = backbone_of(model)
-    hooks = [head_of(model).register_forward_hook(lambda module, inputs, output: recorded["logits"].append(output))]
-    if backbone is not model:
-        hooks.append(
-            backbone.register_forward_hook(lambda module, inputs, output: recorded["hidden"].append(output[0]))
-        )
-    try:
-        yield recorded
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def only_one(recorded: dict[str, list[torch.Tensor]]) -> torch.Tensor:
-    """The logits of the one time that the head ran, else the hidden states of the one time that the backbone ran."""
-    seen = recorded["logits"] or recorded["hidden"]
-    if len(seen) != 1 or seen[0].dim() != 3 or not seen[0].requires_grad:
-        raise CannotJudge(f"the head ran {len(recorded['logits'])} times in one loss: its logits cannot be told apart")
-    return seen[0]
 
 
 def targets_from_gradient(logits: torch.Tensor, gradient: torch.Tensor) -> LossTargets:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 from recipe.guards.batches import IGNORE_INDEX
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
-from recipe.guards.head import head_of
 
 
 class InitialLoss(Guard):
@@ -20,13 +19,14 @@ class InitialLoss(Guard):
     """
 
     ids = {"init_loss_off": "The first loss is not that of an untrained model."}
+    needs_next_token = True
     explained_by = ("missing_label_shift", "non_causal_attention", "accumulation_mismatch")
     # Copying with tied embeddings starts 0.47 below (7.85 of ln 4096); healthy public runs at most 0.01, and up to 1.5
     # times the guess where the head is not scaled down. Chosen between these.
     MAX_BELOW, MAX_ABOVE = 0.2, 2.0
 
     def probe(self, batch) -> Iterator[Verdict]:
-        found, vocab_size = batch.targets(), head_of(batch.model).weight.shape[0]
+        found, vocab_size = batch.targets(), batch.recording.only().num_classes
         if found.are_shares:
             yield self.judge_shares(vocab_size)
         elif batch.run.step or not batch.run.is_new_model:

@@ -19,6 +19,7 @@ class PaddingIsTarget(Guard):
     """
 
     ids = {"padding_is_target": "Padding is scored, so the model learns to pad."}
+    needs_next_token = True
     taps = ("tokens",)
     # Scored padding, and its share of the scored targets; less does no harm. Chosen, not measured.
     MIN_TARGETS, MIN_SHARE = 100, 0.01

@@ -20,8 +20,8 @@ class Run:
     `model`: the unwrapped, eager module. `optimizer`: as accelerate wrapped it. `inputs`: the first micro-batch, of
     any kind. `step`, `tokens_seen`: at the start, above 0 after
     a resume. `given_facts`: what the user told the callback. `own_step`: a `training_step` that the trainer's
-    instance holds itself, None where its class's is used. `pinned`: a `sandbox.PinnedBatch`. `is_restored`: the
-    checkpoint's state of the guards was read.
+    instance holds itself, None where its class's is used. `pinned`: a `sandbox.PinnedBatch`. `objective`: an
+    `objective.Objective`, None where it is not known. `is_restored`: the checkpoint's state of the guards was read.
     """
 
     def __init__(self, trainer: Trainer, model: torch.nn.Module, inputs, given_facts: dict, tokens_seen: int | None):
@@ -33,6 +33,7 @@ class Run:
         self.is_main: bool = trainer.state.is_world_process_zero
         self.own_step = None
         self.pinned = None
+        self.objective = None
         self.is_restored = False
         self.facts = {**reference_facts(trainer, model, inputs), **given_facts}
         # Resumed where no records lie: the steps before had the same size.
@@ -85,6 +86,11 @@ class Run:
         return self.dtype.itemsize >= 4
 
     # --- tokens
+
+    @property
+    def is_next_token(self) -> bool:
+        """Whether the loss is a next-token cross entropy, as far as is known."""
+        return self.objective is None or self.objective.is_next_token
 
     @property
     def has_tokens(self) -> bool:

@@ -20,6 +20,8 @@ from recipe.plain_json import dumps
 
 logger = logging.getLogger("recipe.guards")
 
+PROBE_FAILED = "model or loss cannot be run in the way of this probe (the log at level DEBUG says why)"
+
 
 def severity_first(verdict: Verdict) -> int:
     """So that a consequence can name its cause."""
@@ -70,14 +72,33 @@ class Runner:
         verdicts: list[Verdict] = []
         try:
             with sandbox.opened(run, inputs, num_items_in_batch, is_first) as batch:
-                for guard in guards:
+                if is_first:
+                    self._find_objective(run, batch)
+                for guard in [guard for guard in guards if guard in self.guards]:
                     verdicts += self._probe(guard, batch)
         except CannotJudge as reason:
-            verdicts = [Skip(name, reason) for guard in guards for name in guard.ids]
+            if is_first:
+                self.reporter.give_up([name for guard in guards for name in guard.ids], reason)
         if not is_first:  # what cannot be asked again was judged before
             verdicts = [verdict for verdict in verdicts if not isinstance(verdict, Skip)]
         self.reporter.take(sorted(verdicts, key=severity_first), step, tokens_seen)
         self.reporter.explain_waiting([v.id for v in verdicts if isinstance(v, Clear)], self.evidence())
+
+    def _find_objective(self, run: Run, batch) -> None:
+        """Guards that need another one are not applicable. Unknown, it is taken for a next-token cross entropy."""
+        try:
+            run.objective = batch.objective
+        except CannotJudge:  # the guard of the targets says so
+            return
+        if run.is_next_token:
+            return
+        reason = NotApplicable(f"the objective is {run.objective.words}")
+        for guard in [guard for guard in self.guards if guard.needs_next_token]:
+            self.reporter.give_up(guard.ids, reason)
+            self.guards.remove(guard)
+            _close(guard)
+        if run.is_main:
+            logger.info("%s: what needs a next-token cross entropy is not applicable", reason)
 
     def evidence(self) -> dict:
         found: dict = {}
@@ -97,8 +118,7 @@ class Runner:
             return [Skip(name, reason) for name in guard.ids]
         except Exception as error:
             logger.debug("the probe of %s failed", type(guard).__name__, exc_info=error)
-            reason = CannotJudge(f"the probe failed with {_say(error)}")
-            return [Skip(name, reason) for name in guard.ids]
+            return [Skip(name, CannotJudge(PROBE_FAILED)) for name in guard.ids]
         finally:
             self.seconds[type(guard).__name__] += time.perf_counter() - begin
 

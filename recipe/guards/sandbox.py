@@ -6,10 +6,12 @@ at a few rows of the batch, to stay under training's memory and to be done in se
 """
 
 import copy
+import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,7 +20,9 @@ from transformers import Trainer
 
 from recipe.guards.batches import IGNORE_INDEX, SeenTokens, flags_of, input_ids_of
 from recipe.guards.guard import CannotJudge
-from recipe.guards.head import LossTargets, recover_loss_targets
+from recipe.guards.head import LossTargets
+from recipe.guards.objective import Objective, find_objective
+from recipe.guards.recording import Recording, record
 from recipe.guards.run import Run, is_compiled
 from recipe.internals import original_forward, prepare_inputs
 
@@ -28,6 +32,9 @@ from recipe.internals import original_forward, prepare_inputs
 MAX_ROWS, MIN_ROWS, MAX_TOKENS = 4, 2, 2048
 EVAL_ROWS, SHORT = 2, 256
 
+logger = logging.getLogger("recipe.guards")
+
+LOSS_FAILED = "compute_loss cannot be run once more on the first batch (the log at level DEBUG says why)"
 DATASETS = ("train_dataset", "eval_dataset")
 MAX_COPIED = 1 << 20  # elements of a tensor that the trainer keeps
 
@@ -39,14 +46,12 @@ class Batch:
     def __init__(self, run: Run, inputs, num_items_in_batch, is_first: bool):
         self.run, self.model, self.is_first = run, run.model, is_first
         self.num_items_in_batch = num_items_in_batch
-        self._targets: LossTargets | Exception | None = None
         self.twin = twin_of(run.trainer)
-        self.all_inputs = prepare_inputs(self.twin, dict(inputs) if isinstance(inputs, Mapping) else inputs)
-        missing = ("input_ids", "labels")
-        if isinstance(self.all_inputs, Mapping):
-            missing = [name for name in missing if not isinstance(self.all_inputs.get(name), torch.Tensor)]
-        if missing:
-            raise CannotJudge(f"the batch has no {' and no '.join(missing)}")
+        if not isinstance(inputs, Mapping):  # it may generate text before the model sees any
+            raise CannotJudge(f"the micro-batch is a {type(inputs).__name__}: the trainer makes the inputs by itself")
+        self.all_inputs = prepare_inputs(self.twin, dict(inputs))
+        if input_ids_of(self.all_inputs) is None:
+            raise CannotJudge("the batch has no input_ids")
         most = min(MAX_ROWS, MAX_TOKENS // self.all_inputs["input_ids"].shape[-1])
         self.inputs = first_rows(self.all_inputs, max(MIN_ROWS, most))
 
@@ -65,18 +70,39 @@ class Batch:
         """The trainer's own loss of these inputs, in the trainer's precision."""
         return loss_of(self.twin, self.model, inputs or self.inputs, self.num_items_in_batch)
 
-    def targets(self) -> LossTargets:
-        """What the positions of `inputs` are really scored on, in train mode; recovered once. Raises `CannotJudge`, or
-        what the user's code raised, each time it is asked for."""
-        if self._targets is None:
-            self.model.train()
+    @cached_property
+    def _recorded(self) -> Recording | CannotJudge:
+        self.model.train()
+        for inputs in (self.inputs, self.all_inputs):  # some losses need what cannot be cut
             try:
-                self._targets = recover_loss_targets(self.model, self.loss_of())
+                self.inputs = inputs
+                return record(self.model, self.loss_of())
+            except CannotJudge as reason:
+                return reason
             except Exception as error:
-                self._targets = error
-        if isinstance(self._targets, Exception):
-            raise self._targets
-        return self._targets
+                logger.debug("compute_loss failed in a probe", exc_info=error)
+        return CannotJudge(LOSS_FAILED)
+
+    @property
+    def recording(self) -> Recording:
+        """Of the trainer's own loss of `inputs` in train mode. Raises `CannotJudge`."""
+        if isinstance(self._recorded, CannotJudge):
+            raise self._recorded
+        return self._recorded
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What the loss is. Raises `CannotJudge`."""
+        base = self.recording
+
+        def record_again(inputs: dict) -> Recording:
+            return record(self.model, self.loss_of(inputs), base)
+
+        return find_objective(record_again, base, self.inputs, self.run)
+
+    def targets(self) -> LossTargets:
+        """What the positions of `inputs` are really scored on, in train mode. Raises `CannotJudge`."""
+        return self.recording.only().targets
 
     def count_items(self, inputs: dict):
         """`num_items_in_batch` as the trainer counts it for a step of these rows alone: for some models it counts the
@@ -84,13 +110,10 @@ class Batch:
         return self.twin.get_batch_samples(iter([inputs]), 1, self.twin.args.device)[1]
 
     @property
-    def has_own_compute_loss(self) -> bool:
-        return type(self.twin).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(self.twin)
-
-    @property
     def has_own_loss(self) -> bool:
         """A loss of the user's own: it may choose its positions."""
-        return self.has_own_compute_loss or self.twin.compute_loss_func is not None
+        is_own = type(self.twin).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(self.twin)
+        return is_own or self.twin.compute_loss_func is not None
 
 
 @contextmanager
@@ -137,9 +160,9 @@ def first_rows(inputs: dict, count: int) -> dict:
 
 def first_positions(inputs: dict) -> dict:
     """The rows' first positions with enough scored ones; the rows as they are where a tensor has another shape."""
-    shape, labels = inputs["input_ids"].shape, inputs["labels"]
+    shape, labels = inputs["input_ids"].shape, inputs.get("labels")
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    if len(tensors) < len(inputs) or any(value.shape != shape for value in tensors.values()):
+    if labels is None or len(tensors) < len(inputs) or any(value.shape != shape for value in tensors.values()):
         return inputs
     if ((labels[:, 1:SHORT] != IGNORE_INDEX).sum(dim=1) < SHORT // 8).any():  # a masked prompt
         return inputs

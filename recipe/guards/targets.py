@@ -7,8 +7,10 @@ import numpy as np
 import torch
 
 from recipe.guards.batches import IGNORE_INDEX, LABEL_IS_NEXT, LABEL_IS_TOKEN, SeenTokens
-from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
+from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
 from recipe.guards.head import MIN_POSITIONS, POSITIONS, LossTargets, count_hits
+from recipe.guards.objective import Move, relation
+from recipe.guards.recording import HeadCall
 
 COUNTS = ("positions", "shift_0", "shift_1", "shift_2", "elsewhere")  # of `count_hits`
 # Of each id: what is found, likely causes, action.
@@ -79,6 +81,8 @@ class LossTarget(Guard):
     # Scored labels, and the share that says what labels are in this run; then the share of a row's labels. Chosen, not
     # measured: of 64 a share of 0.9 is known to 0.04; label noise and denoising objectives stay far from half.
     LABELS_TO_LEARN, LABEL_CLEAR, LABEL_MAJORITY = 64, 0.9, 0.5
+    # Changed targets of one head that tell its shift. Derived: no tie by chance, as the next token is asked first.
+    MIN_MOVES = 2
     MIN_LOSSES = 30  # at a place of the block, to be evidence. Chosen, not measured.
 
     def setup(self, run) -> None:
@@ -103,19 +107,51 @@ class LossTarget(Guard):
     # --- the probe
 
     def probe(self, batch) -> Iterator[Verdict]:
-        found, ids, labels = batch.targets(), batch.inputs["input_ids"], batch.inputs["labels"]
-        if found.is_negated:
-            yield from self._verdicts([self.judge_negated(batch.run.is_new_model)], PROBE)
-            return
-        finding = self.judge(ids, found.targets, labels)
+        """The shift of any loss whose targets are tokens, as what was changed shows it. Of a next-token cross entropy
+        also the targets of all positions."""
+        objective, heads = batch.objective, batch.recording.heads
+        if not objective.has_shift:
+            raise NotApplicable(f"the objective is {objective.words}")
+        findings = [self.judge_negated()] if objective.is_negated else []
+        shifts = shifts_of(objective.moves, heads)
+        if objective.is_next_token and not findings:
+            # Heads further on predict later tokens: what they showed when one was changed is all that is asked
+            told = [head for number, head in enumerate(heads) if len(heads) == 1 or most(shifts[number]) == 1]
+            findings = [finding for head in told if (finding := self._judge_head_call(batch, head, bool(shifts[0])))]
+        if not findings and (finding := self.judge_shifts(shifts)):
+            findings = [finding]
+        yield from self._verdicts(findings, PROBE)
+
+    def _judge_head_call(self, batch, head: HeadCall, is_known: bool) -> Finding | None:
+        """`is_known`: what was changed has shown the shift, so that too few clear positions are no reason."""
+        found, labels = head.targets, batch.inputs.get("labels")
+        ids, labels = (batch.inputs["input_ids"] if each is None else each for each in (head.ids, labels))
+        try:
+            finding = self.judge(ids, found.targets, labels)
+        except CannotJudge:
+            if not is_known:
+                raise
+            return None
         if found.are_soft:
-            if finding and finding.id == "wrong_loss_target":
-                raise CannotJudge("soft targets (a teacher's): positions have no one target")
-            yield from self._verdicts([finding] if finding else [], PROBE)
-            return
+            return finding if finding and finding.id != "wrong_loss_target" else None
         finding = finding or self.judge_unscored(found, labels, batch.has_own_loss)
-        finding = finding or self.judge_last_position(ids, found, labels)
-        yield from self._verdicts([finding] if finding else [], PROBE)
+        return finding or self.judge_last_position(ids, found, labels)
+
+    @classmethod
+    def judge_shifts(cls, shifts: list[list[int | None]]) -> Finding | None:
+        """`shifts`: for each time that the head ran, which token each changed target was: 0 the one that the model
+        sees there, 1 the next, 2 the one after, None another. Heads further on may predict later tokens."""
+        known = [each for each in shifts if len(each) >= cls.MIN_MOVES]
+        mostly = [most(each) for each in known]
+        shift = next((shift for shift in (0, 1, 2) if shift in mostly), 1)
+        if shift == 1:
+            return None
+        name = "missing_label_shift" if shift == 0 else "double_label_shift"
+        each = next(each for each in known if most(each) == shift)
+        what, causes, action = TEXTS[name]
+        found = f"{what} ({each.count(shift)} of {len(each)} changed ones)"
+        evidence = {"changed": len(each), "shifts": [str(one) for one in each]}
+        return cls.finding("error", found, "token i+1", causes, action, evidence, id=name)
 
     def _verdicts(self, findings: list[Finding], check: str) -> Iterator[Verdict]:
         """Of each id the first finding."""
@@ -142,14 +178,13 @@ class LossTarget(Guard):
         return replace(finding, severity="info", likely_causes=causes, action=action)
 
     @classmethod
-    def judge_negated(cls, is_new_model: bool) -> Finding:
-        """A trained model may be made to forget on purpose, a new one has nothing to forget."""
+    def judge_negated(cls) -> Finding:
         return cls.finding(
-            "error" if is_new_model else "warning",
+            "error",
             id="wrong_loss_target",
             found="the loss is negated: training makes it worse",
             expected="cross entropy",
-            causes=("a minus sign before the loss", "texts to be forgotten on purpose (unlearning)"),
+            causes=("a minus sign before the loss",),
             action="return the cross entropy itself, and let the optimizer minimize it",
         )
 
@@ -223,6 +258,8 @@ class LossTarget(Guard):
     # --- during training
 
     def observe(self, step) -> Iterator[Verdict]:
+        if not step.run.is_next_token:
+            return
         checks = {"head": (step.head, self._judge_head), "labels": (step.tokens, self._judge_labels)}
         for check, (given, judge) in checks.items():
             found = [(finding, rank, micro_step) for rank, micro_step, each in given for finding in judge(each)]
@@ -265,3 +302,17 @@ class LossTarget(Guard):
                 action="print this row's input_ids beside its labels",
                 evidence={"row": row, "fit": int(right[row])},
             )
+
+
+def shifts_of(moves: Sequence[Move], heads: Sequence[HeadCall]) -> list[list[int | None]]:
+    """For each time that the head ran, what `judge_shifts` is given."""
+    shifts: list[list[int | None]] = [[] for _ in heads]
+    for move in moves:
+        if (ids := heads[move.call].ids) is not None:
+            shifts[move.call].append(relation(move, ids))
+    return shifts
+
+
+def most(shifts: list[int | None]) -> int | None:
+    """What most of them are, None where no shift is that of most."""
+    return next((shift for shift in (0, 1, 2) if shifts.count(shift) > LossTarget.MAJORITY * len(shifts)), None)
