@@ -38,12 +38,11 @@ def llama(seed=0, scale=1.0, **changes):
 
 def batch_of(model, compute_loss, inputs=BATCH, is_new=True, world_size=1):
     """As much of a `sandbox.Batch` as the guard of the targets asks for."""
-    base = record(model, lambda: compute_loss(model, inputs))
-    rows = model.get_input_embeddings().weight.shape[0]
-    run = SimpleNamespace(world_size=world_size, embedding_rows=rows, model=model, is_new_model=is_new, step=0)
+    base = record(model, lambda: compute_loss(model, inputs), ids=inputs["input_ids"])
+    run = SimpleNamespace(world_size=world_size, embedding_rows=VOCABULARY, model=model, is_new_model=is_new, step=0)
 
     def again(changed):
-        return record(model, lambda: compute_loss(model, changed), base)
+        return record(model, lambda: compute_loss(model, changed), base, changed["input_ids"])
 
     objective = find_objective(again, base, inputs, run)
     return SimpleNamespace(objective=objective, recording=base, inputs=inputs, run=run, has_own_loss=True)
@@ -174,7 +173,9 @@ def test_a_negated_loss_of_a_new_model_is_an_error_and_else_gradient_ascent():
 
 
 def test_losses_that_push_tokens_away():
-    assert objective_of(llama(scale=30.0), unlikelihood).words.startswith("gradient ascent")
+    for scale in (1.0, 30.0):
+        objective = objective_of(llama(scale=scale), unlikelihood)
+        assert not objective.is_next_token and not objective.is_negated
     batch = batch_of(llama(), preference, {"input_ids": IDS})
     assert batch.objective.words.startswith("a preference") and not batch.objective.is_next_token
     assert found(batch) == []
@@ -290,9 +291,7 @@ def test_a_model_that_names_no_head(shift, wrong):
         logits = model(input_ids=inputs["input_ids"])["logits"][:, : LENGTH - shift]
         return F.cross_entropy(logits.flatten(0, 1), inputs["labels"][:, shift:].flatten())
 
-    model = NamesNoHead()
-    model.get_input_embeddings = model.inner.get_input_embeddings
-    assert found(batch_of(model, compute_loss)) == wrong
+    assert found(batch_of(NamesNoHead(), compute_loss)) == wrong
 
 
 def test_a_loss_without_logits_has_a_reason():

@@ -19,6 +19,7 @@ from recipe.guards.attention import (
     probe_attention,
 )
 from recipe.guards.guard import CannotJudge, Finding
+from recipe.guards.recording import record
 
 VOCABULARY, LENGTH = 64, 24
 IDS_OF_MOVEMENT = ["non_causal_attention", "row_leak"]
@@ -434,11 +435,11 @@ def test_a_mask_that_compute_loss_makes_is_the_one_that_is_probed(tiny_model):
 
     def probe(inputs, **given):
         batch = SimpleNamespace(
-            has_own_compute_loss=True,
+            run=SimpleNamespace(objective=None),
             twin=SimpleNamespace(compute_loss_context_manager=nullcontext),
             model=tiny_model,
             inputs={"input_ids": ids, "labels": ids} | inputs,
-            loss_of=lambda: lambda: tiny_model(input_ids=ids, labels=ids, **given).loss,
+            recording=record(tiny_model, lambda: tiny_model(input_ids=ids, labels=ids, **given).loss),
         )
         return [verdict for verdict in AttentionLeak().probe(batch) if isinstance(verdict, Finding)]
 

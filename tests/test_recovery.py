@@ -50,7 +50,7 @@ def test_what_only_a_probe_sees_after_a_resume(tmp_path, caplog, monkeypatch):
     first = watch(make_trainer(tmp_path, model=with_loss(rolled), steps=4, **run))
     assert alarms(first)[0][0] == "wrong_loss_target"
     caplog.clear()
-    broken = "recipe.guards.sandbox.recover_loss_targets"
+    broken = "recipe.guards.sandbox.record"
     monkeypatch.setattr(broken, lambda *arguments: 1 / 0)  # a probe that breaks takes nothing back
     watch(make_trainer(tmp_path, model=make_model(), steps=STEPS, **run), tmp_path / "run/checkpoint-4")
     assert recovered(caplog) == []

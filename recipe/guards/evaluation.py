@@ -42,17 +42,13 @@ class EvalNotRepeatable(Guard):
         self.state = {"digests": {}}  # of the rows of each eval set, at its first evaluation
 
     def probe(self, batch) -> Iterator[Verdict]:
-        self._need_fixed_rows(batch.run)
+        _need_fixed_rows(batch.run)
         with frozen(batch.model, training=False), torch.no_grad():
             losses = [_eval_loss(batch) for _ in range(2)]  # each draws other random numbers
         yield self.judge(*losses, batch.run.is_exact) or self.clear(check=PROBE)
 
-    def _need_fixed_rows(self, run) -> None:
-        if run.objective is not None and run.objective.is_denoising:
-            raise NotApplicable(f"the objective is {run.objective.words}, which are drawn at random")
-
     def observe_eval(self, evaluation) -> Iterator[Verdict]:
-        self._need_fixed_rows(evaluation.run)
+        _need_fixed_rows(evaluation.run)
         name, rows = _loss_name(evaluation), [row for rank in evaluation.ranks for row in rank["rows"]]
         if name is not None:
             digest = digest_of_rows(rows)
@@ -105,6 +101,7 @@ class EvalTrainMismatch(Guard):
     MAX_FROM_MEAN = 0.05
 
     def probe(self, batch) -> Iterator[Verdict]:
+        _need_fixed_rows(batch.run)
         rows = batch.short_inputs
         # The trainer's own count: for GPT2LMHeadModel and some others it counts the first label too.
         train_loss = loss_of(batch.twin, batch.model, rows, batch.count_items(rows))
@@ -231,6 +228,11 @@ def name_factor(value: float, wanted: float = 1.0) -> str:
         if 2 <= number <= LARGEST_FACTOR and abs(ratio / number - 1) <= FACTOR_TOLERANCE:
             return name.format(number)
     return ""
+
+
+def _need_fixed_rows(run) -> None:
+    if run.objective is not None and run.objective.is_denoising:
+        raise NotApplicable(f"the objective is {run.objective.words}, which are drawn at random")
 
 
 def _need_finite(*losses: float) -> None:

@@ -28,7 +28,8 @@ class LossNotFinite(Guard):
 
     def observe(self, step) -> Iterator[Verdict]:
         norm = None if self.is_scaled else step.record["grad_norm"]  # the scaler skips steps that are not finite
-        finding = self.judge(step.losses, norm, step.scored, self.world_size)
+        scored = step.scored if step.run.is_next_token else [0] * len(step.losses)  # other losses may be 0
+        finding = self.judge(step.losses, norm, scored, self.world_size)
         for gradient in step.gradients if not self.is_scaled else []:
             finding = finding or self.judge_dropped(gradient.total, gradient.before, gradient.now)
         yield finding or self.clear()

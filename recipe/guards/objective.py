@@ -1,7 +1,7 @@
 """What the loss is, found out by intervention.
 
-Some labels, then some tokens of one micro-batch are changed, while the model is given the embeddings of the tokens as
-they were: its logits stay the same, so what moves in the loss's gradient there is what the loss makes of the change.
+Some labels, then some tokens of one micro-batch are changed, while all models are given the embeddings of the tokens
+as they were: logits stay the same, so what moves in the loss's gradient there is what the loss makes of the change.
 For a cross entropy whose target is the changed token a, now b, it moves by `w (onehot(a) - onehot(b))` with w > 0, at
 the position that is scored on it, and nowhere else. What an intervention shows beats what a gradient looks like: a
 teacher that is sure looks like wrong labels, and follows no label.
@@ -80,18 +80,18 @@ def find_objective(record: Callable[[dict], Recording], base: Recording, inputs:
         return Objective("a score of whole rows (classification, regression or reward)", scores_rows=True)
     if not base.heads:
         raise CannotJudge(base.why_no_heads())
-    found, influences = {}, False
+    found, is_mapped = {}, False
     for name in [*target_names(inputs), "input_ids"]:
         if found and run.world_size == 1:
             break
         changed, cells = change(inputs, name, base)
         after = record(changed)
-        moves, is_remapped = find_moves(base, after, cells)
-        influences |= is_remapped
+        moves, goes_elsewhere = find_moves(base, after, cells)
+        is_mapped |= name != "input_ids" and goes_elsewhere  # a sure teacher goes over to another token too
         if len({move.cell for move in moves}) > MAJORITY * len(cells) and not found:
             found[name] = moves, float(after.loss - base.loss)
     if not found:
-        return _without_moves(base, influences)
+        return _without_moves(base, is_mapped)
     ((name, (moves, change_of_loss)),) = found.items()
     return name_objective(name, moves, change_of_loss, base, run)
 
@@ -182,6 +182,20 @@ def relation(move: Move, ids: torch.Tensor) -> int | None:
     return None
 
 
+def shifts_of(moves: Sequence[Move], heads: Sequence[HeadCall]) -> list[list[int | None]]:
+    """For each time that the head ran, the `relation` of what moved."""
+    known = [[move for move in moves if move.call == number] for number in range(len(heads))]
+    return [
+        [relation(move, head.ids) for move in own if head.ids is not None]
+        for own, head in zip(known, heads, strict=True)
+    ]
+
+
+def most(shifts: Sequence[int | None]) -> int | None:
+    """What most of them are; None where no shift is that of most."""
+    return next((shift for shift in (0, 1, 2) if shifts.count(shift) > MAJORITY * len(shifts)), None)
+
+
 # --- what it is
 
 
@@ -196,7 +210,8 @@ def name_objective(name: str, moves: tuple[Move, ...], change_of_loss: float, ba
         return Objective("denoising of masked tokens", is_denoising=True, moves=moves)
     if getattr(getattr(run.model, "config", None), "is_encoder_decoder", False):
         return Objective("that of an encoder-decoder", has_shift=True, moves=moves)
-    if signs <= 1 - ALIKE and _is_foretold(change_of_loss, moves, base) and _knows_nothing(moves, base, run):
+    is_minus = signs <= 1 - ALIKE and float(base.loss) < 0 and _is_foretold(change_of_loss, moves, base)
+    if is_minus and _knows_nothing(moves, base, run):
         return Objective(NEXT_TOKEN, is_next_token=True, has_shift=True, is_negated=True, moves=moves)
     if signs <= 1 - ALIKE:
         return Objective(f"gradient ascent on the {what}, or unlikelihood", has_shift=True, moves=moves)
@@ -246,13 +261,12 @@ def _knows_nothing(moves: Sequence[Move], base: Recording, run) -> bool:
 
 
 def _without_moves(base: Recording, is_mapped: bool) -> Objective:
-    """What was changed is no target. Targets from elsewhere are told by the gradient if they are the tokens; labels
-    that reach the loss as other tokens are a cross entropy too."""
+    """What was changed is no target. Labels that reach the loss as other tokens are a cross entropy all the same.
+    Where no embedding was seen, the model's logits followed the tokens: then the gradient has to tell."""
+    hits = [0, 0, 0, 0, 0]
     for call in base.heads:
-        if call.ids is None:
-            continue
-        found = call.targets
-        count, *hits, _ = count_hits(call.ids, found.targets).sum(dim=0).tolist()
-        if is_mapped or (not found.are_soft and max(hits) > MAJORITY * count):
-            return Objective(NEXT_TOKEN, is_next_token=True, has_shift=True)
+        if not base.embedded and call.ids is not None and not call.targets.are_soft:
+            hits = count_hits(call.ids, call.targets.targets).sum(dim=0).tolist()
+    if is_mapped or max(hits[1:4]) > MAJORITY * hits[0]:
+        return Objective(NEXT_TOKEN, is_next_token=True, has_shift=True)
     return Objective("no cross entropy with labels or tokens (distillation, a score)")

@@ -7,6 +7,7 @@ from inspect import signature
 
 import torch
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
 
 from recipe.guards.guard import CannotJudge
 from recipe.guards.head import LossTargets, backbone_of, find_head, targets_from_gradient, targets_from_hidden
@@ -71,13 +72,13 @@ class HeadCall:
 
 @dataclass(frozen=True)
 class Recording:
-    """One computation of a loss. `heads`: each time that the head ran and the loss depends on it. `embedded`: the
-    tokens that were embedded, and what came out. `calls`: arguments of the model by name, each time that it ran with
-    gradients. `shapes`: of the logits that it gave out."""
+    """One computation of a loss. `heads`: each time that the head ran and the loss depends on it. `embedded`: what all
+    embeddings gave out, and the tokens that those of the model were given. `calls`: arguments of the model by name,
+    each time that it ran with gradients. `shapes`: of the logits that it gave out."""
 
     loss: torch.Tensor
     heads: list[HeadCall]
-    embedded: list[tuple[torch.Tensor, torch.Tensor]]
+    embedded: list[tuple[torch.Tensor | None, torch.Tensor]]
     calls: list[dict]
     shapes: list[tuple[int, ...]]
 
@@ -101,11 +102,12 @@ def record(
 ) -> Recording:
     """Computes the loss once, and its gradient at what the head gives out.
 
-    `compute_loss` runs `model` eagerly. With `base` the model is given the embeddings that were recorded there, in the
-    same order, whatever its tokens are. No gradient reaches a parameter, and the random generators are put back.
+    `compute_loss` runs `model` eagerly. With `base` it and any other model (a teacher, a reference) are given the
+    embeddings that were recorded there, in the same order, whatever the tokens are. No gradient reaches a parameter,
+    and the random generators are put back. `ids`: the batch's, for a model whose embedding is not seen.
     """
     devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
-    events = _Events(model, base)
+    events = _Events(model, base, ids)
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), events:
         loss = compute_loss()
         if loss.dim():
@@ -122,9 +124,9 @@ def record(
 class _Events:
     """What head, backbone, embedding and model are given and give out while this is open."""
 
-    def __init__(self, model: torch.nn.Module, base: Recording | None):
-        self.model, self.base, self.head = model, base, find_head(model)
-        self.embedded: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def __init__(self, model: torch.nn.Module, base: Recording | None, ids: torch.Tensor | None):
+        self.model, self.base, self.ids, self.head = model, base, ids, find_head(model)
+        self.embedded: list[tuple[torch.Tensor | None, torch.Tensor]] = []
         self.calls: list[dict] = []
         self.shapes: list[tuple[int, ...]] = []
         self._logits: list[tuple[torch.Tensor, torch.Tensor | None]] = []
@@ -133,7 +135,8 @@ class _Events:
 
     def __enter__(self) -> "_Events":
         model, backbone = self.model, backbone_of(self.model)
-        self._hooks = [module.register_forward_hook(self._on_embedding) for module in embeddings_of(model)]
+        self._own = embeddings_of(model)
+        self._hooks = [register_module_forward_hook(self._on_module)]  # a teacher is no part of the model
         self._hooks.append(model.register_forward_pre_hook(self._on_call, with_kwargs=True))
         self._hooks.append(model.register_forward_hook(self._on_output))
         if self.head is not None:
@@ -155,18 +158,18 @@ class _Events:
 
     def _add(self, kept: list, output) -> None:
         if isinstance(output, torch.Tensor) and output.dim() == 3 and output.requires_grad:
-            ids = [ids for ids, _ in self.embedded if ids.shape == output.shape[:2]]
-            kept.append((output, ids[-1] if ids else None))
+            seen = [self.ids, *(ids for ids, _ in self.embedded)]
+            fit = [ids for ids in seen if ids is not None and ids.shape == output.shape[:2]]
+            kept.append((output, fit[-1] if fit else None))
 
-    def _on_embedding(self, module, inputs, output):
-        if not inputs or not isinstance(output, torch.Tensor):
+    def _on_module(self, module, inputs, output):
+        if not isinstance(module, torch.nn.Embedding) or not inputs:
             return None
-        place = len(self.embedded)
-        before = self.base.embedded[place][1] if self.base and place < len(self.base.embedded) else None
-        self.embedded.append((inputs[0].detach(), output.detach()))
-        if before is None or before.shape != output.shape:
+        place, known = len(self.embedded), self.base.embedded if self.base else []
+        self.embedded.append((inputs[0].detach() if module in self._own else None, output.detach()))
+        if place >= len(known) or known[place][1].shape != output.shape:
             return None
-        return before + (output - output.detach())  # its gradient, so that the graph is the same
+        return known[place][1] + (output - output.detach())  # with its gradient, so that the graph is the same
 
     def _on_call(self, module, args, kwargs) -> None:
         if torch.is_grad_enabled():

@@ -13,6 +13,7 @@ import numpy as np
 
 from recipe.guards import sandbox
 from recipe.guards.guard import SEVERITIES, CannotJudge, Clear, Finding, Guard, NotApplicable, Skip, Verdict, checked
+from recipe.guards.objective import Objective
 from recipe.guards.reporter import Reporter
 from recipe.guards.run import Run
 from recipe.guards.taps import Evaluation, LocalStep, Step
@@ -77,6 +78,9 @@ class Runner:
                 for guard in [guard for guard in guards if guard in self.guards]:
                     verdicts += self._probe(guard, batch)
         except CannotJudge as reason:
+            if is_first and not run.has_tokens:
+                run.objective = Objective(f"not known ({reason})")
+                self._leave_out_inapplicable(run)
             if is_first:
                 self.reporter.give_up([name for guard in guards for name in guard.ids], reason)
         if not is_first:  # what cannot be asked again was judged before
@@ -90,6 +94,9 @@ class Runner:
             run.objective = batch.objective
         except CannotJudge:  # the guard of the targets says so
             return
+        self._leave_out_inapplicable(run)
+
+    def _leave_out_inapplicable(self, run: Run) -> None:
         if run.is_next_token:
             return
         reason = NotApplicable(f"the objective is {run.objective.words}")

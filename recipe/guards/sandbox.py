@@ -76,7 +76,7 @@ class Batch:
         for inputs in (self.inputs, self.all_inputs):  # some losses need what cannot be cut
             try:
                 self.inputs = inputs
-                return record(self.model, self.loss_of())
+                return record(self.model, self.loss_of(), ids=inputs["input_ids"])
             except CannotJudge as reason:
                 return reason
             except Exception as error:
@@ -96,7 +96,7 @@ class Batch:
         base = self.recording
 
         def record_again(inputs: dict) -> Recording:
-            return record(self.model, self.loss_of(inputs), base)
+            return record(self.model, self.loss_of(inputs), base, inputs["input_ids"])
 
         return find_objective(record_again, base, self.inputs, self.run)
 

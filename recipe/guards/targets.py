@@ -9,7 +9,7 @@ import torch
 from recipe.guards.batches import IGNORE_INDEX, LABEL_IS_NEXT, LABEL_IS_TOKEN, SeenTokens
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
 from recipe.guards.head import MIN_POSITIONS, POSITIONS, LossTargets, count_hits
-from recipe.guards.objective import Move, relation
+from recipe.guards.objective import most, shifts_of
 from recipe.guards.recording import HeadCall
 
 COUNTS = ("positions", "shift_0", "shift_1", "shift_2", "elsewhere")  # of `count_hits`
@@ -31,6 +31,10 @@ TEXTS = {
         "print one row of input_ids beside its labels as the loss function receives them",
     ),
 }
+NEGATED = (  # found, expected, causes, action
+    *("the loss is negated: training makes it worse", "cross entropy", ("a minus sign before the loss",)),
+    "return the cross entropy itself, and let the optimizer minimize it",
+)
 
 
 class LossTarget(Guard):
@@ -38,22 +42,24 @@ class LossTarget(Guard):
 
     When: before step 1, at step 20 and when a loss curve has to be explained. During training the labels of all rows
         at every step, and at every second one 18 positions in up to 4 rows of each micro-batch.
-    Measured: the gradient of a cross entropy at the logits is `w (p - onehot(y))`, so its one negative entry is the
-        target y that is really used. Positions count whose token and the next two all differ, at least 8 in a row. A
-        row is at fault with more than half of its targets at token i or i+2, or a tenth elsewhere (half in the samples
-        during training). If the loss follows labels that differ from the tokens in less than half of the places, it is
-        information (token dropout). Before step 1 also a warning if over 1 % of the positions with a label are not
-        scored (information for a loss of your own), or if the last position of most rows is; an error if the loss is
-        minus a mean cross entropy (a warning for a trained model). Labels: once 64 have shown what they are in this
-        run (90 % the token itself, or the next), a row with less than half such.
+    Measured: what the loss is, by changing up to 8 labels a row, else tokens, at the same logits: the gradient there
+        moves where a changed one is the target, and with what sign. Most targets so found at token i or i+2 are an
+        error in any loss (preferences, mixtures, several heads). The gradient of a cross entropy is
+        `w (p - onehot(y))`, so its one negative entry is the target y that is really used. Positions count whose token
+        and the next two all differ, at least 8 in a row. A row is at fault with more than half of its targets at token
+        i or i+2, or a tenth elsewhere (half in the samples during training). If the loss follows labels that differ
+        from the tokens in less than half of the places, it is information (token dropout). Before step 1 also a
+        warning if over 1 % of the positions with a label are not scored (information for a loss of your own), or if
+        the last position of most rows is; an error if the loss of an untrained model is minus a cross entropy. Labels:
+        once 64 have shown what they are in this run (90 % the token itself, or the next), a row with less than half.
     Try (missing_label_shift): `labels = input_ids` for a Hugging Face model, which shifts inside. A loss of your own
         must compare `logits[:, :-1]` with `labels[:, 1:]`.
     Try (double_label_shift): removing your own shift; pass labels unshifted.
     Try (wrong_loss_target): printing one row of `input_ids` beside its `labels` where the loss function receives them.
-    Cannot see: sharded weights, a model that names no output embeddings, a head that runs several times in one loss,
-        wrong targets where many are soft (distillation) ("cannot judge"); a few wrong targets in each row after
-        step 1. A fused loss without logits is judged by the gradient at the last hidden state (plain linear heads;
-        every 8th micro-batch during training), a compiled model by its labels alone during training.
+    Cannot see: sharded weights, a loss without logits ("cannot judge"); other losses than a next-token cross entropy,
+        but for the shift ("not applicable"); a few wrong targets in each row after step 1. A fused loss without logits
+        is judged by the gradient at the last hidden state (plain linear heads; every 8th micro-batch during training),
+        a compiled model by its labels alone during training.
     """
 
     ids = {
@@ -99,11 +105,6 @@ class LossTarget(Guard):
         enough = {1 << i >> 1: total / count for i, (count, total) in places if count >= self.MIN_LOSSES}
         return {"loss_by_position": {str(first): mean for first, mean in enough.items()}}
 
-    def _add_loss(self, position: int, loss: float) -> None:
-        totals, bucket = self.state["losses_by_position"], position.bit_length()
-        totals.extend([0, 0.0] for _ in range(bucket + 1 - len(totals)))
-        totals[bucket] = [totals[bucket][0] + 1, totals[bucket][1] + loss]
-
     # --- the probe
 
     def probe(self, batch) -> Iterator[Verdict]:
@@ -112,7 +113,9 @@ class LossTarget(Guard):
         objective, heads = batch.objective, batch.recording.heads
         if not objective.has_shift:
             raise NotApplicable(f"the objective is {objective.words}")
-        findings = [self.judge_negated()] if objective.is_negated else []
+        findings = []
+        if objective.is_negated:
+            findings = [self.finding("error", *NEGATED, id="wrong_loss_target")]
         shifts = shifts_of(objective.moves, heads)
         if objective.is_next_token and not findings:
             # Heads further on predict later tokens: what they showed when one was changed is all that is asked
@@ -141,17 +144,14 @@ class LossTarget(Guard):
     def judge_shifts(cls, shifts: list[list[int | None]]) -> Finding | None:
         """`shifts`: for each time that the head ran, which token each changed target was: 0 the one that the model
         sees there, 1 the next, 2 the one after, None another. Heads further on may predict later tokens."""
-        known = [each for each in shifts if len(each) >= cls.MIN_MOVES]
-        mostly = [most(each) for each in known]
+        mostly = {most(each): each for each in shifts if len(each) >= cls.MIN_MOVES}
         shift = next((shift for shift in (0, 1, 2) if shift in mostly), 1)
         if shift == 1:
             return None
         name = "missing_label_shift" if shift == 0 else "double_label_shift"
-        each = next(each for each in known if most(each) == shift)
         what, causes, action = TEXTS[name]
-        found = f"{what} ({each.count(shift)} of {len(each)} changed ones)"
-        evidence = {"changed": len(each), "shifts": [str(one) for one in each]}
-        return cls.finding("error", found, "token i+1", causes, action, evidence, id=name)
+        found = f"{what} ({mostly[shift].count(shift)} of {len(mostly[shift])} changed ones)"
+        return cls.finding("error", found, "token i+1", causes, action, {"changed": len(mostly[shift])}, id=name)
 
     def _verdicts(self, findings: list[Finding], check: str) -> Iterator[Verdict]:
         """Of each id the first finding."""
@@ -171,22 +171,15 @@ class LossTarget(Guard):
             raise CannotJudge(f"too few scored positions before two other tokens: {MIN_POSITIONS} are needed in a row")
         finding = next(iter(cls.judge_rows(hits, cls.MAX_ELSEWHERE)), None)
         are_few = all(elsewhere < cls.MAJORITY * count for count, *_, elsewhere in hits.values())
-        if finding is None or finding.id != "wrong_loss_target" or not (are_few and cls._follow(targets, labels)):
+        if (
+            finding is None
+            or finding.id != "wrong_loss_target"
+            or not (are_few and following(targets, labels) >= cls.FOLLOWED)
+        ):
             return finding
         causes = ("tokens are replaced on purpose (token dropout, denoising)", "noise in the labels")
         action = "nothing, if it is on purpose; else print one row of input_ids beside its labels"
         return replace(finding, severity="info", likely_causes=causes, action=action)
-
-    @classmethod
-    def judge_negated(cls) -> Finding:
-        return cls.finding(
-            "error",
-            id="wrong_loss_target",
-            found="the loss is negated: training makes it worse",
-            expected="cross entropy",
-            causes=("a minus sign before the loss",),
-            action="return the cross entropy itself, and let the optimizer minimize it",
-        )
 
     @classmethod
     def judge_rows(cls, hits: dict[int, Sequence[int]], max_elsewhere: float) -> list[Finding]:
@@ -207,13 +200,6 @@ class LossTarget(Guard):
                 evidence = {"row": row, **dict(zip(COUNTS, hits, strict=True))}
                 return cls.finding("error", found, "token i+1", causes, action, evidence, id=name)
         return None
-
-    @classmethod
-    def _follow(cls, targets: torch.Tensor, labels: torch.Tensor) -> bool:
-        """Whether the targets are the labels of the next position nearly everywhere."""
-        targets, labels = targets[:, :-1], labels[:, 1:]
-        scored = targets != IGNORE_INDEX
-        return labels.shape == targets.shape and bool((targets == labels)[scored].float().mean() >= cls.FOLLOWED)
 
     @classmethod
     def judge_unscored(cls, found: LossTargets, labels: torch.Tensor, is_own_loss: bool = False) -> Finding | None:
@@ -272,7 +258,7 @@ class LossTarget(Guard):
         place = sampled["first_position"] + POSITIONS // 2
         for hits, loss in zip(sampled["hits"], sampled["losses"], strict=True):
             if hits[0]:
-                self._add_loss(place, loss)
+                add_loss(self.state["losses_by_position"], place, loss)
         return self.judge_rows(dict(enumerate(sampled["hits"], sampled["first_row"])), self.MAX_ELSEWHERE_SAMPLED)
 
     def _judge_labels(self, seen: SeenTokens) -> Iterator[Finding]:
@@ -304,15 +290,16 @@ class LossTarget(Guard):
             )
 
 
-def shifts_of(moves: Sequence[Move], heads: Sequence[HeadCall]) -> list[list[int | None]]:
-    """For each time that the head ran, what `judge_shifts` is given."""
-    shifts: list[list[int | None]] = [[] for _ in heads]
-    for move in moves:
-        if (ids := heads[move.call].ids) is not None:
-            shifts[move.call].append(relation(move, ids))
-    return shifts
+def following(targets: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of the targets that are the labels of the next position."""
+    targets, labels = targets[:, :-1], labels[:, 1:]
+    if labels.shape != targets.shape:
+        return 0.0
+    return float((targets == labels)[targets != IGNORE_INDEX].float().mean())
 
 
-def most(shifts: list[int | None]) -> int | None:
-    """What most of them are, None where no shift is that of most."""
-    return next((shift for shift in (0, 1, 2) if shifts.count(shift) > LossTarget.MAJORITY * len(shifts)), None)
+def add_loss(totals: list[list[float]], position: int, loss: float) -> None:
+    """Counts and sums by position: 0, 1, 2-3, 4-7, ..."""
+    bucket = position.bit_length()
+    totals.extend([0, 0.0] for _ in range(bucket + 1 - len(totals)))
+    totals[bucket] = [totals[bucket][0] + 1, totals[bucket][1] + loss]
