@@ -98,7 +98,7 @@ class Recording:
 
 
 def record(
-    model: torch.nn.Module, compute_loss: Callable[[], torch.Tensor], base: Recording | None = None
+    model: torch.nn.Module, compute_loss: Callable, base: Recording | None = None, ids: torch.Tensor | None = None
 ) -> Recording:
     """Computes the loss once, and its gradient at what the head gives out.
 

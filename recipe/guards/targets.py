@@ -113,9 +113,7 @@ class LossTarget(Guard):
         objective, heads = batch.objective, batch.recording.heads
         if not objective.has_shift:
             raise NotApplicable(f"the objective is {objective.words}")
-        findings = []
-        if objective.is_negated:
-            findings = [self.finding("error", *NEGATED, id="wrong_loss_target")]
+        findings = [self.finding("error", *NEGATED, id="wrong_loss_target")] if objective.is_negated else []
         shifts = shifts_of(objective.moves, heads)
         if objective.is_next_token and not findings:
             # Heads further on predict later tokens: what they showed when one was changed is all that is asked
