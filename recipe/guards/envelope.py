@@ -17,7 +17,8 @@ class LossBelowEnvelope(Guard):
         natural text healthy models stay 0.41 and more above it, on random tokens 0.01 below. `steps.jsonl` has the
         floor of every step.
     Try: the probes' findings first. A model that was trained before, or on this data before, gets there without a bug.
-    Cannot see: models whose weights were loaded ("cannot judge"); anything after the n-gram models stop: 1,000 tokens
+    Cannot see: models whose weights were loaded, and rows of which fewer than 8 tokens are scored, such as a class at
+        the end ("cannot judge"); anything after the n-gram models stop: 1,000 tokens
         for each entry of the vocabulary or 20M were seen; 2^24 n-grams are kept (6.7M tokens of a 32k vocabulary);
         pass 2 begins; a resume from a checkpoint without the guards' state; a first loss under both 0.75 ln V and the
         unigram's. Leaks that leave the loss above the floor. Synthetic data whose rule is learned faster than counts
@@ -33,6 +34,9 @@ class LossBelowEnvelope(Guard):
     )
     is_symptom = judges_curve = needs_next_token = True
     WINDOW = 10  # steps; that of the measurements in `ngrams.py`
+    # Scored tokens of a row, on average. Fewer are classes and short answers, whose frequencies alone may be below all
+    # n-grams of the whole text. Chosen, not measured: as many as the probe of the targets needs of a row.
+    MIN_SCORED = 8
     MARGIN = 0.3  # nats; on natural text a model stays 0.41 above the floor, on random tokens 0.01 below
 
     def setup(self, run) -> None:
@@ -45,6 +49,8 @@ class LossBelowEnvelope(Guard):
             raise CannotJudge(step.ngrams.stopped)
         losses, floors = self.state["losses"], self.state["floors"]
         if step.ngrams.loss is not None:
+            if step.ngrams.loss.tokens < self.MIN_SCORED * len(step.pieces):
+                raise CannotJudge(f"fewer than {self.MIN_SCORED} tokens of a row are scored, which tell of a task")
             losses.append(step.record["loss"])
             floors.append(step.ngrams.loss.floor)
             del losses[: -self.WINDOW], floors[: -self.WINDOW]
