@@ -260,3 +260,19 @@ def test_starts_untrained(first_loss, unigram, vocab_size, untrained):
 def test_a_model_that_was_trained_before_cannot_be_judged(is_new):
     with nullcontext() if is_new else pytest.raises(CannotJudge, match="trained before"):
         LossBelowEnvelope().setup(SimpleNamespace(is_new_model=is_new))
+
+
+def test_rows_of_which_few_tokens_are_scored_cannot_be_judged():
+    """A class at the end of each row: its frequencies alone are below all n-grams of the text."""
+    guard = LossBelowEnvelope()
+    guard.state = {"losses": [], "floors": []}
+
+    def step(tokens):
+        ngrams = SimpleNamespace(stopped=None, loss=NgramLoss(tokens, 5.0, 4.0, 3.0))
+        return SimpleNamespace(ngrams=ngrams, pieces=[None] * 4, record={"loss": 0.4})
+
+    with pytest.raises(CannotJudge, match="fewer than 8 tokens of a row are scored"):
+        list(guard.observe(step(4)))
+    for _ in range(LossBelowEnvelope.WINDOW):
+        found = list(guard.observe(step(40)))
+    assert found[0].id == "loss_below_envelope"

@@ -1,6 +1,6 @@
 """The model's head: which token each position is really scored on, read off the gradient at the logits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,6 @@ MIN_POSITIONS = 8
 # Of the sum of a gradient's positive entries, in its lowest one. Derived: cross entropy has one negative entry, as
 # large as all the positive ones together; what label smoothing leaves once a model is sure is shared among many.
 NEGATIVE_SHARE = 0.5
-# Of the second lowest entry, in the lowest one and in all negative ones but that. Chosen, not measured: a teacher's
-# second choice has a large share of what is not its first; label smoothing shares its rest equally among many. Then
-# the share of such positions among those with a negative entry, which a few lookalikes do not reach.
-SECOND_SHARE, SOFT_SHARE = 0.1, 0.25
 # Of a micro-batch, where the targets cost four heads. Chosen, not measured: enough for hundreds of positions a row.
 MAX_FUSED_POSITIONS = 1024
 # Share of the gradient that the best target leaves unexplained: 1e-7 in fp32, 1e-3 in bf16. Logits scaled by 2 leave
@@ -35,23 +31,14 @@ FUSED_EVERY = 8
 class LossTargets:
     """All `[rows, positions]`. `targets` int64: the token that each position is really scored on, IGNORE_INDEX where
     it is not scored or was not looked at. `weights` float32: how much it counts in the loss. `losses` float32: its
-    cross entropy, nats. `is_silent` bool: the loss does not depend on its logits at all. `is_soft` bool: it wants
-    several tokens, as a teacher does; None where that was not looked at. `are_shares`: the logits of each position are
-    probabilities."""
+    cross entropy, nats. `is_silent` bool: the loss does not depend on its logits at all. `are_shares`: the logits of
+    each position are probabilities."""
 
     targets: torch.Tensor
     weights: torch.Tensor
     losses: torch.Tensor
     is_silent: torch.Tensor
-    is_soft: torch.Tensor | None = None
     are_shares: bool = False
-
-    @property
-    def are_soft(self) -> torch.Tensor | bool:
-        """Whether soft targets are what is recovered: then the lowest entry of a gradient is no target."""
-        if self.is_soft is None:
-            return False
-        return self.is_soft.sum() > SOFT_SHARE * ((self.targets != IGNORE_INDEX) | self.is_soft).sum()
 
 
 # --- recovering
@@ -87,9 +74,9 @@ def targets_from_gradient(logits: torch.Tensor, gradient: torch.Tensor) -> LossT
 
 
 def target_of_logits(logits: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Targets, weights, losses, silence and softness (`LossTargets`) of `[..., vocab_size]`."""
+    """Targets, weights, losses and silence (`LossTargets`) of `[..., vocab_size]`."""
     logits, gradient = logits.float(), gradient.float()
-    (lowest, second), (target, _) = (part.unbind(-1) for part in gradient.topk(2, dim=-1, largest=False))
+    lowest, target = gradient.min(dim=-1)
     losses = logits.logsumexp(dim=-1) - logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     weights = -lowest / (1 - (-losses).exp()).clamp_min(1e-6)
     # Cross entropy has one negative entry, as large as all the positive ones together. With label smoothing it
@@ -97,9 +84,8 @@ def target_of_logits(logits: torch.Tensor, gradient: torch.Tensor) -> tuple[torc
     size = torch.linalg.vector_norm(gradient, 1, dim=-1)
     positive = (size + gradient.sum(dim=-1)) / 2
     is_scored = (lowest < 0) & (-lowest > NEGATIVE_SHARE * positive)
-    is_soft = second < SECOND_SHARE * torch.minimum(lowest, -(positive + lowest).clamp_min(0.0))
     targets, weights = torch.where(is_scored, target, IGNORE_INDEX), torch.where(is_scored, weights, 0.0)
-    return targets, weights, losses, size == 0, is_soft
+    return targets, weights, losses, size == 0
 
 
 def targets_from_hidden(hidden: torch.Tensor, gradient: torch.Tensor, head: torch.nn.Module) -> LossTargets:
@@ -238,7 +224,6 @@ class HeadTap:
             found = targets_from_hidden(values, gradient, self.head)
         else:
             found = LossTargets(*target_of_logits(values, gradient))
-            found = replace(found, targets=torch.where(found.are_soft, IGNORE_INDEX, found.targets))
         self._sampled = SampledRows(row, position, AsyncCopy(_pack(ids, found)))
 
 

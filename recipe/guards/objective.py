@@ -265,7 +265,7 @@ def _without_moves(base: Recording, is_mapped: bool) -> Objective:
     Where no embedding was seen, the model's logits followed the tokens: then the gradient has to tell."""
     hits = [0, 0, 0, 0, 0]
     for call in base.heads:
-        if not base.embedded and call.ids is not None and not call.targets.are_soft:
+        if not base.embedded and call.ids is not None:
             hits = count_hits(call.ids, call.targets.targets).sum(dim=0).tolist()
     if is_mapped or max(hits[1:4]) > MAJORITY * hits[0]:
         return Objective(NEXT_TOKEN, is_next_token=True, has_shift=True)

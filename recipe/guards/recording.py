@@ -22,7 +22,7 @@ def _are_shares(logits: torch.Tensor) -> bool:
     return bool((logits >= 0).all()) and bool(((sums - 1).abs() < SHARES_ERROR).all())
 
 
-@dataclass(frozen=True)
+@dataclass
 class HeadCall:
     """One time that the head ran in a loss. `values`: the logits, or the hidden states where a fused loss makes none;
     `gradient`: of the loss there; both `[rows, positions, width]`. `ids` `[rows, positions]`: the tokens there, None
@@ -37,6 +37,11 @@ class HeadCall:
     @property
     def num_classes(self) -> int:
         return self.head.weight.shape[0] if self.is_hidden else self.values.shape[-1]
+
+    def release(self) -> None:
+        """Keeps the targets alone: other probes need the memory."""
+        assert self.targets is not None
+        self.values = self.gradient = self.values.new_empty(len(self.values), 0, self.values.shape[-1])
 
     @cached_property
     def targets(self) -> LossTargets:

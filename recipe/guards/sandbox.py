@@ -98,7 +98,11 @@ class Batch:
         def record_again(inputs: dict) -> Recording:
             return record(self.model, self.loss_of(inputs), base, inputs["input_ids"])
 
-        return find_objective(record_again, base, self.inputs, self.run)
+        try:
+            return find_objective(record_again, base, self.inputs, self.run)
+        finally:
+            for head in base.heads:
+                head.release()
 
     def targets(self) -> LossTargets:
         """What the positions of `inputs` are really scored on, in train mode. Raises `CannotJudge`."""
@@ -198,7 +202,8 @@ class PinnedBatch:
                 compute_loss = loss_of(twin, self.run.model, prepare_inputs(twin, dict(self.rows)), None)
                 return [float(compute_loss().mean()) for _ in range(times)]
         except Exception as error:  # a probe never ends a run
-            raise CannotJudge(f"the pinned batch failed with {type(error).__name__}: {error}") from error
+            logger.debug("the loss of the pinned rows failed", exc_info=error)
+            raise CannotJudge("the pinned batch failed (the log at level DEBUG says why)") from error
 
     def save(self) -> dict[str, np.ndarray]:
         return {name: value.numpy() for name, value in self.rows.items() if value.dtype != torch.bfloat16}

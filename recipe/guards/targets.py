@@ -133,8 +133,6 @@ class LossTarget(Guard):
             if not is_known:
                 raise
             return None
-        if found.are_soft:
-            return finding if finding and finding.id != "wrong_loss_target" else None
         finding = finding or self.judge_unscored(found, labels, batch.has_own_loss)
         return finding or self.judge_last_position(ids, found, labels)
 
