@@ -9,6 +9,7 @@
     run.py           facts of the run, read from the Trainer
     taps.py          what is recorded on each rank: batches.py, head.py, gradients.py, updates.py, ngrams.py
     sandbox.py       running the trainer's own code without leaving a trace
+    objective.py     what the loss is, by intervention; recording.py: one computation of it
     records.py       the files of a run; checkpoint.py: the guards' state in checkpoints
 
 Each other module is one guard, or a family that shares its measurement. A guard is added by a new module and a line in

@@ -45,9 +45,9 @@ class AttentionLeak(Guard):
     """The logits of a position depend on later tokens, other rows or other documents.
 
     When: before step 1, at step 20 (adapters and gates begin at zero) and when a loss curve has to be explained.
-    Measured: the gradient of the logits of one scored position, in every second of 2 to 4 rows, at the embeddings of
-        all tokens, in train mode. A mask gives exactly zero; a finding is above 1e-5 of the largest. Then in eval
-        mode, with a mask of ones if there was none or none for one of ones: later tokens of the other rows are
+    Measured: in the model call that `compute_loss` makes, the gradient of the logits of one scored position, in every
+        second of 2 to 4 rows, at the embeddings of all tokens, in train mode. A mask gives exactly zero; a finding is
+        above 1e-5 of the largest. Then in eval mode, with a mask of ones if there was none or none for one of ones: later tokens of the other rows are
         changed, and the gradient is computed at what moves. Without gradient it is a finding if half of the logits
         move by 0.5 of their deviation; in fp32 by 0.001, or those at the same distance before the change in every row.
         A document begins where `position_ids` restart, `seq_idx` changes or `cu_seq_lens` says so.
@@ -58,8 +58,9 @@ class AttentionLeak(Guard):
         ones beside them turns masking off (transformers 5.23). Some models ignore positions.
     Cannot see: weaker leaks; other positions and rows; leaks without gradient in train mode only, or of less than half
         a deviation below fp32; the compiled model; logits that do not come from one embedding of each token, or a
-        `compute_loss` that gives the model something else than the batch's tokens ("cannot judge"); row leaks in
-        batches of one row; documents that the batch does not mark.
+        `compute_loss` that calls parts of the model ("cannot judge"); encoder-decoders and losses that restore hidden
+        tokens or score whole rows ("not applicable"); row leaks in batches of one row; documents that the batch does
+        not mark.
     """
 
     ids = {

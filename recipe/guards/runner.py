@@ -105,7 +105,7 @@ class Runner:
             self.guards.remove(guard)
             _close(guard)
         if run.is_main:
-            logger.info("%s: what needs a next-token cross entropy is not applicable", reason)
+            logger.info("%s: guards of next-token losses are not applicable", reason)
 
     def evidence(self) -> dict:
         found: dict = {}

@@ -48,7 +48,7 @@ class Batch:
         self.num_items_in_batch = num_items_in_batch
         self.twin = twin_of(run.trainer)
         if not isinstance(inputs, Mapping):  # it may generate text before the model sees any
-            raise CannotJudge(f"the micro-batch is a {type(inputs).__name__}: the trainer makes the inputs by itself")
+            raise CannotJudge(f"the micro-batch is a {type(inputs).__name__}, not a dict of tensors")
         self.all_inputs = prepare_inputs(self.twin, dict(inputs))
         if input_ids_of(self.all_inputs) is None:
             raise CannotJudge("the batch has no input_ids")
