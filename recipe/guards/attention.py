@@ -47,10 +47,11 @@ class AttentionLeak(Guard):
     When: before step 1, at step 20 (adapters and gates begin at zero) and when a loss curve has to be explained.
     Measured: in the model call that `compute_loss` makes, the gradient of the logits of one scored position, in every
         second of 2 to 4 rows, at the embeddings of all tokens, in train mode. A mask gives exactly zero; a finding is
-        above 1e-5 of the largest. Then in eval mode, with a mask of ones if there was none or none for one of ones: later tokens of the other rows are
-        changed, and the gradient is computed at what moves. Without gradient it is a finding if half of the logits
-        move by 0.5 of their deviation; in fp32 by 0.001, or those at the same distance before the change in every row.
-        A document begins where `position_ids` restart, `seq_idx` changes or `cu_seq_lens` says so.
+        above 1e-5 of the largest. Then in eval mode, with a mask of ones if there was none or none for one of ones:
+        later tokens of the other rows are changed, and the gradient is computed at what moves. Without gradient it is
+        a finding if half of the logits move by 0.5 of their deviation; in fp32 by 0.001, or those at the same distance
+        before the change in every row. A document begins where `position_ids` restart, `seq_idx` changes or
+        `cu_seq_lens` says so.
     Try (non_causal_attention): comparing the logits of a row with those of its first half alone: they must be equal
         there. Look for a lost `is_causal`, a mask of None in one layer or path, an encoder without `is_decoder`.
     Try (row_leak): comparing the logits of a row alone with those that it gets in the batch.
