@@ -49,7 +49,7 @@ def probe_eval(model, train_loss, eval_loss) -> dict:
         prediction_step=lambda model, inputs, prediction_loss_only: (eval_loss(inputs), None, None),
         compute_loss_context_manager=nullcontext,
     )
-    run = SimpleNamespace(is_exact=False)
+    run = SimpleNamespace(is_exact=False, objective=None)
     batch = SimpleNamespace(model=model, twin=twin, run=run, short_inputs=batch_of(), count_items=lambda inputs: None)
     guards = {"eval_not_repeatable": EvalNotRepeatable(), "eval_train_mismatch": EvalTrainMismatch()}
     return {name: probe(guard, batch) for name, guard in guards.items()}
@@ -159,7 +159,7 @@ def test_factors(ratio, name):
 def evaluate(guard, rows, loss=4.0, repeated=(), name="eval_loss"):
     """The ids of what one evaluation finds. `rows`: of each rank."""
     ranks = [{"rows": each, "losses": [4.0], "counts": [10]} for each in rows]
-    metrics, run = {name: loss}, SimpleNamespace(is_exact=True, vocab_size=257)
+    metrics, run = {name: loss}, SimpleNamespace(is_exact=True, objective=None, vocab_size=257)
     verdicts = guard.observe_eval(Evaluation(run, 8, 80, metrics, ranks, [], 1, list(repeated)))
     return [verdict.id for verdict in verdicts if isinstance(verdict, Finding)]
 
