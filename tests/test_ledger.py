@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recipe.guards.copies import WINDOW
 from recipe.guards.guard import Finding
 from recipe.guards.hashtable import HashTable, SampledTable
-from recipe.guards.ledger import EVERY, MIN_ROWS, MIN_TOKENS, WINDOW, Ledger, hash_rows
+from recipe.guards.ledger import EVERY, MIN_ROWS, MIN_TOKENS, Ledger, hash_rows
 from recipe.guards.repetition import Repetition
 
 NATS = 4.0
