@@ -115,7 +115,7 @@ class LearningRate(Guard):
             causes = _causes(multiplier, step, lr, initial, world_size, gradient_accumulation_steps)
         elif asked_for and used and not any(initial is None or is_close(initial, asked_for) for _, initial in used):
             group, (lr, initial) = 0, used[0]
-            expected = f"{asked_for * factor:.4g} ({asked_for:.4g} asked for, {initial:.4g} in use)"
+            expected = f"{asked_for * factor:.4g} ({asked_for:.4g} asked for)"
             causes = ("the checkpoint brought its own learning rate", "the optimizer was built with another one")
         else:
             return None
