@@ -407,9 +407,9 @@ class RateSpike(TrainerCallback):
 
 def test_a_jump_of_the_loss_is_explained_by_the_learning_rate(tmp_path):
     guards = train(tmp_path, steps=66, learning_rate=1e-4, more={"callbacks": [RateSpike()]})
-    check_first(guards, "learning_rate_off", 59)
+    check_first(guards, "learning_rate_off", 58)
     spike = next(finding for finding in guards.findings if finding.id == "loss_spike")
-    assert spike.likely_causes[0].startswith("learning_rate_off (step 59")
+    assert spike.likely_causes[0].startswith("learning_rate_off (step 58")
 
 
 def test_gradients_clipped_before_they_are_unscaled(tmp_path, monkeypatch):
@@ -813,7 +813,7 @@ def test_a_window_of_updates_goes_on_after_a_resume(tmp_path, caplog):
 class AveragesLeftBehind(TrainerCallback):
     def on_save(self, args, state, control, model=None, **kwargs):
         for parameter in model.parameters():
-            parameter.data.mul_(0.999)
+            parameter.data.mul_(0.5)
 
 
 def test_weights_that_a_save_leaves_in_the_model(tmp_path):

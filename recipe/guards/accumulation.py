@@ -200,7 +200,7 @@ class AccumulationMismatch(Guard):
             found, expected = f"the micro-batches of a step weigh {factor:.3g} together", "1"
             causes = ("the loss is not divided by accumulation steps or ranks, or twice, or by masked positions too",)
         elif is_uneven and spread > 1 + cls.UNEVEN:
-            found, expected = f"a token's weight differs {spread:.2f}-fold between micro-batches", f"1 of {total:,}"
+            found, expected = f"a token weighs {spread:.2f} times as much as in another micro-batch", f"1 of {total:,}"
             causes = ("means of micro-batches with different numbers of scored tokens are averaged",)
         else:
             return None
@@ -221,7 +221,7 @@ class AccumulationMismatch(Guard):
             return None
         off, is_unshifted = abs(num_items / scored - 1), num_items == unshifted
         is_harmless = off < cls.MAX_COUNT_OFF or (is_unshifted and off < cls.MAX_UNSHIFTED_OFF)
-        found = f"num_items_in_batch {num_items:,.0f}: loss {scored / num_items:.3f} of the mean"
+        found = f"num_items_in_batch {num_items:,.0f}: loss {scored / num_items:.3f} of the mean per token"
         causes = ("the count is of other rows than the step's", "padding or prompts are counted")
         action = "count labels[..., 1:] != -100 over all micro-batches of the step"
         if is_unshifted:

@@ -50,8 +50,10 @@ def read_session(checkpoint: Path) -> Saved | None:
             raise ValueError(f"{NUMBERS} holds no JSON object")
         with np.load(checkpoint / ARRAYS, allow_pickle=False) as file:
             arrays = dict(file)
-        if {name: list(array.shape) for name, array in arrays.items()} != numbers.pop("shapes", None):
-            raise ValueError(f"{ARRAYS} does not hold the arrays that were saved")
+        shapes = numbers.get("shapes", {})
+        cut = [name for name, array in arrays.items() if shapes.get(name, None) != list(array.shape)]
+        for name in cut:  # its owner then misses it, and starts fresh
+            del arrays[name]
         return Saved(numbers, arrays)
     except Exception as error:  # a damaged archive fails in many ways, and none may end a run
         warn_damaged(checkpoint, f"{type(error).__name__}: {error}")

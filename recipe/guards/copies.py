@@ -60,20 +60,21 @@ def least_tokens(pairs: int, nats_per_token: float) -> float:
     return (math.log(max(pairs, 1)) + CHANCE_NATS) / nats if nats > 0 else math.inf
 
 
-def document_starts(tokens: np.ndarray, row_starts: np.ndarray, eos_ids: tuple[int, ...]) -> np.ndarray:
-    """Where rows and, after an EOS, documents begin in rows laid end to end."""
+def cut_into_documents(tokens: np.ndarray, row_starts: np.ndarray, eos_ids: tuple[int, ...]):
+    """Starts and ends of the documents in rows laid end to end: after each EOS and at each row's start one begins."""
     after = np.flatnonzero(np.isin(tokens, eos_ids)) + 1 if eos_ids else row_starts
-    return np.union1d(row_starts, after[after < len(tokens)])
+    starts = np.union1d(row_starts, after[after < len(tokens)])
+    return starts, np.append(starts[1:], len(tokens))
 
 
-def mark_shared(stretches, rows, row_is_new, units, unit_is_new, is_same_place, every: int) -> np.ndarray:
+def mark_shared(stretches, rows, units, are_new, is_same_place, every: int) -> np.ndarray:
     """What each of `stretches` is (see `find_stretches`).
 
-    `rows`, `units`: starts and ends, of rows and of their documents. `row_is_new`, `unit_is_new`: their last window
-    is known to be new. `is_same_place`: the text began at the same place of its row earlier. `every`: one window in
+    `rows`, `units`: starts and ends, of rows and of their documents. `are_new`: of both, whether their last window is
+    known to be new. `is_same_place`: the text began at the same place of its row earlier. `every`: one window in
     so many is kept, so that the ends of stretches are known to about that many tokens.
     """
-    row, at, span, _, _ = stretches
+    (row, at, span, *_), (row_is_new, unit_is_new) = stretches, are_new
     unit = np.searchsorted(units[0], at, side="right") - 1
     begins_document = (units[0][unit] > rows[0][row]) & (at - units[0][unit] <= 4 * every)
     is_cut = units[1][unit] == rows[1][row]  # by the row's end, so that its end says nothing

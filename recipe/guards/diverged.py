@@ -20,7 +20,7 @@ class LossDiverged(Guard):
         least): a sum over tokens, router losses, label smoothing and z-loss are not in it. Compiled models and fused
         losses have no samples; there the reported loss is judged, if the run's first one was within 0.2 of ln V, as a
         mean cross entropy of an untrained model is.
-    Measured (its own best): medians of 20 steps. A warning when the last 5 of them or more (a tenth of the run so far,
+    Measured (its own best): medians of 20 steps. A warning when the last 5 of them or more (0.2 of the run so far,
         50 at most) are above the best one by 1.0 nat and 10 % and do not fall, the reported loss is above its own best
         by 10 %, and the run's first two rows, whose loss in eval mode is computed every 50 steps, are as far above
         their best. Those rows stay the same where the data become harder on purpose.
@@ -55,7 +55,7 @@ class LossDiverged(Guard):
     FIRST_NEAR = 0.2
     # Medians above the best one: at least, share of all steps, at most. Chosen: spikes from which public runs recover
     # take tens of steps, more where the run is long; with 5 the simulated and public curves of the tests are silent.
-    MIN_ABOVE, SHARE_ABOVE, MAX_ABOVE = 5, 0.1, 50
+    MIN_ABOVE, SHARE_ABOVE, MAX_ABOVE = 5, 0.2, 50
     # Steps between two losses of the first rows. Derived: two rows in eval mode then cost 0.2 % of steps of 8 rows.
     PINNED_STEPS = 50
     UNKNOWN = "the loss is not known to be a cross entropy per token: no samples, and it did not begin at ln V"
@@ -86,10 +86,7 @@ class LossDiverged(Guard):
     def observe(self, step) -> Iterator[Verdict]:
         rows = [row for *_, head in step.head for row in zip(head["losses"], head["weights"], strict=True)]
         self.add(step.number, step.record["loss"], sampled_loss((loss, mean) for loss, (_, mean, _) in rows))
-        pinned = step.payload(self)
-        if pinned is not None and math.isfinite(pinned):
-            best = self.state["pinned_best"]
-            self.state |= {"pinned": pinned, "pinned_best": pinned if best is None else min(best, pinned)}
+        self.note_pinned(step.payload(self))
         if len(self.state["window"]) == self.STEPS:
             yield self.judge_window() or self.clear()
             if step.number % self.STEPS == 0:
@@ -103,6 +100,11 @@ class LossDiverged(Guard):
         if state["first_sampled"] is None:
             state["first_sampled"] = sampled
         state["window"] = [*state["window"][1 - self.STEPS :], [reported, sampled]]
+
+    def note_pinned(self, loss: float | None) -> None:
+        if loss is not None and math.isfinite(loss):
+            best = self.state["pinned_best"]
+            self.state |= {"pinned": loss, "pinned_best": loss if best is None else min(best, loss)}
 
     def add_median(self, step: int) -> None:
         """Of the window, the sampled losses where there are enough."""
@@ -124,7 +126,7 @@ class LossDiverged(Guard):
         if len(medians) < count or pinned is None:
             return None
         losses, limit = [loss for loss, _, _ in medians[-count:]], best[0] + max(cls.NATS, cls.SHARE * best[0])
-        is_above = min(losses) > limit and not falls(losses, limit)
+        is_above = min(losses) > limit and not falls(losses, limit) and losses[-1] >= statistics.median(losses)
         is_objective = medians[-1][1] > best[1] + cls.SHARE * abs(best[1])  # else it rises on purpose
         if not (is_above and is_objective and pinned > pinned_best + max(cls.NATS, cls.SHARE * pinned_best)):
             return None
@@ -163,7 +165,7 @@ class LossDiverged(Guard):
         return cls.finding(
             "error",
             found=f"loss {level:.2f} in {cls.STEPS} steps{'' if is_falling else ', not falling'}",
-            expected=f"under {limit:.2f} (ln V {guess:.2f})",
+            expected=f"under {limit:.2f} ({'ln V' if guess >= first_loss else 'first loss'} {usual:.2f})",
             causes=(
                 "the learning rate is too high, or without warm-up",
                 "gradients are not clipped, or scaled up",

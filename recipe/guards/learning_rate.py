@@ -52,7 +52,10 @@ class LearningRate(Guard):
             yield finding
 
     def observe(self, step) -> Iterator[Verdict]:
-        yield self.judge_bounds(step.learning_rates, self.peaks) or self.clear(check="bounds")
+        if finding := self.judge_bounds(step.learning_rates, self.peaks):
+            yield finding
+            return
+        yield self.clear(check="bounds")
         if isinstance(self.schedule, CannotJudge):
             finding = self.judge_scheduled(step.learning_rates, step.scheduled_rates)
         else:

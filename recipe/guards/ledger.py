@@ -25,7 +25,7 @@ from recipe.guards.copies import (
     COUNTS,
     MAX_NATS,
     WINDOW,
-    document_starts,
+    cut_into_documents,
     find_stretches,
     least_tokens,
     mark_shared,
@@ -64,6 +64,10 @@ class Hashed(NamedTuple):
     row: np.ndarray
     at: np.ndarray
     key: np.ndarray
+
+    @property
+    def stop(self) -> np.ndarray:
+        return self.start + self.length
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -171,11 +175,11 @@ class Ledger:
         earlier_row = position.copy()
         earlier_row[digested] = self._first_seen("digests", hashed.digest[digested], position[digested])
         is_whole, matched = earlier_row < position, earlier < position[row]
-        units = document_starts(np.concatenate(rows), hashed.start, eos_ids)
+        units = cut_into_documents(np.concatenate(rows), hashed.start, eos_ids)
         are_new = self._are_new(hashed, units)
         if is_whole.any() or matched.any():
             stretches = find_stretches(row, at, earlier, matched & ~is_whole[row])
-            kinds = self._kinds(stretches, hashed, units, *are_new)
+            kinds = self._kinds(stretches, hashed, units, are_new)
             copied = self._add_copies(rows, hashed, earlier_row, num_windows, stretches, kinds)
         self.tokens += int(hashed.length.sum())
         self._recent = np.concatenate([self._recent, np.column_stack([position, hashed.length])[judged]])
@@ -186,10 +190,9 @@ class Ledger:
             self._match_eval(rows, hashed, int(where[0, 0]))
         return copied
 
-    def _are_new(self, hashed: Hashed, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each row, and each document from `units` on, ends with a window that is known to be new."""
-        row_stop = hashed.start + hashed.length
-        start, stop = np.append(hashed.start, units), np.append(row_stop, np.append(units[1:], row_stop[-1]))
+    def _are_new(self, hashed: Hashed, units) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each row, and each of `units`, ends with a window that is known to be new."""
+        start, stop = np.append(hashed.start, units[0]), np.append(hashed.stop, units[1])
         is_new, long = np.zeros(len(start), bool), np.flatnonzero(stop - start >= WINDOW)
         keys = hashed.key[np.searchsorted(hashed.at, stop[long] - WINDOW)]
         kept = self.tables["tails"].keeps(keys)
@@ -197,14 +200,12 @@ class Ledger:
         is_new[long[kept]] = self._first_seen("tails", keys[kept], end) == end
         return is_new[: len(hashed.start)], is_new[len(hashed.start) :]
 
-    def _kinds(self, stretches, hashed: Hashed, units, row_is_new, unit_is_new) -> np.ndarray:
+    def _kinds(self, stretches, hashed: Hashed, units, are_new) -> np.ndarray:
         row, at, *_, earlier = stretches
         begin = self.rows.arrays[0][self.rows.find(earlier)]
         is_same_place = at - self.tokens - hashed.start[row] == earlier - begin
-        row_stop = hashed.start + hashed.length
-        rows, units = (hashed.start, row_stop), (units, np.append(units[1:], row_stop[-1]))
-        moved = np.stack([row, at - self.tokens, *stretches[2:]])
-        return mark_shared(moved, rows, row_is_new, units, unit_is_new, is_same_place, self.tables["windows"].every)
+        every, stretches = self.tables["windows"].every, np.stack([row, at - self.tokens, *stretches[2:]])
+        return mark_shared(stretches, (hashed.start, hashed.stop), units, are_new, is_same_place, every)
 
     def _first_seen(self, name: str, keys: np.ndarray, position: np.ndarray) -> np.ndarray:
         """The position of each key's first occurrence in this pass: its own if it is new."""

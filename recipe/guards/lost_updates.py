@@ -155,7 +155,8 @@ class LostUpdates(Guard):
         measured = step.payload(self) or {}
         if "rise" in measured and step.was_saved:
             followed = [norms for norms in step.gradients if not norms.of_matrices and not step.run.is_loss_scaled]
-            yield self.judge_writes([n.changed for n in followed], measured["rise"]) or self.clear(check="writes")
+            if finding := self.judge_writes([norms.changed for norms in followed], measured["rise"]):
+                yield finding
         if "small" in measured:
             yield self.judge_small(*measured["small"]) or self.clear(check="small")
         if "moved" in measured:
