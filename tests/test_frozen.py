@@ -322,6 +322,13 @@ def test_an_optimizer_that_keeps_copies_is_not_judged_by_what_is_unfrozen():
     assert observe(guard, LocalStep()) == []
 
 
+def test_layers_that_are_trained_in_turn_are_frozen_on_purpose():
+    model = llama()
+    names = [name for name, _ in named(model) if "embed" not in name]
+    assert judge_stopped(named(model), names).severity == "warning"
+    assert judge_stopped(named(model), names, takes_turns=True).severity == "info"
+
+
 def test_other_parameters_are_another_fault():
     model = llama()
     first, second = (judge_stopped(named(model), [name]) for name, _ in named(model)[:2])

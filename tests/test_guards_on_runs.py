@@ -5,6 +5,7 @@ checkpoint files. `init_loss_off` is information but for logits that are probabi
 """
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -937,3 +938,30 @@ def main(directory: str, step: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+
+
+# --- the last line of a training of one's own
+
+
+@pytest.mark.parametrize(("rate", "says"), [(0.0, "the learning rate was 0"), (3e-3, "too few tokens")])
+def test_a_stock_trainer_ends_with_a_verdict(tmp_path, caplog, rate, says):
+    caplog.set_level("INFO", "recipe.guards")
+    train(tmp_path, learning_rate=rate)
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("verdict: ")]
+    assert "nothing learned" in line and says in line
+
+
+class Cycle(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return itertools.cycle(self.rows)
+
+
+@pytest.mark.parametrize("count", [8, 16])
+def test_an_endless_stream_of_a_few_rows(tmp_path, count):
+    """The n-gram model finds the copies easy, which must not count against them."""
+    run = dict(train=Cycle(as_rows(text(count, length=64))), steps=80, per_device_train_batch_size=8)
+    guards = train(tmp_path, **run)
+    assert "repeated_data" in dict(alarms(guards))

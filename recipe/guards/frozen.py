@@ -21,8 +21,8 @@ class FrozenParameters(Guard):
     Measured: the parameter groups and `requires_grad`, at every step too; in the first steps up to 4,096 elements of
         each parameter before and after the step, and its largest gradient; at every step, whether it has a gradient.
         An error: parameters in no optimizer group, or with a gradient and no movement. A warning: no gradient; more
-        than half of a new model frozen, or of the model without gradient later. Information: fewer, and experts
-        without tokens. What PEFT freezes is frozen on purpose.
+        than half of a new model frozen, or of the model without gradient later. Information: fewer, layers that
+        are trained in turn, and experts without tokens. What PEFT freezes is frozen on purpose.
     Try: building the optimizer from the final model, after it was wrapped, cast and resized. Without a gradient: look
         for `detach()` or `no_grad()` on the path to the loss.
     Cannot see: parameters that stop moving later while their gradient is still computed; movement of half-precision
@@ -42,7 +42,7 @@ class FrozenParameters(Guard):
         device = next((p.device for _, p in self.training), None)
         reached = torch.zeros(2, len(self.training), device=device)  # largest gradient in the first steps, has moved
         # num_steps: measured of the first ones, one more once they were sent. steps_without: a gradient, after one
-        self.state = {"num_steps": 0, "reached": reached, "steps_without": {}}
+        self.state = {"num_steps": 0, "reached": reached, "steps_without": {}, "takes_turns": False}
         self.optimizer, self._held = run.optimizer, held_by(run.optimizer)
         # Else the optimizer holds copies, or the finding before step 1 is about them.
         is_held = all(id(p) in self._held for _, p in self.training)
@@ -89,6 +89,7 @@ class FrozenParameters(Guard):
     def _find_unfrozen(self) -> list[str]:
         """Those that want a gradient by now and are in no group, as when layers are unfrozen in turn (LISA)."""
         wanting = [(n, p) for n, p in self.unfreezable if p.requires_grad]
+        self.state["takes_turns"] |= bool(wanting)
         if any(id(p) not in self._held for _, p in wanting):
             self._held = held_by(self.optimizer)  # they may have been added since
         missing = [(n, p) for n, p in wanting if id(p) not in self._held]
@@ -103,7 +104,7 @@ class FrozenParameters(Guard):
         if "unfrozen" in measured:
             yield self._in_no_group(measured["unfrozen"], "that were unfrozen", "unfrozen")
         if "stopped" in measured:
-            yield self.judge_stopped(self.training, measured["stopped"])
+            yield self.judge_stopped(self.training, measured["stopped"], self.state["takes_turns"])
         if "reached" in measured:
             yield self.judge(self.training, *measured["reached"]) or self.clear(check="first_steps")
 
@@ -174,11 +175,13 @@ class FrozenParameters(Guard):
         return cls._without_gradient(unreached, parameters, found, 0.0, causes, "first_steps") if unreached else None
 
     @classmethod
-    def judge_stopped(cls, parameters: Parameters, stopped: list[str]) -> Finding:
-        """`stopped`: parameters that had a gradient before and have had none for STOPPED_STEPS steps."""
+    def judge_stopped(cls, parameters: Parameters, stopped: list[str], takes_turns: bool = False) -> Finding:
+        """`stopped`: parameters that had a gradient before and have had none for STOPPED_STEPS steps. `takes_turns`:
+        others were unfrozen during training, so that these are frozen on purpose."""
         causes = ("requires_grad was set to False", "the forward pass no longer uses them")
         found = f"of {len(parameters)} without gradient for {cls.STOPPED_STEPS} steps"
-        return cls._without_gradient(stopped, parameters, found, cls.FROZEN_SHARE, causes, "stopped")
+        max_share = 1.0 if takes_turns else cls.FROZEN_SHARE
+        return cls._without_gradient(stopped, parameters, found, max_share, causes, "stopped")
 
     @classmethod
     def _without_gradient(cls, names, parameters, found: str, max_share: float, causes, check: str) -> Finding:
