@@ -94,8 +94,8 @@ def reported(*verdicts) -> list[str]:
     return [finding.likely_causes[0] for finding in reporter.findings]
 
 
-def blocked(cause: str, severity="warning", **more):
-    return Blocked.finding(severity, "something", "nothing", (cause,), **more)
+def blocked(likely: str, severity="warning", **more):
+    return Blocked.finding(severity, "something", "nothing", (likely,), **more)
 
 
 def test_another_cause_is_reported_while_the_first_is_open():

@@ -34,7 +34,9 @@ class Repetition(Guard):
         natural corpora 0.8 to 7 % (RealNews 19 %). Also a warning: whole packed rows that come twice within 16
         micro-steps, 8 of them or more, 2 % of the tokens, over half of the stretch; at any distance 4 %, where a token
         tells 1.0 nats or more. After a declared pass only copies from within a tenth of a pass count: 30 %. The
-        evidence names step, rank and micro-step of both copies.
+        evidence names step, rank and micro-step of both copies. Shared text (system prompts, several answers to one
+        prompt, templates) does not count: it begins where it began earlier, at the same place of its row or after an
+        EOS, and its row or document ends in a new way; or 5 recent rows have it beside new text.
     Measured (resume_replay): half or more of the tokens since the resume are copies, and were not before it.
     Measured (train_eval_overlap): eval rows of which more than half was in training, at any alignment. 2 rows and 2 %
         of them are a warning, 20 % an error: natural corpora hold near-copies of 0.7 to 5 % (RealNews 14 %). Sets with
