@@ -17,8 +17,8 @@ class LossNotFinite(Guard):
         finite at the step means that it was dropped. Whether that parameter's step was finite says whether the weights
         are lost.
     Measured (nothing_scored): a step without a scored label whose loss is NaN or 0.0, or a micro-batch without one
-        whose loss is NaN. Or of the last 64 rows more than half have no scored label, while others have one; from a
-        tenth on it is information.
+        whose loss is NaN. Or over 50 % of the last 64 rows have no scored label, while others have one; from 10 % on
+        it is information.
     Try (loss_not_finite): where the weights are lost, the last checkpoint with a lower learning rate, or fp32; else
         the batch of this step. Exactly 0.0: the labels.
     Try (nothing_scored): counting the labels of each row that are not -100; looking for prompts as long as the row,
