@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,10 +15,28 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, TokenizersBackend
 
+from recipe.guards.guard import Guard
+
 torch.set_num_threads(1)
 # the same examples in every run: a test that fails by chance on somebody else's change is of no use
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def findings_fit_in_their_line(monkeypatch):
+    """What any guard says in any test: `found` and `expected` are whole in the log line."""
+    cut, make = [], Guard.finding.__func__
+
+    def finding(cls, *arguments, **keywords):
+        found = make(cls, *arguments, **keywords)
+        line = replace(found, step=9999).log_line()
+        cut.extend([line] if f" | found {found.found} | expected {found.expected}" not in line else [])
+        return found
+
+    monkeypatch.setattr(Guard, "finding", classmethod(finding))
+    yield
+    assert cut == []
 
 
 @pytest.fixture(scope="session")

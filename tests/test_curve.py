@@ -38,7 +38,6 @@ def test_numbers_are_fine(losses, norm, scored):
         ([3.0, math.inf], 1.0, None, "loss inf in micro-batch 2 of 2"),
         ([0.0], 1.0, None, "loss 0.0"),
         ([3.0, 0.0], 1.0, [5, 5], "loss 0.0 in micro-batch 2 of 2"),
-        ([0.0, math.nan], 1.0, [5, 0], "loss nan in micro-batch 2 of 2"),
         ([3.0], math.nan, [5], "gradient norm nan"),
     ],
 )
@@ -50,7 +49,56 @@ def test_what_is_no_number_or_exactly_zero_is_an_error(losses, norm, scored, fou
 
 def test_a_zero_loss_asks_for_the_labels_and_not_for_a_checkpoint():
     assert "labels" in LossNotFinite.judge([0.0], 1.0).action
-    assert "checkpoint" in LossNotFinite.judge([math.nan], 1.0).action
+
+
+@pytest.mark.parametrize(
+    ("norm", "is_kept", "says"),
+    [
+        (math.nan, None, "weights are lost"),
+        (math.nan, False, "weights are lost"),
+        (math.nan, True, "weights are intact"),  # the step was skipped
+        (1.0, None, "weights are intact"),
+        (1.0, False, "weights are lost"),
+        (None, None, "lost only if"),
+    ],
+)
+def test_only_a_step_with_a_gradient_that_is_not_finite_loses_the_weights(norm, is_kept, says):
+    action = LossNotFinite.judge([math.nan], norm, is_kept=is_kept).action
+    assert says in action and ("go back" in action) == ("weights are lost:" in action)
+
+
+# --- nothing scored
+
+
+@pytest.mark.parametrize(
+    ("losses", "scored", "found"),
+    [
+        ([math.nan], [0], "nothing was scored in this step (loss nan)"),
+        ([0.0, 0.0], [0, 0], "nothing was scored in this step (loss 0.0)"),
+        ([3.0, math.nan], [5, 0], "nothing was scored in 1 of 2 micro-batches (loss nan)"),
+        ([3.0, 0.0], [5, 0], None),
+        ([3.0], [0], None),  # an objective that needs no labels
+        ([math.nan], [5], None),
+    ],
+)
+def test_a_step_of_which_nothing_is_scored(losses, scored, found):
+    finding = LossNotFinite.judge_scored(losses, scored, 0.0)
+    assert (finding and finding.found) == found
+    assert finding is None or "weights are intact" in finding.action
+    assert LossNotFinite.judge(losses, 0.0, scored) is None or scored == [5]
+
+
+@pytest.mark.parametrize(
+    ("unscored", "severity"), [(0, None), (6, None), (8, "info"), (48, "warning"), (64, "warning")]
+)
+def test_rows_of_which_nothing_is_scored(unscored, severity):
+    finding = LossNotFinite.judge_rows([True] * unscored + [False] * (64 - unscored))
+    assert (finding and finding.severity) == severity
+    assert LossNotFinite.judge_rows([True] * 40) is None  # too few to say
+
+
+def test_weights_are_not_called_intact_where_the_norm_is_not_finite():
+    assert "intact" not in LossNotFinite.judge_scored([math.nan], [0], math.nan).action
 
 
 def test_a_loss_of_several_ranks_names_its_own():

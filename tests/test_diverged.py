@@ -5,10 +5,12 @@ import math
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
-from recipe.guards.diverged import LossDiverged, sampled_loss
+from recipe.guards.diverged import RISE, LossDiverged, sampled_loss
 from recipe.guards.guard import CannotJudge
 from tests.test_guards_on_runs import alarms, check_first, make_model, make_trainer, train, watch
 
@@ -29,8 +31,8 @@ def last(losses, first=GUESS):
 def test_a_loss_that_stays_above_a_guess_is_an_error():
     finding = check([GUESS + 1.1] * LossDiverged.STEPS)
     assert finding.id == "loss_diverged" and finding.severity == "error"
-    assert finding.found == "loss 9.42, median of 20 steps, and not falling"
-    assert finding.expected == "under 9.32 (ln V 8.32, first loss 8.32)"
+    assert finding.found == "loss 9.42 in 20 steps, not falling"
+    assert finding.expected == "under 9.32 (ln V 8.32)"
     assert json.dumps(finding.evidence)
     assert check([GUESS + 0.9] * LossDiverged.STEPS) is None
 
@@ -44,7 +46,7 @@ def test_one_that_falls_is_on_its_way_back_unless_it_is_far_up():
     falling = [12.0 - 0.05 * step for step in range(20)]
     assert check(falling) is None and check(falling[::-1]) is not None
     far = [LossDiverged.FAR * GUESS + 5 - 0.1 * step for step in range(20)]
-    assert check(far).found == "loss 20.69, median of 20 steps"
+    assert check(far).found == "loss 20.69 in 20 steps"
 
 
 def test_the_runs_that_were_seen():
@@ -86,7 +88,7 @@ def test_what_is_no_number_is_another_guards_business():
 
 def fresh(vocab_size=V) -> LossDiverged:
     guard = LossDiverged()
-    guard.setup(SimpleNamespace(vocab_size=vocab_size, max_steps=100))
+    guard.setup(SimpleNamespace(vocab_size=vocab_size, max_steps=100, pinned=None))
     return guard
 
 
@@ -137,7 +139,100 @@ def test_rows_without_a_scored_position_are_no_samples():
     assert sampled_loss([(3.0, 0.1), (5.0, 0.1), (0.0, 0.0)]) == 4.0 and sampled_loss([(0.0, 0.0)]) is None
 
 
+# --- far above its own best
+
+
+def follow(losses, pinned=None, reported=None) -> list:
+    """Findings of a whole curve. `pinned`: the loss of the first rows, by step; else that of the step, as if the data
+    never changed: the least favourable for a healthy curve."""
+    guard, found = fresh(), []
+    for number, loss in enumerate(losses, 1):
+        guard.add(number, (reported or losses)[number - 1], loss if number % 2 else None)
+        of_first_rows = (pinned or losses)[number - 1] if number % guard.PINNED_STEPS == 0 else None
+        guard.note_pinned(of_first_rows)
+        if number % guard.STEPS == 0:
+            guard.add_median(number)
+            found += [guard.judge_rise(**{name: guard.state[name] for name in RISE}, step=number)]
+    return [finding for finding in found if finding is not None]
+
+
+def power_law(step: int) -> float:
+    return 3.0 + 7.3 / (1 + step / 30) ** 0.6
+
+
+def noisy(curve, seed: int, sd: float = 0.15) -> list[float]:
+    rng = random.Random(seed)
+    return [loss + rng.gauss(0, sd) + (rng.random() < 0.01) * rng.uniform(0, 3) for loss in curve]
+
+
+def test_a_loss_that_rises_slowly_is_found_and_says_where_it_was_best():
+    curve = noisy([power_law(step) if step < 400 else power_law(400) + 0.01 * (step - 400) for step in range(900)], 0)
+    finding = follow(curve)[0]
+    assert finding.severity == "warning" and "lower the rate" in finding.action and json.dumps(finding.evidence)
+    assert abs(finding.evidence["best"][2] - 400) <= 60 and finding.slot != "loss_diverged"
+    assert follow(curve, reported=[-loss for loss in curve]) == []  # gradient ascent on purpose
+
+
+def test_a_rise_that_stays_is_found_also_where_it_is_flat():
+    assert follow(noisy([3.0 if step < 300 else 4.5 for step in range(700)], 1))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("sd", [0.05, 0.6])
+def test_healthy_curves_are_silent(seed, sd):
+    rng = random.Random(seed)
+    curve = [power_law(step) + 0.2 * math.sin(step / 300) for step in range(3000)]
+    for _ in range(6):  # spikes that recover, over tens of steps and more
+        at, height, fade = rng.randrange(100, 2700), rng.uniform(0.5, 5), rng.choice((5, 20, 60, 150))
+        curve = [loss + height * math.exp(-(step - at) / fade) * (step >= at) for step, loss in enumerate(curve)]
+    assert follow(noisy(curve, seed, sd)) == []
+
+
+@pytest.mark.parametrize("rise", ["jump", "slowly"])
+def test_a_curriculum_is_silent(rise):
+    """From code to web text: the loss rises by 1.8 nats, and that of the first rows by what is forgotten."""
+    share = [float(step > 500) if rise == "jump" else min(1.0, max(0.0, (step - 500) / 500)) for step in range(2000)]
+    curve = [1.2 + 1.8 * share[step] + 5 / (1 + step / 20) for step in range(2000)]
+    first_rows = [1.2 + 0.6 * share[step] + 5 / (1 + step / 20) for step in range(2000)]
+    assert follow(noisy(curve, 2), pinned=first_rows) == []
+
+
+PUBLIC = {  # train losses of public runs by step (llm.c 124M, AdamW 6e-4 and 1.8e-3; Muon 2024-10)
+    "llm.c 6e-4": {0: 11.01, 10: 9.94, 50: 8.54, 100: 7.11, 120: 6.89, 250: 6.14, 500: 5.39, 1000: 4.32, 2000: 3.87},
+    "llm.c 1.8e-3": {0: 10.97, 10: 9.41, 50: 6.99, 100: 6.26, 120: 6.07, 250: 5.26, 500: 4.36, 1000: 3.94, 2000: 3.70},
+    "Muon": {0: 10.93, 10: 6.72, 50: 5.78, 100: 5.49, 120: 5.28, 250: 4.58, 500: 4.02, 1000: 3.74, 2000: 3.56},
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_curves_are_silent(name):
+    """With the noise of a step of a small batch, ten times the 0.043 that they have."""
+    steps, losses = zip(*PUBLIC[name].items(), strict=True)
+    curve = np.interp(range(2000), steps, losses).tolist()
+    assert all(follow(noisy(curve, seed, 0.43)) == [] for seed in range(5))
+
+
 # --- trainings
+
+
+def uphill(trainer):
+    """From step 60 on the rate of the optimizer is negative, and so small that the loss rises slowly."""
+
+    class Uphill(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            for group in optimizer.param_groups:
+                group["lr"] = abs(group["lr"]) * (1 if state.global_step < 60 else -0.3)
+
+    trainer.add_callback(Uphill())
+    return trainer
+
+
+def test_a_training_that_goes_uphill_slowly(tmp_path):
+    trainer = uphill(make_trainer(tmp_path, steps=260, learning_rate=3e-3, lr_scheduler_type="constant"))
+    guards = watch(trainer)
+    rises = [finding for finding in guards.findings if finding.id == "loss_diverged" and finding.cause == "rise"]
+    assert rises or ("loss_diverged", "error") in {(f.id, f.severity) for f in guards.findings}
+    assert ("learning_rate_off", "negative") in {(f.id, f.cause) for f in guards.findings}
 
 
 @pytest.mark.parametrize("rate", [1.0, 3.0])

@@ -95,7 +95,6 @@ IN_WORDS = {
     "LossTarget.MIN_LOSSES",
     "LossTarget.SURE",
     "LostUpdates.SMALL_SHARE",
-    "LostUpdates.WRITE_STEPS",
     "OptimizerOff.ROUNDING",
     "Repetition.ALIGNED_SPREAD",
     "Repetition.WARN_SHARE",

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipe.guards.frozen import FrozenParameters
 from recipe.guards.gradients import PER_TENSOR
-from recipe.guards.guard import CannotJudge, Clear
+from recipe.guards.guard import PROBE, CannotJudge, Clear
 from recipe.guards.taps import LocalStep
 from recipe.guards.updates import FIRST_STEPS, PLAIN_GRADIENT, largest_gradients, sample_gradients, sample_once
 
@@ -31,9 +31,10 @@ def llama(**changes):
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
 
 
-def set_up(model) -> FrozenParameters:
+def set_up(model, optimizer=None) -> FrozenParameters:
     guard = FrozenParameters()
-    guard.setup(SimpleNamespace(named_parameters=named(model)))
+    optimizer = optimizer or torch.optim.AdamW(model.parameters())
+    guard.setup(SimpleNamespace(named_parameters=named(model), optimizer=optimizer))
     return guard
 
 
@@ -100,13 +101,13 @@ def test_gradients_are_measured_over_the_whole_tensor_and_are_0_where_there_are_
 
 def test_an_optimizer_over_all_parameters_is_silent():
     model = llama()
-    assert judge_groups(named(model), torch.optim.AdamW(model.parameters()), True) is None
+    assert judge_groups(named(model), torch.optim.AdamW(model.parameters())) is None
 
 
 def test_parameters_in_no_group_are_an_error():
     model = llama()
     some = [p for name, p in model.named_parameters() if "norm" not in name]
-    finding = judge_groups(named(model), torch.optim.AdamW(some), True)
+    finding = judge_groups(named(model), torch.optim.AdamW(some))
     assert finding.severity == "error" and finding.evidence["count"] == 5
     json.dumps(finding.evidence)
 
@@ -114,21 +115,21 @@ def test_parameters_in_no_group_are_an_error():
 def test_a_stale_optimizer_is_an_error_and_one_with_copies_cannot_be_judged():
     old, model = llama(), llama()
     stale = torch.optim.AdamW(old.parameters())
-    assert judge_groups(named(model), stale, True).severity == "error"
+    assert judge_groups(named(model), stale).severity == "error"
 
     class WithMasterCopies(torch.optim.AdamW):
         pass
 
     with pytest.raises(CannotJudge, match="WithMasterCopies"):
-        judge_groups(named(model), WithMasterCopies(old.parameters()), True)
+        judge_groups(named(model), WithMasterCopies(old.parameters()))
 
 
 def test_frozen_on_purpose_is_information_and_much_of_a_new_model_a_warning():
     model = llama()
     model.model.requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.lm_head.parameters())
-    assert judge_groups(named(model), optimizer, is_new_model=False).severity == "info"
-    assert judge_groups(named(model), optimizer, is_new_model=True).severity == "warning"
+    assert judge_groups(named(model), torch.optim.AdamW(model.lm_head.parameters())) is None
+    assert FrozenParameters._judge_on_purpose(named(model), is_new_model=False).severity == "info"
+    assert FrozenParameters._judge_on_purpose(named(model), is_new_model=True).severity == "warning"
 
 
 def test_the_base_of_adapters_is_frozen_on_purpose_also_where_it_is_new():
@@ -142,10 +143,10 @@ def test_the_base_of_adapters_is_frozen_on_purpose_also_where_it_is_new():
     )
     assert [found.severity for found in FrozenParameters().inspect(run)] == ["warning"]
     model.peft_config = {}
-    assert [found.severity for found in FrozenParameters().inspect(run)] == ["info"]
+    assert list(FrozenParameters().inspect(run)) == [Clear("frozen_parameters", PROBE)]
     del model.peft_config
     model.add_module("lora_A", nn.Linear(2, 2))  # adapters of one's own
-    assert [found.severity for found in FrozenParameters().inspect(run)] == ["info"]
+    assert list(FrozenParameters().inspect(run)) == [Clear("frozen_parameters", PROBE)]
 
 
 # --- reached and moved
@@ -277,6 +278,61 @@ def test_they_are_counted_from_their_last_gradient_on(num_frozen, severity):
         found += [(number, finding.severity) for finding in observe(guard, local)]
         optimizer.zero_grad()
     assert found == [(1 + FrozenParameters.STOPPED_STEPS, severity)]
+
+
+# --- unfrozen during training
+
+
+def test_layers_that_are_unfrozen_in_turn_and_are_in_no_group():
+    """As LISA under a Trainer, whose optimizer is made of what trains at the start. Each is reported once."""
+    model = llama()
+    layers = model.model.layers
+    layers.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    guard, found = set_up(model, optimizer), []
+    for layer in (None, layers[0], layers[1], layers[0]):
+        layers.requires_grad_(False)
+        if layer is not None:
+            layer.requires_grad_(True)
+        guard.before_step(LocalStep())
+        found.append([finding.found for finding in observe(guard, LocalStep())])
+    assert [len(each) for each in found] == [0, 1, 1, 0] and "9 parameters that were unfrozen" in found[1][0]
+
+
+@pytest.mark.parametrize("are_added", [True, False])
+def test_layers_that_are_unfrozen_and_in_the_optimizer_are_silent(are_added):
+    model = llama()
+    model.model.layers.requires_grad_(False)
+    first = [p for p in model.parameters() if p.requires_grad or not are_added]
+    optimizer = torch.optim.AdamW(first)
+    guard = set_up(model, optimizer)
+    model.model.layers.requires_grad_(True)
+    if are_added:
+        optimizer.add_param_group({"params": list(model.model.layers.parameters())})
+    guard.before_step(LocalStep())
+    assert observe(guard, LocalStep()) == []
+
+
+def test_an_optimizer_that_keeps_copies_is_not_judged_by_what_is_unfrozen():
+    model = llama()
+    model.model.layers.requires_grad_(False)
+    guard = set_up(model, torch.optim.AdamW(llama().parameters()))
+    model.model.layers.requires_grad_(True)
+    guard.before_step(LocalStep())
+    assert observe(guard, LocalStep()) == []
+
+
+def test_layers_that_are_trained_in_turn_are_frozen_on_purpose():
+    model = llama()
+    names = [name for name, _ in named(model) if "embed" not in name]
+    assert judge_stopped(named(model), names).severity == "warning"
+    assert judge_stopped(named(model), names, takes_turns=True).severity == "info"
+
+
+def test_other_parameters_are_another_fault():
+    model = llama()
+    first, second = (judge_stopped(named(model), [name]) for name, _ in named(model)[:2])
+    assert first.cause != second.cause and first.cause == judge_stopped(named(model), first.evidence["names"]).cause
 
 
 # --- state

@@ -473,7 +473,11 @@ def test_a_log_line_fits_in_160_characters():
     short = Finding("loss_spike", "warning", 1, 1, "a", "b", ("c",))
     assert len("WARNING recipe.guards | " + long.log_line()) <= 160
     assert short.log_line() == "loss_spike | step 1 | found a | expected b | likely: c"
-    assert all(part in long.log_line() for part in (" | found ", " | expected ", " | likely: "))
+    assert all(part in long.log_line() for part in (" | found ", " | expected "))
+    partly = Finding("loss_spike", "warning", 12345, 1, "found it", "expected it", ("cause " * 40,))
+    assert partly.log_line().startswith(
+        "loss_spike | step 12345 | found found it | expected expected it | likely: cause"
+    )
 
 
 def test_a_guard_says_why_it_cannot_judge():

@@ -5,6 +5,7 @@ checkpoint files. `init_loss_off` is information but for logits that are probabi
 """
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -407,9 +408,9 @@ class RateSpike(TrainerCallback):
 
 def test_a_jump_of_the_loss_is_explained_by_the_learning_rate(tmp_path):
     guards = train(tmp_path, steps=66, learning_rate=1e-4, more={"callbacks": [RateSpike()]})
-    check_first(guards, "learning_rate_off", 59)
+    check_first(guards, "learning_rate_off", 58)
     spike = next(finding for finding in guards.findings if finding.id == "loss_spike")
-    assert spike.likely_causes[0].startswith("learning_rate_off (step 59")
+    assert spike.likely_causes[0].startswith("learning_rate_off (step 58")
 
 
 def test_gradients_clipped_before_they_are_unscaled(tmp_path, monkeypatch):
@@ -813,7 +814,7 @@ def test_a_window_of_updates_goes_on_after_a_resume(tmp_path, caplog):
 class AveragesLeftBehind(TrainerCallback):
     def on_save(self, args, state, control, model=None, **kwargs):
         for parameter in model.parameters():
-            parameter.data.mul_(0.999)
+            parameter.data.mul_(0.5)
 
 
 def test_weights_that_a_save_leaves_in_the_model(tmp_path):
@@ -937,3 +938,30 @@ def main(directory: str, step: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+
+
+# --- the last line of a training of one's own
+
+
+@pytest.mark.parametrize(("rate", "says"), [(0.0, "the learning rate was 0"), (3e-3, "too few tokens")])
+def test_a_stock_trainer_ends_with_a_verdict(tmp_path, caplog, rate, says):
+    caplog.set_level("INFO", "recipe.guards")
+    train(tmp_path, learning_rate=rate)
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("verdict: ")]
+    assert "nothing learned" in line and says in line
+
+
+class Cycle(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return itertools.cycle(self.rows)
+
+
+@pytest.mark.parametrize("count", [8, 16])
+def test_an_endless_stream_of_a_few_rows(tmp_path, count):
+    """The n-gram model finds the copies easy, which must not count against them."""
+    run = dict(train=Cycle(as_rows(text(count, length=64))), steps=80, per_device_train_batch_size=8)
+    guards = train(tmp_path, **run)
+    assert "repeated_data" in dict(alarms(guards))

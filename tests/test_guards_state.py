@@ -170,6 +170,16 @@ def test_a_damaged_pinned_batch_is_not_judged(resume, tmp_path):
     assert warnings == [] and "the pinned batch failed" in guards.cannot_judge["resume_jump"]
 
 
+def test_arrays_of_another_shape_are_no_state(resume, tmp_path):
+    """As a write that was cut leaves them: the halved rows of the pinned batch would have another loss."""
+    file = tmp_path / f"run/checkpoint-{SAVED_AT}/guards.npz"
+    with np.load(file) as arrays:
+        halves = {name: array[: len(array) // 2] if array.ndim else array for name, array in arrays.items()}
+    np.savez(file, **halves)
+    guards, warnings = resume()
+    assert guards.findings == [] and guards.failure is None and len(warnings) == 1
+
+
 def test_an_open_finding_of_another_version_is_left_out(resume, tmp_path):
     other = {"finding": {**asdict(FINDING), "id": "no_such_guard"}, "checks": {"step": 0}}
     change(tmp_path, "reporter.open", {"no_such_guard": other})

@@ -1,11 +1,14 @@
 """The learning rate against the schedule, on numbers."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from recipe.guards.guard import CannotJudge
-from recipe.guards.learning_rate import LearningRate, expected_learning_rates
+from recipe.guards.learning_rate import LearningRate, expected_learning_rates, peak_of
 
 LINEAR = expected_learning_rates("linear", 1e-3, 10, 100)
 
@@ -34,6 +37,58 @@ def test_schedules_that_follow_a_metric_cannot_be_judged():
     for name in ("reduce_lr_on_plateau", "greedy"):
         with pytest.raises(CannotJudge, match=name):
             expected_learning_rates(name, 1e-3, 10, 100)
+
+
+@pytest.mark.parametrize(
+    ("rate", "cause", "severity"),
+    [
+        (-5e-5, "negative", "error"),
+        (float("nan"), "not finite", "error"),
+        (float("inf"), "not finite", "error"),
+        (1.1e-2, "far above", "warning"),
+        (9e-3, None, None),
+        (0.0, None, None),
+        (-1e-19, None, None),  # the rounding of a cosine
+        (None, None, None),  # on a device, or an optimizer without a rate
+    ],
+)
+def test_absolute_bounds(rate, cause, severity):
+    finding = LearningRate.judge_bounds([(1e-3, 1e-3), (rate, None)], [1e-3, 1e-3])
+    assert (finding and finding.cause, finding and finding.severity) == (cause, severity)
+    assert finding is None or ("group 1" in finding.found and finding.to_json())
+
+
+def peaks(optimizer, scheduler=None, learning_rate=5e-5) -> list[float]:
+    inner = SimpleNamespace(lr_scheduler=scheduler)
+    run = SimpleNamespace(args=SimpleNamespace(learning_rate=learning_rate), inner_optimizer=optimizer, trainer=inner)
+    return [peak_of(group, run) for group in optimizer.param_groups]
+
+
+def test_healthy_schedules_of_ones_own_stay_within_the_bounds():
+    def optimizer(**rate):
+        return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], **rate)
+
+    one_cycle = optimizer(lr=1e-3)
+    schedulers = [torch.optim.lr_scheduler.OneCycleLR(one_cycle, max_lr=0.5, total_steps=100)]
+    cyclic = optimizer(lr=1e-4)
+    schedulers.append(torch.optim.lr_scheduler.CyclicLR(cyclic, base_lr=1e-4, max_lr=0.3, step_size_up=20))
+    noam = optimizer(lr=1.0)
+    schedulers.append(torch.optim.lr_scheduler.LambdaLR(noam, lambda s: 0.06 * min((s + 1) ** -0.5, (s + 1) / 1e3)))
+    warm = optimizer(lr=3.0)
+    schedulers.append(torch.optim.lr_scheduler.LinearLR(warm, 1e-3, 1.0, 50))
+    greedy = optimizer(lr=1e-3)
+    schedulers.append(get_scheduler("greedy", greedy, scheduler_specific_kwargs={"max_lr": 0.1}))
+    for own, scheduler in zip((one_cycle, cyclic, noam, warm, greedy), schedulers, strict=True):
+        limits = peaks(own, scheduler)
+        for step in range(100):
+            assert LearningRate.judge_bounds([(own.param_groups[0]["lr"], None)], limits) is None
+            own.step()
+            scheduler.step(*([5.0 - 0.01 * step] if own is greedy else []))
+
+
+def test_a_group_that_was_added_later_is_held_to_the_largest_peak():
+    assert LearningRate.judge_bounds([(1e-3, None), (5e-3, None)], [1e-3]) is None
+    assert LearningRate.judge_bounds([(1e-3, None), (5e-2, None)], [1e-3]).cause == "far above"
 
 
 def test_a_schedule_that_runs_too_fast_is_named():

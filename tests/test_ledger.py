@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recipe.guards.copies import WINDOW
 from recipe.guards.guard import Finding
 from recipe.guards.hashtable import HashTable, SampledTable
-from recipe.guards.ledger import EVERY, MIN_ROWS, MIN_TOKENS, WINDOW, Ledger, hash_rows
+from recipe.guards.ledger import EVERY, MIN_ROWS, MIN_TOKENS, Ledger, hash_rows
 from recipe.guards.repetition import Repetition
 
 NATS = 4.0
@@ -49,13 +50,13 @@ def check_overlap(ledger: Ledger, nats: float = NATS) -> Finding | None:
     return Repetition.judge_overlap(ledger, nats)
 
 
-def feed(ledger: Ledger, rows, start: int = 1, rows_per_step: int = 8, nats: float = NATS):
+def feed(ledger: Ledger, rows, start: int = 1, rows_per_step: int = 8, nats: float = NATS, eos_ids=()):
     """Feed the rows on one rank, two rows in a micro-batch, and give back the findings of all steps."""
     findings = []
     for number in range(0, len(rows), rows_per_step):
         step = start + number // rows_per_step
         part = rows[number : number + rows_per_step]
-        ledger.observe_train(part, [(step, 0, index // 2, index % 2) for index in range(len(part))])
+        ledger.observe_train(part, [(step, 0, index // 2, index % 2) for index in range(len(part))], eos_ids)
         findings.append(check_repetition(ledger, step, nats))
     return [finding for finding in findings if finding is not None]
 
@@ -69,6 +70,76 @@ def reloaded(ledger: Ledger, path) -> Ledger:
     np.savez(path / "ledger.npz", **ledger.state())
     with np.load(path / "ledger.npz") as state:
         return Ledger.from_state(state)
+
+
+# --- shared text is silent, and rows that hold it and come again are not
+
+EOS = np.array([1], np.int32)
+
+
+def filled(seed: int, tokens: int) -> np.ndarray:
+    """Text without an EOS."""
+    return np.where((ids := text(seed, tokens)) == 1, 2, ids)
+
+
+def dialogs(count: int, prompt, shortest: int = 5, longest: int = 300) -> list[np.ndarray]:
+    """`prompt` is given a number. Answers are as short as a few tokens."""
+    sizes = np.random.default_rng(0).integers(shortest, longest, count)
+    return [np.concatenate([prompt(i), filled(9000 + i, size), EOS]) for i, size in enumerate(sizes)]
+
+
+def system_prompt(number: int) -> np.ndarray:
+    return filled(77, 200)
+
+
+def prompt_of_four(number: int) -> np.ndarray:
+    return filled(number // 4, 150)
+
+
+def prompt_of_four_far_apart(number: int) -> np.ndarray:
+    return filled(number % 200, 150)
+
+
+def system_turn(number: int) -> np.ndarray:
+    return np.concatenate([filled(77, 150), EOS, filled(5000 + number, 60)])
+
+
+def template(number: int) -> np.ndarray:
+    fields = [filled(1000 * part + number, 20 + number % 30) for part in (2, 3)]
+    return np.concatenate([fields[0], filled(78, 90), fields[1], filled(79, 80)])
+
+
+PROMPTS = [system_prompt, prompt_of_four, prompt_of_four_far_apart, system_turn, template]
+
+
+@pytest.mark.parametrize("size", [0, 1024])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_shared_text_is_no_repetition(prompt, size):
+    """In rows of their own, and packed."""
+    order = dialogs(800, prompt, shortest=60 if prompt in (template, system_turn) else 5)
+    assert feed(Ledger(), pack(order, size) if size else order, eos_ids=(1,)) == []
+
+
+@pytest.mark.parametrize("size", [0, 512])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_rows_with_shared_text_that_come_again_are_found(prompt, size):
+    order = dialogs(150, prompt, shortest=60)
+    found = feed(Ledger(), pack(order * 3, size, shift=7) if size else order * 3, eos_ids=(1,))
+    assert found[-1].severity == "warning" and found[-1].evidence["share"] > 0.5
+
+
+def test_rows_that_overlap_are_found():
+    """The first half of each row is the second half of the last: the same text, at another place."""
+    stream = filled(3, 100_000)
+    rows = [stream[start : start + 512] for start in range(0, 99_000, 256)]
+    assert feed(Ledger(), rows)[-1].severity == "warning"
+
+
+def test_a_few_documents_among_new_ones_are_found():
+    new = [np.concatenate([filled(20_000 + number, 200), EOS]) for number in range(300)]
+    few = [np.concatenate([filled(number, 250), EOS]) for number in range(12)]
+    order = [document for number, each in enumerate(new) for document in (each, few[number % 12])]
+    assert any(finding.severity == "warning" for finding in feed(Ledger(), pack(order, 512), eos_ids=(1,)))
 
 
 # --- silent

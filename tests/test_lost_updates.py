@@ -1,12 +1,13 @@
 """Updates that do not arrive: on hand-written numbers, and on tiny models under torch's AdamW."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl
 
 from recipe.guards.gradients import GradientNorms
 from recipe.guards.guard import NotApplicable
@@ -114,19 +115,20 @@ def test_small_updates_are_found(small, found):
 
 
 @pytest.mark.parametrize(
-    ("changes", "found"),
+    ("changes", "rise", "found"),
     [
-        ([0.0] * 20 + [0.1], True),
-        ([0.0] * 20, False),
-        ([0.1] * 20, False),  # a projection after each step
-        ([0.0] * 4 + [0.1], False),  # too early to say
+        ([0.1], 0.2, True),
+        ([0.1], math.nan, False),
+        ([0.1], 0.001, False),  # adapters were merged
+        ([0.1], -0.3, False),  # an average that is better
+        ([0.0], 0.2, False),  # averaged weights were put back
+        ([], 0.2, False),
     ],
 )
-def test_who_begins_to_write_to_the_weights_is_found(changes, found):
-    finding = LostUpdates.judge_writes("norm", changes, was_saved=True)
+def test_a_write_that_makes_the_model_worse_is_found(changes, rise, found):
+    finding = LostUpdates.judge_writes(changes, rise)
     assert (finding is not None) is found
     assert not found or (finding.id, finding.severity) == ("lost_updates", "warning")
-    assert not found or LostUpdates.judge_writes("norm", changes, was_saved=False).severity == "info"
 
 
 @pytest.mark.parametrize("vector", [True, False])
@@ -134,12 +136,22 @@ def test_who_begins_to_write_to_the_weights_is_found(changes, found):
 def test_writes_to_the_small_parameter_alone_are_judged(vector, is_loss_scaled):
     model = llama()
     guard = set_up(model, torch.optim.AdamW(model.parameters()))
-    found = []
-    for number in range(1, 31):
-        norms = GradientNorms("norm", False, 1.0, 0.0, 1.0, 1.0, 0.3 * (number == 30), 0.0, of_matrices=not vector)
-        step = observed(guard, None, gradients=[norms], run=SimpleNamespace(is_loss_scaled=is_loss_scaled))
-        found += [(number, finding.severity) for finding in step]
-    assert found == ([(30, "info")] if vector and not is_loss_scaled else [])
+    norms = GradientNorms("norm", False, 1.0, 0.0, 1.0, 1.0, 0.3, 0.0, of_matrices=not vector)
+    given = dict(gradients=[norms], run=SimpleNamespace(is_loss_scaled=is_loss_scaled), was_saved=True)
+    assert len(observed(guard, {"rise": 0.2}, **given)) == (vector and not is_loss_scaled)
+
+
+def test_the_loss_is_compared_over_a_save_only():
+    model, losses = llama(), iter([3.0, 3.5])
+    guard = set_up(model, torch.optim.AdamW(model.parameters()))
+    guard.run.pinned = SimpleNamespace(losses=lambda times: [next(losses)])
+    guard.before_micro_step(guard.run)
+    assert guard.measure(LocalStep()) is None
+    guard.run.trainer.control.should_save = True
+    assert guard.measure(LocalStep()) is None
+    guard.run.trainer.control.should_save = False
+    guard.before_micro_step(guard.run)
+    assert guard.measure(LocalStep()) == {"rise": 0.5}
 
 
 # --- the guard over steps
@@ -156,6 +168,10 @@ def set_up(model, optimizer, step=0, **facts) -> LostUpdates:
         is_sharded=False,
         is_compiled=False,
         step=step,
+        trainer=SimpleNamespace(
+            control=TrainerControl(), args=SimpleNamespace(torch_compile=False), model_wrapped=model
+        ),
+        pinned=None,
     )
     guard = LostUpdates()
     guard.setup(SimpleNamespace(**{**given, **facts}))

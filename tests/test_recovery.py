@@ -1,10 +1,13 @@
 """A finding that is still true never recovers: what the log says of a fault that stays, and of a resume."""
 
+import json
 import logging
 
 import torch
 from transformers import Trainer
 
+from recipe.guards.guard import Guard
+from recipe.guards.reporter import PATIENCE, Reporter
 from tests.test_guards_on_runs import alarms, as_rows, make_model, make_trainer, shifted, text, watch
 
 STEPS = 48  # past the 20 clear judgments after which a finding recovers, twice
@@ -74,3 +77,40 @@ def with_loss(loss):
     model = make_model()
     model.loss_function = loss
     return model
+
+
+# --- one slot per cause
+
+
+class Blocked(Guard):
+    ids = {"blocked": "Something is blocked."}
+
+
+def reported(*verdicts) -> list[str]:
+    """The first likely cause of each finding that is reported, of verdicts of one step after the other."""
+    reporter = Reporter((Blocked,), frozenset(), lambda finding: None)
+    for step, verdict in enumerate(verdicts, 1):
+        reporter.take([verdict], step, 0)
+    return [finding.likely_causes[0] for finding in reporter.findings]
+
+
+def blocked(likely: str, severity="warning", **more):
+    return Blocked.finding(severity, "something", "nothing", (likely,), **more)
+
+
+def test_another_cause_is_reported_while_the_first_is_open():
+    assert reported(blocked("door"), blocked("road"), blocked("door")) == ["door", "road"]
+    assert reported(blocked("12 doors"), blocked("3 doors")) == ["12 doors"]  # numbers change while a fault lasts
+    assert reported(blocked("door", cause="a"), blocked("road", cause="a")) == ["door"]
+    assert reported(blocked("door", "info"), blocked("road"), blocked("door")) == ["door", "road", "door"]  # worse
+
+
+def test_each_cause_is_over_by_itself_and_is_kept_in_a_checkpoint():
+    reporter = Reporter((Blocked,), frozenset(), lambda finding: None)
+    reporter.take([blocked("door", check="steps"), blocked("road", check="saves")], 1, 0)
+    for step in range(2, 2 + PATIENCE):
+        reporter.take([Blocked.clear(check="saves")], step, 0)
+    assert [each.finding.likely_causes for each in reporter.open.values()] == [("door",)]
+    resumed = Reporter((Blocked,), frozenset(), lambda finding: None)
+    resumed.load(json.loads(json.dumps(reporter.save())))
+    assert resumed.open.keys() == reporter.open.keys() == {"blocked door"}

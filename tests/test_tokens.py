@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from recipe.guards.batches import SCORED, VALID, SeenTokens
+from recipe.guards.batches import SCORED, VALID, SeenTokens, flags_of
 from recipe.guards.double_bos import DoubleBos, count_bos
 from recipe.guards.eos import EosNeverTarget
 from recipe.guards.padding import PaddingIsTarget
-from recipe.guards.run import bos_token_id_of, tokenizer_sizes_of
+from recipe.guards.run import Run, bos_token_id_of, tokenizer_sizes_of
 from recipe.guards.token_range import TokenRange
 
 
@@ -92,6 +93,27 @@ def test_scored_padding_and_rows_of_one_token_are_counted():
     assert guard.state == {"targets": 3 * (length - 1) - 9, "padding": 0, "rows": 3, "filled": 1}
     verdict(guard, seen([text], valid=text < 6, scored=scored), seen([[5] * 8], scored=True))
     assert guard.state == {"targets": 4 * (length - 1) - 1, "padding": 9, "rows": 5, "filled": 1}
+
+
+def test_padding_is_known_by_its_token_where_there_is_no_mask():
+    """The first of a row's last padding tokens may be an EOS that is scored; what is not scored is padding."""
+    ids = torch.tensor([[5, 6, 0, 0, 0], [5, 0, 6, 7, 0], [5, 6, 7, 8, 9], [5, 6, 7, 0, 0]])
+    labels = ids.clone()
+    labels[3, 3:] = -100
+
+    def valid(pad, mask=None):
+        return (flags_of(ids, labels, mask, None, pad) & VALID).tolist()
+
+    assert valid(0) == [[1, 1, 1, 0, 0], [1] * 5, [1] * 5, [1, 1, 1, 0, 0]]
+    assert valid(None) == [[1] * 5] * 4 == valid(0, torch.ones_like(ids))
+    flags = flags_of(ids, labels, None, None, 0).numpy()
+    assert PaddingIsTarget.count(SeenTokens(ids.numpy(), flags))["padding"] == 2
+
+
+@pytest.mark.parametrize(("tokenizer", "config", "pad"), [(3, 4, 3), (None, 4, 4), (None, None, None), (0, 4, 0)])
+def test_the_pad_token_is_the_tokenizers_or_the_models(tokenizer, config, pad):
+    own, model = SimpleNamespace(pad_token_id=tokenizer), SimpleNamespace(config=SimpleNamespace(pad_token_id=config))
+    assert Run.pad_token_id.fget(SimpleNamespace(tokenizer=own, model=model)) == pad
 
 
 def test_eos_is_counted_in_the_text_and_among_the_targets():

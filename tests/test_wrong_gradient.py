@@ -117,7 +117,7 @@ def test_a_detached_residual_path_is_found():
     layer.forward = forward
     finding = probe(trained(model, 40))
     assert (finding.id, finding.severity) == ("wrong_gradient", "info") and finding.evidence["stops_gradients"]
-    assert "perhaps on purpose" in finding.found
+    assert "perhaps on purpose" in finding.likely_causes[0]
 
 
 # --- healthy

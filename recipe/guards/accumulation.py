@@ -14,6 +14,7 @@ from recipe.guards.gradients import GradientNorms
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
 from recipe.guards.recording import recover_loss_targets
 from recipe.guards.sandbox import first_positions, scaled_loss_of
+from recipe.guards.updates import shorten
 
 # One label in so many stays in the second micro-batch of the probe. Derived: a mean of means then weighs the tokens of
 # the two 0.56 and 4.5 times, which is the 40 % below.
@@ -172,7 +173,6 @@ class AccumulationMismatch(Guard):
         counts = scored.sum(dim=1).tolist()
         cause, is_mean = _cause(ratios, counts)
         found = f"tokens weigh {ratios[0]:.2f} and {ratios[1]:.2f} in micro-batches of {counts[0]} and {counts[1]}"
-        found += " (this run's rows are scored alike)" if is_even else ""
         causes = tuple(dict.fromkeys((cause, "the loss ignores num_items_in_batch", "a custom compute_loss")))
         severity, evidence = "info" if is_mean and is_even else "warning", {"ratios": ratios, "scored": counts}
         return cls.finding(severity, found, "1.00 and 1.00", causes, ACTION, evidence, check=PROBE)
@@ -203,8 +203,7 @@ class AccumulationMismatch(Guard):
             found, expected = f"the micro-batches of a step weigh {factor:.3g} together", "1"
             causes = ("the loss is not divided by accumulation steps or ranks, or twice, or by masked positions too",)
         elif is_uneven and spread > 1 + cls.UNEVEN:
-            found = f"a token weighs {spread:.2f} times as much in one micro-batch as in another"
-            expected = f"the same in all: 1 of {total:,} scored tokens"
+            found, expected = f"a token weighs {spread:.2f} times as much as in another micro-batch", f"1 of {total:,}"
             causes = ("means of micro-batches with different numbers of scored tokens are averaged",)
         else:
             return None
@@ -225,7 +224,7 @@ class AccumulationMismatch(Guard):
             return None
         off, is_unshifted = abs(num_items / scored - 1), num_items == unshifted
         is_harmless = off < cls.MAX_COUNT_OFF or (is_unshifted and off < cls.MAX_UNSHIFTED_OFF)
-        found = f"num_items_in_batch {num_items:,.0f}: the loss is {scored / num_items:.3f} of the mean per token"
+        found = f"num_items_in_batch {num_items:,.0f}: loss {scored / num_items:.3f} of the mean per token"
         causes = ("the count is of other rows than the step's", "padding or prompts are counted")
         action = "count labels[..., 1:] != -100 over all micro-batches of the step"
         if is_unshifted:
@@ -250,8 +249,8 @@ class AccumulationMismatch(Guard):
         cause = "gradients of the step before were not set to zero" if before else "the gradient was dropped"
         if num_micro_batches > 1:
             cause = "zero_grad or an optimizer step between the micro-batches of one step"
-        where = f"the sum of its {num_micro_batches} micro-batches"
-        found = f"the gradient of {norms.name} at the step is off {where} by {error / largest:.0%}"
+        where = f"its {num_micro_batches} micro-batches"
+        found = f"gradient of {shorten(norms.name)} {error / largest:.0%} off {where}"
         causes = (cause, "gradients are changed or dropped after backward")
         action = "zero the gradients once, after each optimizer step, and step once in a window"
         evidence = {"sum": total, "difference": error, "at_step": before, "micro_batches": num_micro_batches}

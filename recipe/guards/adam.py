@@ -9,6 +9,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from recipe.guards.gradients import sample
 from recipe.guards.guard import PROBE, Finding, Guard, NotApplicable, Verdict, contained
+from recipe.guards.updates import shorten
 from recipe.internals import has_step_post_hooks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -159,12 +160,11 @@ class OptimizerOff(Guard):
             for part, (error, change, size) in zip(PARTS, parts, strict=True):
                 if not error > cls.MAX_ERROR * change + cls.ROUNDING * size:
                     continue
-                nothing = f"{error:.2g} where nothing should change it"
-                off = f"{error / change:.0%} of its change" if change > 0 else nothing
+                off = f"{error / change:.0%} of its change" if change > 0 else f"{error:.2g}, where none is due,"
                 return cls.finding(
                     "warning",
-                    found=f"the {part} of {name} is off from Adam's definition by {off}",
-                    expected=f"within {cls.MAX_ERROR:.0%}, for the betas, epsilon, decay and rate of its group",
+                    found=f"{part} of {shorten(name)} {off} off Adam's",
+                    expected=f"within {cls.MAX_ERROR:.0%}",
                     causes=(LIKELY[part], "the optimizer's step was replaced, or its state was overwritten"),
                     action="compare one step of this parameter with torch.optim.AdamW on a copy of it",
                     evidence={"parameter": name, "part": part, "error": error, "change": change, "size": size},
@@ -180,7 +180,7 @@ class OptimizerOff(Guard):
         return cls.finding(
             "warning",
             found=f"beta1 {swapped[0][0]:g} is larger than beta2 {swapped[0][1]:g}",
-            expected="smaller: the momentum is of fewer steps than the scale that divides it",
+            expected="smaller",
             causes=("adam_beta1 and adam_beta2 were swapped",),
             action="check adam_beta1 and adam_beta2; usual are 0.9 and 0.95 to 0.999",
             evidence={"beta1": swapped[0][0], "beta2": swapped[0][1]},

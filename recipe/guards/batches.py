@@ -105,15 +105,16 @@ def send_tokens(inputs, pad_token_id: int | None) -> PendingTokens | None:
 
 def flags_of(ids, labels, attention_mask, position_ids, pad_token_id: int | None) -> torch.Tensor:
     """uint8 `[rows, positions]`, see `SeenTokens`. Without labels every token is scored. Without a 2-D mask, padding
-    is the padding token where it is masked out of the loss, from some place up to the row's end."""
+    are the padding tokens at a row's end; the first of them is text where it is scored, since it may be an EOS."""
     flags = torch.zeros(ids.shape, dtype=torch.uint8, device=ids.device)
     has_labels = isinstance(labels, torch.Tensor) and labels.shape == ids.shape
     is_scored = labels != IGNORE_INDEX if has_labels else torch.ones_like(ids, dtype=torch.bool)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == ids.shape:
         is_valid = attention_mask != 0
     elif pad_token_id is not None:
-        is_pad = (ids == pad_token_id) & ~is_scored
-        is_valid = ~(is_pad.flip(1).cumprod(dim=1).flip(1).bool())
+        is_pad = (ids == pad_token_id).flip(1).cumprod(dim=1).flip(1).bool()
+        is_first = is_pad & ~torch.nn.functional.pad(is_pad, (1, 0))[:, :-1]
+        is_valid = ~is_pad | (is_first & is_scored)
     else:
         is_valid = torch.ones_like(is_scored)
     flags += VALID * is_valid

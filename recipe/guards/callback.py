@@ -214,6 +214,8 @@ class RegressionCallback(TrainerCallback):
             self.session.explain_waiting()
             if self.session.failure is not None:  # since the last exchange
                 self._give_up(self.session.failure)
+            if self.is_main and not self.must_write:  # the recipe's own run says it with its results
+                _log_verdict(self)
         self._release()
 
     @property
@@ -285,6 +287,15 @@ def _scheduled_rates(scheduler) -> list[float | None]:
         return [plain_rate(rate) for rate in scheduler.get_last_lr()]
     except (AttributeError, NotImplementedError):
         return []
+
+
+def _log_verdict(guards: RegressionCallback) -> None:
+    from recipe.results import verdict  # which imports this module
+
+    try:
+        logger.info("verdict: %s", verdict(guards, None).text)
+    except Exception as error:  # at the end of a training that has nothing to do with it
+        logger.debug("no verdict", exc_info=error)
 
 
 def _write(must: bool, action: Callable, *arguments) -> str | None:

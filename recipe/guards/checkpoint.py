@@ -35,8 +35,8 @@ def write_session(checkpoint: Path, numbers: dict, arrays: dict[str, np.ndarray]
     with partial.open("wb") as file:
         np.savez(file, **arrays)
     partial.replace(checkpoint / ARRAYS)
-    partial = checkpoint / f"{NUMBERS}.partial"
-    partial.write_text(dumps({**numbers, "taps": plain}), encoding="utf-8")
+    partial, shapes = checkpoint / f"{NUMBERS}.partial", {name: np.shape(array) for name, array in arrays.items()}
+    partial.write_text(dumps({**numbers, "taps": plain, "shapes": shapes}), encoding="utf-8")
     partial.replace(checkpoint / NUMBERS)
 
 
@@ -49,7 +49,12 @@ def read_session(checkpoint: Path) -> Saved | None:
         if not isinstance(numbers, dict):
             raise ValueError(f"{NUMBERS} holds no JSON object")
         with np.load(checkpoint / ARRAYS, allow_pickle=False) as file:
-            return Saved(numbers, dict(file))
+            arrays = dict(file)
+        shapes = numbers.get("shapes", {})
+        cut = [name for name, array in arrays.items() if shapes.get(name, None) != list(array.shape)]
+        for name in cut:  # its owner then misses it, and starts fresh
+            del arrays[name]
+        return Saved(numbers, arrays)
     except Exception as error:  # a damaged archive fails in many ways, and none may end a run
         warn_damaged(checkpoint, f"{type(error).__name__}: {error}")
         return None

@@ -70,15 +70,15 @@ class EvalNotRepeatable(Guard):
         causes = ("dropout is on while evaluating", "random numbers are drawn", "the model changes itself")
         action = "look for layers with training=True, or a dropout rate passed to attention, in eval mode"
         evidence = {"first": first, "second": second, "difference": difference}
-        expected = f"equal to {limit:.0e} of the loss"
+        expected = f"equal to {limit:.0e}"
         return cls.finding("warning", found, expected, causes, action, evidence, check=check)
 
     @classmethod
     def _other_rows(cls, name: str, count: int) -> Finding:
-        found = f"{count:,} rows that are not those of the first evaluation ({name})"
+        found = f"{count:,} rows that the first evaluation had not ({name})"
         causes = ("the eval data is a stream that goes on where it stopped, or is shuffled", "other workers or ranks")
         action, evidence = "take a fixed number of rows from a fixed place, each time again", {"rows": count}
-        return cls.finding("warning", found, "the same, in any order", causes, action, evidence, check="rows")
+        return cls.finding("warning", found, "the same rows", causes, action, evidence, check="rows")
 
 
 class EvalTrainMismatch(Guard):
@@ -142,13 +142,15 @@ class EvalTrainMismatch(Guard):
     @classmethod
     def _mismatch(cls, value: float, wanted: float, what: str, check: str) -> Finding:
         factor = name_factor(value, wanted)
-        found = f"eval loss {value:.4f}" + (f", {factor} of {what}" if factor else "")
+        found, wanted_text = f"eval loss {value:.4f}", f"{wanted:.4f}, {what}"
+        if factor:
+            found, wanted_text = f"{found}, {factor} of {what}", f"{wanted:.4f}"
         causes = ("another loss: labels, shift, masking or reduction differ", "weights changed in between")
         if factor:
             causes = ("multiplied or divided by the number of processes, micro-batches or rows", *causes)
         action = "compute the eval loss of one batch by hand: the mean cross entropy over its scored tokens"
         evidence = {"eval_loss": value, "expected": wanted}
-        return cls.finding("warning", found, f"{wanted:.4f}, {what}", causes, action, evidence, check=check)
+        return cls.finding("warning", found, wanted_text, causes, action, evidence, check=check)
 
 
 class TrainEvalGap(Guard):

@@ -1,6 +1,7 @@
 """Parameters that should train and do not."""
 
 import re
+import zlib
 from collections.abc import Iterator
 
 import torch
@@ -16,12 +17,12 @@ class FrozenParameters(Guard):
     """Parameters that should train do not move.
 
     When: before step 1; after the first 8 steps with a rate above 1e-6, after a resume too; after 16 steps without a
-        gradient.
-    Measured: the parameter groups and `requires_grad`; in the first steps up to 4,096 elements of each parameter
-        before and after the step, and its largest gradient; at every step, whether it has a gradient. An error:
-        parameters in no optimizer group, or with a gradient and no movement. A warning: no gradient; more than half of
-        a new model frozen, or of the model without gradient later. Information: fewer, the base of adapters (PEFT),
-        and experts without tokens.
+        gradient; when a parameter is unfrozen.
+    Measured: the parameter groups and `requires_grad`, at every step too; in the first steps up to 4,096 elements of
+        each parameter before and after the step, and its largest gradient; at every step, whether it has a gradient.
+        An error: parameters in no optimizer group, or with a gradient and no movement. A warning: no gradient; more
+        than half of a new model frozen, or of the model without gradient later. Information: fewer, layers that
+        are trained in turn, and experts without tokens. What PEFT freezes is frozen on purpose.
     Try: building the optimizer from the final model, after it was wrapped, cast and resized. Without a gradient: look
         for `detach()` or `no_grad()` on the path to the loss.
     Cannot see: parameters that stop moving later while their gradient is still computed; movement of half-precision
@@ -41,15 +42,21 @@ class FrozenParameters(Guard):
         device = next((p.device for _, p in self.training), None)
         reached = torch.zeros(2, len(self.training), device=device)  # largest gradient in the first steps, has moved
         # num_steps: measured of the first ones, one more once they were sent. steps_without: a gradient, after one
-        self.state = {"num_steps": 0, "reached": reached, "steps_without": {}}
+        self.state = {"num_steps": 0, "reached": reached, "steps_without": {}, "takes_turns": False}
+        self.optimizer, self._held = run.optimizer, held_by(run.optimizer)
+        # Else the optimizer holds copies, or the finding before step 1 is about them.
+        is_held = all(id(p) in self._held for _, p in self.training)
+        self.unfreezable = [(n, p) for n, p in run.named_parameters if not p.requires_grad] if is_held else []
 
     def inspect(self, run) -> Iterator[Verdict]:
-        trains_all = run.is_new_model and not has_adapters(run.model)
-        yield self.judge_groups(run.named_parameters, run.optimizer, trains_all) or self.clear(check=PROBE)
+        finding = self.judge_groups(run.named_parameters, run.optimizer)
+        if finding is None and not has_adapters(run.model):
+            finding = self._judge_on_purpose(run.named_parameters, run.is_new_model)
+        yield finding or self.clear(check=PROBE)
 
     def before_step(self, local) -> None:
-        stopped = self._count_steps_without()
-        self._payload = {"stopped": stopped} if stopped else {}
+        told = {"stopped": self._count_steps_without(), "unfrozen": self._find_unfrozen()}
+        self._payload = {name: names for name, names in told.items() if names}
         if not self.training:
             return
         if self.state["num_steps"] == FIRST_STEPS:
@@ -79,13 +86,25 @@ class FrozenParameters(Guard):
                 stopped += [name] if counts[name] == self.STOPPED_STEPS else []
         return stopped
 
+    def _find_unfrozen(self) -> list[str]:
+        """Those that want a gradient by now and are in no group, as when layers are unfrozen in turn (LISA)."""
+        wanting = [(n, p) for n, p in self.unfreezable if p.requires_grad]
+        self.state["takes_turns"] |= bool(wanting)
+        if any(id(p) not in self._held for _, p in wanting):
+            self._held = held_by(self.optimizer)  # they may have been added since
+        missing = [(n, p) for n, p in wanting if id(p) not in self._held]
+        self.unfreezable = [(n, p) for n, p in self.unfreezable if all(p is not other for _, other in missing)]
+        return [name for name, _ in missing]
+
     def measure(self, local) -> dict | None:
         return self._payload or None
 
     def observe(self, step) -> Iterator[Verdict]:
         measured = step.payload(self) or {}
+        if "unfrozen" in measured:
+            yield self._in_no_group(measured["unfrozen"], "that were unfrozen", "unfrozen")
         if "stopped" in measured:
-            yield self.judge_stopped(self.training, measured["stopped"])
+            yield self.judge_stopped(self.training, measured["stopped"], self.state["takes_turns"])
         if "reached" in measured:
             yield self.judge(self.training, *measured["reached"]) or self.clear(check="first_steps")
 
@@ -102,36 +121,39 @@ class FrozenParameters(Guard):
     # --- judging
 
     @classmethod
-    def judge_groups(cls, parameters: Parameters, optimizer, is_new_model: bool) -> Finding | None:
-        """Every parameter that wants a gradient is in a parameter group, and few of a new model do not want one.
+    def judge_groups(cls, parameters: Parameters, optimizer) -> Finding | None:
+        """Every parameter that wants a gradient is in a parameter group.
 
         `parameters`: of the model as the optimizer got it. Raises `CannotJudge` where an optimizer that is not torch's
         holds none of them: it may keep copies, and `judge` sees whether those come back.
         """
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        training = [(name, p) for name, p in parameters if p.requires_grad]
+        held, training = held_by(optimizer), [(name, p) for name, p in parameters if p.requires_grad]
         missing = [name for name, p in training if id(p) not in held]
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if missing and len(missing) == len(training) and not type(inner).__module__.startswith("torch.optim"):
             raise CannotJudge(f"{type(inner).__name__} holds none of the model's parameters itself, perhaps copies")
-        if not missing:
-            return cls._judge_on_purpose(parameters, is_new_model)
-        found = f"{len(missing)} of {len(training)} parameters in no optimizer group"
-        expected = "every parameter with requires_grad in one"
+        return cls._in_no_group(missing, f"of {len(training)}", PROBE) if missing else None
+
+    @classmethod
+    def _in_no_group(cls, names: list[str], of: str, check: str) -> Finding:
         causes = ("the optimizer was built before the final model", "groups were chosen by name and miss some")
         action = "build the optimizer from the wrapped, cast and resized model, or set requires_grad to False"
-        return cls._finding("error", found, expected, causes, missing, PROBE, action)
+        if check != PROBE:
+            causes = ("the optimizer was built from what trained at the start", "they were put in no group")
+            action = "build the optimizer from all parameters that will ever train, or call add_param_group"
+        return cls._finding("error", f"{len(names)} parameters {of} in no group", "all", causes, names, check, action)
 
     @classmethod
     def _judge_on_purpose(cls, parameters: Parameters, is_new_model: bool) -> Finding | None:
+        """Few parameters of a new model do not want a gradient."""
         frozen = [name for name, p in parameters if not p.requires_grad]
         if not frozen:
             return None
         share = share_of(frozen, parameters)
         is_odd = is_new_model and share > cls.FROZEN_SHARE
-        found = f"{share:.1%} of the parameters have requires_grad False"
-        expected = "most of a new model trains" if is_odd else "this, if it is on purpose"
-        causes = ("frozen on purpose (adapters, fixed positions)", "frozen by an earlier script")
+        found = f"{share:.1%} of the parameters frozen"
+        expected = f"under {cls.FROZEN_SHARE:.0%} of a new model" if is_odd else "this, if on purpose"
+        causes = ("frozen on purpose (fixed positions)", "frozen by an earlier script")
         action = "parameter.requires_grad_(True) for what shall train"
         return cls._finding("warning" if is_odd else "info", found, expected, causes, frozen, PROBE, action)
 
@@ -144,20 +166,22 @@ class FrozenParameters(Guard):
         plain = [row for row in rows if row[1].dtype not in LOW_PRECISION and row[1].numel() >= MOVING_ELEMENTS]
         still = [name for name, _, top, has_moved in plain if top > PLAIN_GRADIENT and not has_moved]
         if still:
-            found = f"{len(still)} of {len(rows)} parameters have a gradient and do not move"
+            found = f"{len(still)} of {len(rows)} have a gradient and do not move"
             causes = ("the optimizer holds other tensors than the model", "their group has a learning rate of 0")
             return cls._finding("error", found, "every one moves", causes, still, "first_steps")
         unreached = [name for name, _, top, has_moved in rows if top == 0.0 and not has_moved]
         causes = ("the forward pass does not use them", "detach() or no_grad() on their path to the loss")
-        found = f"of {len(rows)} parameters without gradient in {FIRST_STEPS} steps"
+        found = f"of {len(rows)} without gradient in {FIRST_STEPS} steps"
         return cls._without_gradient(unreached, parameters, found, 0.0, causes, "first_steps") if unreached else None
 
     @classmethod
-    def judge_stopped(cls, parameters: Parameters, stopped: list[str]) -> Finding:
-        """`stopped`: parameters that had a gradient before and have had none for STOPPED_STEPS steps."""
+    def judge_stopped(cls, parameters: Parameters, stopped: list[str], takes_turns: bool = False) -> Finding:
+        """`stopped`: parameters that had a gradient before and have had none for STOPPED_STEPS steps. `takes_turns`:
+        others were unfrozen during training, so that these are frozen on purpose."""
         causes = ("requires_grad was set to False", "the forward pass no longer uses them")
-        found = f"of {len(parameters)} parameters lost their gradient {cls.STOPPED_STEPS} steps ago"
-        return cls._without_gradient(stopped, parameters, found, cls.FROZEN_SHARE, causes, "stopped")
+        found = f"of {len(parameters)} without gradient for {cls.STOPPED_STEPS} steps"
+        max_share = 1.0 if takes_turns else cls.FROZEN_SHARE
+        return cls._without_gradient(stopped, parameters, found, max_share, causes, "stopped")
 
     @classmethod
     def _without_gradient(cls, names, parameters, found: str, max_share: float, causes, check: str) -> Finding:
@@ -165,21 +189,26 @@ class FrozenParameters(Guard):
         idle, cut = split_idle(names, parameters)
         if not cut:
             causes = ("experts to which no token is routed",)
-            return cls._finding("info", f"{len(idle)} {found}", "few, for some steps", causes, idle, check)
+            return cls._finding("info", f"{len(idle)} {found}", "few", causes, idle, check)
         severity = "warning" if share_of(cut, parameters) > max_share else "info"
-        return cls._finding(severity, f"{len(cut)} {found}", "a gradient in every step", causes, cut, check)
+        return cls._finding(severity, f"{len(cut)} {found}", "a gradient", causes, cut, check)
 
     @classmethod
     def _finding(cls, severity, found: str, expected: str, causes, names: list[str], check: str, action="") -> Finding:
         return cls.finding(
             severity,
-            found=f"{found} ({updates.first_of(names)})",
+            found=f"{found} ({updates.shorten(names[0])})",
             expected=expected,
             causes=causes,
             action=action or "follow the first of them from the forward pass to optimizer.param_groups",
             evidence={"names": names[:20], "count": len(names)},
             check=check,
+            cause=f"{causes[0]}: {zlib.crc32(' '.join(names).encode()):x}",  # other parameters are another fault
         )
+
+
+def held_by(optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def has_adapters(model: torch.nn.Module) -> bool:

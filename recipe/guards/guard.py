@@ -1,6 +1,7 @@
 """What a guard is, and what it says. `taps.py` has what it is given."""
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -11,6 +12,7 @@ Severity = Literal["info", "warning", "error"]
 SEVERITIES = ("info", "warning", "error")
 LINE_LENGTH = 160  # of a log line, with the prefix that the log format puts before it
 PREFIX = len("WARNING recipe.guards | ")
+SHORTEST_CAUSE = 16  # characters of a likely cause in the line; of fewer nothing is shown
 STEP, PROBE = "step", "probe"
 
 
@@ -28,7 +30,8 @@ class Finding:
 
     `found` and `expected` are short phrases with numbers. `likely_causes` starts with the most likely one. `evidence`
     holds the plain numbers behind it (JSON-able). `check`: which of the guard's checks found it; the finding is open
-    until each check that found it has recovered. The runner fills in `step` and `tokens_seen`.
+    until each check that found it has recovered. `cause`: which fault of this id it is. The same while the fault
+    lasts, whatever its numbers; two faults of one id are both reported. The runner fills in `step` and `tokens_seen`.
     """
 
     id: str
@@ -41,16 +44,23 @@ class Finding:
     action: str = ""
     evidence: dict = field(default_factory=dict)
     check: str = STEP
+    cause: str = ""
+
+    @property
+    def slot(self) -> str:
+        """Under which it is open: one for each fault."""
+        return f"{self.id} {self.cause}".rstrip()
 
     def log_line(self) -> str:
         """The message of the log line. It fits in 160 characters with its prefix `WARNING recipe.guards | `; the full
-        texts are in `findings.jsonl` and in the report."""
-        labels = ["found ", "expected "] + (["likely: "] if self.likely_causes else [])
-        texts = [self.found, self.expected, *self.likely_causes[:1]]
-        head = f"{self.id} | step {self.step}"
-        room = LINE_LENGTH - PREFIX - len(head) - sum(len(f" | {label}") for label in labels)
-        parts = zip(labels, _fit(texts, room), strict=True)
-        return " | ".join([head, *(label + text for label, text in parts)])
+        texts are in `findings.jsonl` and in the report. The likely cause has what room the others leave."""
+        head, labels = f"{self.id} | step {self.step}", (" | found ", " | expected ", " | likely: ")
+        room = LINE_LENGTH - PREFIX - len(head)
+        texts = _fit([self.found, self.expected], room - len(labels[0]) - len(labels[1]))
+        left = room - sum(map(len, (*labels, *texts)))
+        if self.likely_causes and left >= SHORTEST_CAUSE:
+            texts += _fit([self.likely_causes[0]], left)
+        return head + "".join(label + text for label, text in zip(labels, texts, strict=False))
 
     def to_json(self) -> str:
         return dumps(asdict(self))
@@ -217,11 +227,15 @@ class Guard:
         evidence: dict | None = None,
         id: str | None = None,
         check: str = STEP,
+        cause: str | None = None,
     ) -> Finding:
-        """`id`: may be left out by a guard that has one."""
+        """`id`: may be left out by a guard that has one. `cause`: see `Finding`; else the first likely cause without
+        its numbers."""
         name = id or cls._only_id()
         assert name in cls.ids, f"{cls.__name__} has no finding {name}"
-        return Finding(name, severity, 0, 0, found, expected, causes, action, evidence or {}, check)
+        if cause is None:
+            cause = re.sub(r"[\d.,%]+", "", causes[0]) if causes else ""
+        return Finding(name, severity, 0, 0, found, expected, causes, action, evidence or {}, check, cause)
 
     @classmethod
     def clear(cls, id: str | None = None, check: str = STEP) -> Clear:

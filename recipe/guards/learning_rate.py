@@ -10,9 +10,11 @@ from transformers.trainer_utils import SchedulerType
 
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
 from recipe.guards.run import Parameters, plain_rate
+from recipe.guards.updates import shorten
 from recipe.internals import created_scheduler
 
 Rates = list[tuple[float | None, float | None]]
+ZERO = 1e-12  # rates are as good as equal to it. Derived: the rounding of a cosine leaves 1e-19
 
 
 class LearningRate(Guard):
@@ -22,7 +24,9 @@ class LearningRate(Guard):
     Measured: the rate of each parameter group just before the update, against its initial rate times the factor of
         `transformers.get_scheduler` for the arguments; one step early or late is no fault, two steps off in a row are.
         The initial rate must be the one asked for, unless the optimizer is the user's own. With a scheduler of the
-        user's own: against what the scheduler says.
+        user's own: against what the scheduler says. Whoever's scheduler it is: an error at once where a rate is
+        negative or not finite, a warning where it is more than 10 times the peak (the largest of `learning_rate`, the
+        optimizer's own rate, the group's initial one, and the `max_lr` of a cycle).
     Try: printing `optimizer.param_groups` and `scheduler.last_epoch` at this step; building the scheduler from the
         optimizer that the Trainer is given.
     Cannot see: whether a schedule of the user's own is a sensible one; fp16 loss scaling, which skips steps now and
@@ -34,11 +38,13 @@ class LearningRate(Guard):
     TOLERANCE = 1e-3
     # Steps off in a row; the first after a resume still has the rate of the schedule as it was when saved.
     MIN_STEPS = 2
+    # Times the configured peak. Chosen, not measured: no schedule of transformers or torch goes above its peak.
+    FAR_ABOVE = 10.0
 
     def setup(self, run) -> None:
         self.schedule = schedule_of(run.trainer)
         initial = {plain_rate(group.get("initial_lr")) for group in run.optimizer.param_groups}
-        self.run = run
+        self.run, self.peaks = run, [peak_of(group, run) for group in run.optimizer.param_groups]
         self.state = {"off_steps": 0, "is_asked_for": run.args.learning_rate in initial}
 
     def inspect(self, run) -> Iterator[Verdict]:
@@ -46,6 +52,10 @@ class LearningRate(Guard):
             yield finding
 
     def observe(self, step) -> Iterator[Verdict]:
+        if finding := self.judge_bounds(step.learning_rates, self.peaks):
+            yield finding
+            return
+        yield self.clear(check="bounds")
         if isinstance(self.schedule, CannotJudge):
             finding = self.judge_scheduled(step.learning_rates, step.scheduled_rates)
         else:
@@ -59,6 +69,30 @@ class LearningRate(Guard):
                 yield finding
             raise self.schedule
         yield finding if is_off else self.clear()
+
+    @classmethod
+    def judge_bounds(cls, used: Rates, peaks: list[float]) -> Finding | None:
+        """`used`: of each parameter group; groups that were added later are held to the largest of `peaks`."""
+        peaks = [*peaks, *[max(peaks, default=0.0)] * (len(used) - len(peaks))]
+        for group, ((lr, _), peak) in enumerate(zip(used, peaks, strict=False)):
+            if lr is None or -ZERO <= lr <= (cls.FAR_ABOVE * peak or math.inf):
+                continue
+            is_far = lr > 0 and math.isfinite(lr)
+            causes = ("the schedule ran past its end", "the schedule's formula")
+            if is_far:
+                causes = ("the schedule multiplies a rate that is no longer the initial one", "another unit of steps")
+            expected = f"{peak:.4g} at most" if is_far else "0 or above" if lr < 0 else "finite"
+            return cls.finding(
+                "warning" if is_far else "error",
+                found=f"learning rate {lr:.4g} in parameter group {group}",
+                expected=expected,
+                causes=causes,
+                action="print what the scheduler gives for each step of the run before you train on",
+                evidence={"used": used, "peaks": peaks},
+                check="bounds",
+                cause="far above" if is_far else "negative" if lr < 0 else "not finite",
+            )
+        return None
 
     @classmethod
     def judge(
@@ -80,11 +114,11 @@ class LearningRate(Guard):
         factor = multiplier(step)
         if off:
             group, lr, initial = off[0]
-            expected = f"{initial * factor:.4g} ({initial:.4g} x {factor:.4g}, the schedule)"
+            expected = f"{initial * factor:.4g} ({initial:.4g} x {factor:.4g})"
             causes = _causes(multiplier, step, lr, initial, world_size, gradient_accumulation_steps)
         elif asked_for and used and not any(initial is None or is_close(initial, asked_for) for _, initial in used):
             group, (lr, initial) = 0, used[0]
-            expected = f"{asked_for * factor:.4g} ({asked_for:.4g} asked for, {initial:.4g} in use)"
+            expected = f"{asked_for * factor:.4g} ({asked_for:.4g} asked for)"
             causes = ("the checkpoint brought its own learning rate", "the optimizer was built with another one")
         else:
             return None
@@ -95,6 +129,7 @@ class LearningRate(Guard):
             causes=causes,
             action="print optimizer.param_groups and scheduler.last_epoch at this step",
             evidence={"updates": step, "used": used, "factor": factor, "learning_rate": asked_for},
+            cause="schedule",
         )
 
     @classmethod
@@ -123,16 +158,25 @@ class LearningRate(Guard):
         names = [name for name, parameter in parameters if counts[id(parameter)] > 1]
         if not names or any(p.requires_grad and id(p) not in counts for _, p in parameters):
             return None
-        first = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         return cls.finding(
             "error",
-            found=f"parameters that are in the optimizer more than once: {len(names)} ({first})",
-            expected="once: each time it is there it is updated",
-            causes=("a shared weight was given to the optimizer once for each module that holds it",),
-            action="give each parameter once, as model.parameters() does",
+            found=f"{len(names)} parameters in the optimizer more than once ({shorten(names[0])})",
+            expected="once each",
+            causes=("a shared weight was given once for each module that holds it",),
+            action="each time it is there it is updated: give each parameter once, as model.parameters() does",
             evidence={"names": names[:20]},
             check=PROBE,
         )
+
+
+def peak_of(group: dict, run) -> float:
+    """The largest rate that anyone asked for: the arguments, the optimizer, the group, a cycle or a limit."""
+    asked = [run.args.learning_rate, getattr(run.inner_optimizer, "defaults", {}).get("lr")]
+    asked += [group.get("initial_lr"), group.get("max_lr"), group.get("lr")]
+    limits = getattr(run.trainer.lr_scheduler, "max_lrs", getattr(run.trainer.lr_scheduler, "max_lr", None))
+    asked += limits if isinstance(limits, (list, tuple)) else [limits]
+    rates = [plain_rate(rate) for rate in asked]
+    return max(rate for rate in rates if isinstance(rate, (int, float)) and math.isfinite(rate))
 
 
 def schedule_of(trainer) -> Callable[[int], float] | CannotJudge:
@@ -170,7 +214,7 @@ def expected_learning_rates(
 
 
 def is_close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=LearningRate.TOLERANCE, abs_tol=1e-12)
+    return math.isclose(a, b, rel_tol=LearningRate.TOLERANCE, abs_tol=ZERO)
 
 
 def _is_on(multiplier: Callable[[int], float], step: int, lr: float | None, initial: float | None) -> bool:
@@ -178,7 +222,7 @@ def _is_on(multiplier: Callable[[int], float], step: int, lr: float | None, init
     if lr is None or initial is None:
         return True
     around = [initial * multiplier(near) for near in (max(0, step - 1), step, step + 1)]
-    slack = LearningRate.TOLERANCE * max(around) + 1e-12
+    slack = LearningRate.TOLERANCE * max(around) + ZERO
     return min(around) - slack <= lr <= max(around) + slack
 
 

@@ -6,8 +6,8 @@ with probability 1 - (1 - 1/every)^(n - 63). Whole rows have digests, which is a
 
 Copies. A copy is a run of kept windows of one row that all lie the same distance behind where their text came first.
 Its tokens times the nats per token must exceed ln(pairs of positions compared) + 10, else chance explains it.
-Repetitive text is no copy: its matches change their distance from window to window (`_find_stretches`), and what a row
-repeats of itself is not counted (`_novelty`).
+Repetitive text is no copy: its matches change their distance from window to window (`find_stretches`), and what a row
+repeats of itself is not counted (`novelty`).
 
 Memory: a kept window takes 24 to 56 bytes (16 in a checkpoint), a row 28. 16M tokens keep 1M windows. The table is
 full at 4.2M (67M tokens, 96 MiB), and `every` doubles each time: at 1 billion tokens it is 256, and a copied row of
@@ -16,18 +16,27 @@ windows with the same hash: 1e-4 pairs in the first billion tokens.
 """
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from recipe.guards.copies import (
+    COUNTS,
+    MAX_NATS,
+    WINDOW,
+    cut_into_documents,
+    find_stretches,
+    least_tokens,
+    mark_shared,
+    novelty,
+    without_shared,
+)
 from recipe.guards.hashtable import SampledTable
 
 PLACE = ("step", "rank", "micro_step", "row")  # where a row was consumed; `row`: in the micro-batch
-# Tokens of a window, and one window in so many is kept. Chosen, not measured: 64 is near the 50 tokens of Lee et al.
-# 2022, and one in 16 keeps 1M windows of 16M tokens.
-WINDOW, EVERY = 64, 16
+# One window in so many is kept. Chosen, not measured: it keeps 1M windows of 16M tokens.
+EVERY = 16
 # Kept windows and rows, after which fewer are kept. Chosen to bound memory.
 MAX_WINDOWS, MAX_ROWS = 4 << 20, 4 << 20
 # Rows judged together: a duplicated document of 10,000 tokens, which is natural, must stay a small share, here 8 %.
@@ -41,12 +50,6 @@ INFO_SHARE = 0.10
 NEAR = 0.1
 # Rows after a resume, and the copied share of their tokens. Chosen, not measured: a replay copies all of them.
 REPLAY_ROWS, REPLAY_SHARE = 16, 0.5
-# An n-gram model that has learned nothing yet says ln V for any text, so no more than this is believed: the shortest
-# copy that counts has then 18 tokens at a million tokens seen. Chosen, not measured.
-MAX_NATS = 2.0
-# Derived: a copy counts when chance would give it less than e^-10 times among all pairs of positions.
-CHANCE_NATS = 10
-
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64
 
@@ -61,6 +64,10 @@ class Hashed(NamedTuple):
     row: np.ndarray
     at: np.ndarray
     key: np.ndarray
+
+    @property
+    def stop(self) -> np.ndarray:
+        return self.start + self.length
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -92,44 +99,6 @@ def hash_rows(rows: Sequence[np.ndarray]) -> Hashed:
     at = np.arange(len(row)) + (start - (np.cumsum(counts) - counts))[row]
     keys = _mix((sums[WINDOW:] - sums[:-WINDOW]) * inverses[: max(total - WINDOW + 1, 0)])
     return Hashed(start, length, digest.view(np.int64), row, at, keys.view(np.int64)[at])
-
-
-def _find_stretches(row, at, earlier, matched) -> np.ndarray:
-    """Runs of neighbouring windows that lie the same distance behind where their text came earlier, `[5, runs]`: row,
-    place of the first window, tokens to the last one's end, kept windows, place of the first one's text earlier.
-
-    Windows that overlap and come from different places say that their text is everywhere. Rows where that happens more
-    than once in 64 tokens are repetitive by nature and give nothing: periods, tables, a handful of sentences in any
-    order. In a copied document it happens where a third copy is cut in another place than the second.
-    """
-    if not matched.any():
-        return np.zeros((5, 0), np.int64)
-    behind, follows = at - earlier, np.zeros(len(at), bool)
-    both = matched[1:] & matched[:-1] & (row[1:] == row[:-1])
-    follows[1:] = both & (behind[1:] == behind[:-1])
-    first = (matched & ~follows).nonzero()[0]
-    last = (matched & ~np.append(follows[1:], False)).nonzero()[0]
-    breaks = (both & ~follows[1:] & (at[1:] - at[:-1] < WINDOW)).nonzero()[0]
-    matched_at, matched_row = at[matched], row[matched]
-    starts = np.append(True, matched_row[1:] != matched_row[:-1]).nonzero()[0]
-    ends = np.append(starts[1:], len(matched_row)) - 1
-    covered = np.zeros(int(row[-1]) + 1, np.int64)
-    covered[matched_row[starts]] = matched_at[ends] - matched_at[starts] + WINDOW
-    kept = (np.bincount(row[breaks], minlength=len(covered)) * WINDOW <= covered)[row[first]]
-    first, last = first[kept], last[kept]
-    return np.stack([row[first], at[first], at[last] - at[first] + WINDOW, last - first + 1, earlier[first]])
-
-
-def _novelty(row: np.ndarray) -> float:
-    """Share of a row's token pairs that are different: what it repeats of itself tells nothing of where it is from."""
-    pairs = row[:-1].astype(np.int64) << 32 | row[1:].astype(np.int64)
-    return len(np.unique(pairs)) / max(len(pairs), 1)
-
-
-def least_tokens(pairs: int, nats_per_token: float) -> float:
-    """Tokens that a copy must have more of, so that chance does not explain it among so many pairs of positions."""
-    nats = min(nats_per_token, MAX_NATS)
-    return (math.log(max(pairs, 1)) + CHANCE_NATS) / nats if nats > 0 else math.inf
 
 
 class _RowTable:
@@ -168,25 +137,30 @@ class Ledger:
     def __init__(self, max_windows: int = MAX_WINDOWS, max_rows: int = MAX_ROWS):
         self.tables = {"windows": SampledTable(max_windows, EVERY), "digests": SampledTable(max_rows)}
         self.tables |= {"eval_windows": SampledTable(max_windows), "eval_digests": SampledTable(max_rows)}
+        self.tables["tails"] = SampledTable(max_rows)  # the last window of each row and document
         self.rows = _RowTable(np.zeros(0, np.int64), np.zeros((0, 5), np.int32))
         self.tokens = self.micro_steps = self.passes = self._pass_start = self._near = 0
         self.resumed_at, self._was_repeating = -1, 0
         self.replay_rows = self._replay_tokens = self._replay_copied = 0
         # Of the newest rows: position (number of the first token in the run), tokens. Of the copies among them:
-        # position, tokens, tokens of surprise, distance, whether it is the whole row, position of the earlier text.
-        self._recent, self._copies = np.zeros((0, 2), np.int64), np.zeros((0, 6), np.int64)
+        # position, tokens, tokens of surprise, distance, whether it is the whole row, position of the earlier text,
+        # and what it is (`copies.mark_shared`).
+        self._recent, self._copies = np.zeros((0, 2), np.int64), np.zeros((0, 7), np.int64)
         # Of each eval row: start, length, surprise that more than half of it was copied with (tokens), step of a copy.
         # Of each eval token: the surprise that it was copied with.
         self.eval_rows, self._eval_hits = np.zeros((0, 4), np.int64), np.zeros(0, np.int32)
 
-    def observe_train(self, rows: Sequence[np.ndarray], places: Sequence[Sequence[int]]) -> None:
-        """`rows`: token ids without padding, 1-D, in reading order, all of one step; `places`: PLACE of each."""
+    def observe_train(
+        self, rows: Sequence[np.ndarray], places: Sequence[Sequence[int]], eos_ids: tuple[int, ...] = ()
+    ) -> int:
+        """`rows`: token ids without padding, 1-D, in reading order, all of one step; `places`: PLACE of each;
+        `eos_ids`: what ends a document. Returns how many of the tokens are copies, shared text included."""
         assert len(rows) == len(places), "one place for each row"
         where = np.array([place for row, place in zip(rows, places, strict=True) if len(row)], np.int64)
         rows = [row for row in rows if len(row)]
         if not rows:
-            return
-        hashed = hash_rows(rows)
+            return 0
+        hashed, copied = hash_rows(rows), 0
         position = self.tokens + hashed.start
         kept = self.tables["windows"].keeps(hashed.key)
         row, at = hashed.row[kept], hashed.at[kept] + self.tokens
@@ -201,9 +175,12 @@ class Ledger:
         earlier_row = position.copy()
         earlier_row[digested] = self._first_seen("digests", hashed.digest[digested], position[digested])
         is_whole, matched = earlier_row < position, earlier < position[row]
+        units = cut_into_documents(np.concatenate(rows), hashed.start, eos_ids)
+        are_new = self._are_new(hashed, units)
         if is_whole.any() or matched.any():
-            stretches = _find_stretches(row, at, earlier, matched & ~is_whole[row])
-            self._add_copies(rows, hashed, earlier_row, num_windows, stretches)
+            stretches = find_stretches(row, at, earlier, matched & ~is_whole[row])
+            kinds = self._kinds(stretches, hashed, units, are_new)
+            copied = self._add_copies(rows, hashed, earlier_row, num_windows, stretches, kinds)
         self.tokens += int(hashed.length.sum())
         self._recent = np.concatenate([self._recent, np.column_stack([position, hashed.length])[judged]])
         self._forget()
@@ -211,6 +188,24 @@ class Ledger:
             self._follow_resume()
         if len(self.eval_rows):
             self._match_eval(rows, hashed, int(where[0, 0]))
+        return copied
+
+    def _are_new(self, hashed: Hashed, units) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each row, and each of `units`, ends with a window that is known to be new."""
+        start, stop = np.append(hashed.start, units[0]), np.append(hashed.stop, units[1])
+        is_new, long = np.zeros(len(start), bool), np.flatnonzero(stop - start >= WINDOW)
+        keys = hashed.key[np.searchsorted(hashed.at, stop[long] - WINDOW)]
+        kept = self.tables["tails"].keeps(keys)
+        end = self.tokens + stop[long[kept]]
+        is_new[long[kept]] = self._first_seen("tails", keys[kept], end) == end
+        return is_new[: len(hashed.start)], is_new[len(hashed.start) :]
+
+    def _kinds(self, stretches, hashed: Hashed, units, are_new) -> np.ndarray:
+        row, at, *_, earlier = stretches
+        begin = self.rows.arrays[0][self.rows.find(earlier)]
+        is_same_place = at - self.tokens - hashed.start[row] == earlier - begin
+        every, stretches = self.tables["windows"].every, np.stack([row, at - self.tokens, *stretches[2:]])
+        return mark_shared(stretches, (hashed.start, hashed.stop), units, are_new, is_same_place, every)
 
     def _first_seen(self, name: str, keys: np.ndarray, position: np.ndarray) -> np.ndarray:
         """The position of each key's first occurrence in this pass: its own if it is new."""
@@ -227,20 +222,22 @@ class Ledger:
         used = np.unique(np.concatenate([*used, self.rows.find(self._recent[:, 0])]))
         self.rows = _RowTable(*(array[used] for array in self.rows.arrays))
 
-    def _add_copies(self, rows, hashed: Hashed, earlier_row, num_windows, stretches: np.ndarray) -> None:
-        """Rows that came before as a whole, and stretches of other rows."""
+    def _add_copies(self, rows, hashed: Hashed, earlier_row, num_windows, stretches: np.ndarray, kinds) -> int:
+        """Rows that came before as a whole, and stretches of other rows. Returns their tokens."""
         position, length = self.tokens + hashed.start, hashed.length
         whole = (earlier_row < position).nonzero()[0]
         apart = (position - earlier_row)[whole]
-        of_rows = [whole, length[whole], length[whole], apart, np.ones_like(whole), earlier_row[whole]]
+        counts = np.full_like(whole, COUNTS)
+        of_rows = [whole, length[whole], length[whole], apart, np.ones_like(whole), earlier_row[whole], counts]
         row, at, span, windows, earlier = stretches
         tokens = length[row] * windows // np.maximum(num_windows[row], 1)
-        of_stretches = [row, tokens, span, at - earlier, np.zeros_like(row), earlier]
-        row, tokens, span, distance, is_whole, earlier = np.hstack([of_rows, of_stretches])
-        novelty = {index: _novelty(rows[index]) for index in set(row.tolist())}
-        surprise = span * np.array([novelty[index] for index in row.tolist()])
-        copies = np.column_stack([position[row], tokens, surprise, distance, is_whole, earlier]).astype(np.int64)
+        of_stretches = [row, tokens, span, at - earlier, np.zeros_like(row), earlier, kinds]
+        row, tokens, span, *others = np.hstack([of_rows, of_stretches])
+        shares = {index: novelty(rows[index]) for index in set(row.tolist())}
+        surprise = span * np.array([shares[index] for index in row.tolist()])
+        copies = np.column_stack([position[row], tokens, surprise, *others]).astype(np.int64)
         self._copies = np.concatenate([self._copies, copies[copies[:, 3] < self._near] if self.passes else copies])
+        return int(tokens.sum())
 
     def micro_steps_apart(self, copies: np.ndarray) -> np.ndarray:
         """Between each copy and the earlier row."""
@@ -255,10 +252,11 @@ class Ledger:
             self._copies = self._copies[self._copies[:, 0] >= self._recent[0, 0]]
 
     def recent(self, nats_per_token: float, since: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """The recent rows from position `since` on (position, tokens), and the copies in them that chance does not
-        explain (see `_copies`)."""
+        """The recent rows from position `since` on (position, tokens), and the copies in them that are no shared text
+        and that chance does not explain (see `_copies`)."""
         rows = self._recent[self._recent[:, 0] >= since]
-        copies = self._copies[self._copies[:, 0] >= since]
+        copies = without_shared(self._copies)
+        copies = copies[copies[:, 0] >= since]
         pairs = self.tokens * int(rows[:, 1].sum())
         return rows, copies[copies[:, 2] > least_tokens(pairs, nats_per_token)]
 
@@ -332,7 +330,7 @@ class Ledger:
         more = min(self.tables["windows"].every, WINDOW // 2)
         for index, start, span, earlier in self._matches(hashed, "windows", "digests"):
             step = int(self.rows.places(earlier)[0])
-            surprise = int(span * _novelty(rows[index]))
+            surprise = int(span * novelty(rows[index]))
             self._hit(first_row + index, max(start - more, 0), start + span + more, surprise, step)
 
     def _match_eval(self, rows, hashed: Hashed, step: int) -> None:
@@ -341,14 +339,14 @@ class Ledger:
         for index, _, span, at in self._matches(hashed, "eval_windows", "eval_digests"):
             eval_row = int(np.searchsorted(starts, at, side="right")) - 1
             start = at - starts[eval_row]
-            self._hit(eval_row, start, start + span, int(span * _novelty(rows[index])), step)
+            self._hit(eval_row, start, start + span, int(span * novelty(rows[index])), step)
 
     def _matches(self, hashed: Hashed, windows: str, digests: str) -> Iterator[tuple[int, int, int, int]]:
         """What the tables have of these rows: row, its first token and number of tokens, and its position there."""
         table = self.tables[windows]
         kept = table.keeps(hashed.key) if table.every > 1 else slice(None)
         found = table.find(hashed.key[kept])
-        for index, at, span, _, earlier in _find_stretches(hashed.row[kept], hashed.at[kept], found, found >= 0).T:
+        for index, at, span, _, earlier in find_stretches(hashed.row[kept], hashed.at[kept], found, found >= 0).T:
             yield index, at - hashed.start[index], span, earlier
         found = self.tables[digests].find(hashed.digest)
         for index in (found >= 0).nonzero()[0]:

@@ -1,12 +1,14 @@
 """Updates that do not arrive: rounded away, too small, overwritten, or not used by the forward pass."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import math
+from collections.abc import Iterator
 
 import torch
 from torch.nn import functional as F
 
-from recipe.guards import updates
-from recipe.guards.guard import Finding, Guard, NotApplicable, Verdict, contained
+from recipe.guards import sandbox, updates
+from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable, Verdict, contained
 from recipe.guards.run import LOW_PRECISION, Parameters, plain_rate
 from recipe.guards.updates import FIRST_STEPS, MOVING_RATE, SMALL_UPDATE
 
@@ -15,23 +17,25 @@ class LostUpdates(Guard):
     """Updates are rounded away, overwritten, not used, or far smaller than the learning rate asks for.
 
     When: every 64 steps for half-precision weights; after the first 8 steps of a new run with a rate above 1e-6 for
-        fp32 weights under Adam; at every step for writes and casts.
+        fp32 weights under Adam; at every step for casts; after each save and evaluation for writes.
     Measured: half-precision weights under Adam, Lamb, Lion or Adafactor: of at least 1,000 sampled elements that have
         a gradient and that the rates of 64 steps should move by 5 spacings, less than 0.4 moved (plain bf16 moves 6
         to 24 %; Kahan summation, stochastic rounding, fp32 copies 65 to 99 %). Fp32 weights: in the first 8 steps half
-        of the elements with a gradient did not move against it by 0.05 of the rate. Writes: one small parameter
-        changes between two steps, after 16 between which it did not: a warning where the run was saved or evaluated in
-        between, else information. Casts, where autocast is on before the micro-batch: 8 columns of the first fp32
+        of the elements with a gradient did not move against it by 0.05 of the rate. Writes: while the run was saved or
+        evaluated one small parameter changed, and the loss of the run's first two rows, in eval mode, rose by 0.05;
+        merging adapters keeps it. Casts, where autocast is on before the micro-batch: 8 columns of the first fp32
         linear layer as the forward pass used them differ from the weight in over 1 % of the elements: an error.
     Try: loading the model in float32 and training with `bf16=True` (autocast). In fp32: `adam_epsilon`, and what
-        writes to the weights. Casts: leaving the autocast context after each step, or `torch.clear_autocast_cache()`.
-    Cannot see: rates so small that no element should move; fp32 weights after the first steps; weights put back after
-        each step; small steps of SGD and others; stale casts in compiled or sharded models and in other layers than
-        `torch.nn.Linear`.
+        writes to the weights. Writes: putting the weights back after averaged ones were saved or evaluated. Casts:
+        leaving the autocast context after each step, or `torch.clear_autocast_cache()`.
+    Cannot see: rates so small that no element should move; fp32 weights after the first steps; writes at other times,
+        and weights put back after each step; small steps of SGD and others; stale casts in compiled or sharded models
+        and in other layers than `torch.nn.Linear`.
     """
 
     ids = {"lost_updates": "Updates are rounded away, overwritten, not used, or too small for the learning rate."}
     taps = ("gradients",)
+    on_every_rank = True  # a loss of the user's own may gather over ranks
     # Optimizers whose steps are of the size of their rate: how far they should move a weight is known.
     RATE_SIZED = ("adam", "lion", "adafactor", "lamb")
     # Of half-precision weights. Chosen, not measured: long enough for rates of a usual run to add up to spacings of
@@ -44,9 +48,8 @@ class LostUpdates(Guard):
     # Of the elements with a gradient, in the first steps. Derived: of gradients that are noise 34 % have the other
     # sign than their mean at the eighth step (beta 0.9).
     SMALL_SHARE = 0.5
-    # Steps without a write before one is reported, and steps kept. Chosen, not measured: who projects weights does so
-    # after each step or every few.
-    QUIET_STEPS, WRITE_STEPS = 16, 20
+    # Nats by which a write raises the loss of the run's first rows. Chosen, not measured: merging adapters rounds.
+    WRITTEN_RISE = 0.05
     # Columns of a weight whose casts are compared, and the share of these elements that are not the weight's. Derived:
     # casts are exact but for what a device flushes to zero; in fp16 that is 0.24 % of weights of sd 0.02.
     CAST_COLUMNS, STALE_SHARE = 8, 0.01
@@ -65,13 +68,14 @@ class LostUpdates(Guard):
         self._before: tuple[updates.Samples, updates.Samples] | None = None
         self._window: tuple[updates.Samples, updates.Samples] | None = None
         self._payload: dict = {}
+        self._loss_before: float | None = None  # of the run's first rows, before a save or an evaluation
+        self.run = run
         # Later Adam's steps are smaller, as its averages are of older and larger gradients.
         is_new = run.step == 0 and not getattr(run.inner_optimizer, "state", None)
         self.state = {
             "num_steps": 0 if is_new and self.full else FIRST_STEPS + 1,  # measured; one more when they have been sent
             "small": torch.zeros(2, dtype=torch.int64, device=self.full[0][1].device if self.full else None),
             "rates": [],  # of the window
-            "changes": [],  # of the followed parameter between the last steps
         }
 
     def inspect(self, run) -> Iterator[Verdict]:
@@ -82,6 +86,9 @@ class LostUpdates(Guard):
     # --- casts
 
     def before_micro_step(self, run) -> None:
+        if self._loss_before is not None:
+            self._payload["rise"] = (self._pinned_loss() or math.nan) - self._loss_before
+            self._loss_before = None
         if self.linear is not None and torch.is_autocast_enabled(self.linear.weight.device.type):
             self._hook = self.linear.register_forward_hook(self._compare_cast)
 
@@ -133,17 +140,23 @@ class LostUpdates(Guard):
             self._payload["rate"] = max(rates)
             self._window, self.state["rates"] = None, []
 
+    def _pinned_loss(self) -> float | None:
+        with contextlib.suppress(CannotJudge), sandbox.eagerly(self.run.trainer):
+            return next(iter(self.run.pinned.losses(1)), None)
+        return None
+
     def measure(self, local) -> dict | None:
+        control = self.run.trainer.control
+        self._loss_before = self._pinned_loss() if control.should_save or control.should_evaluate else None
         payload, self._payload = self._payload, {}
         return payload or None
 
     def observe(self, step) -> Iterator[Verdict]:
-        followed = [norms for norms in step.gradients if not norms.of_matrices]
-        if followed and not step.run.is_loss_scaled:
-            self.state["changes"] = [*self.state["changes"][-self.WRITE_STEPS :], followed[0].changed]
-            if finding := self.judge_writes(followed[0].name, self.state["changes"], step.was_saved):
-                yield finding
         measured = step.payload(self) or {}
+        if "rise" in measured and step.was_saved:
+            followed = [norms for norms in step.gradients if not norms.of_matrices and not step.run.is_loss_scaled]
+            if finding := self.judge_writes([norms.changed for norms in followed], measured["rise"]):
+                yield finding
         if "small" in measured:
             yield self.judge_small(*measured["small"]) or self.clear(check="small")
         if "moved" in measured:
@@ -174,8 +187,8 @@ class LostUpdates(Guard):
             return None
         return cls.finding(
             "warning",
-            found=f"{moved / judged:.0%} of the sampled low-precision weights moved in {cls.LOST_STEPS} steps",
-            expected=f"over {cls.LOST_SHARE:.0%} of those that the rate should move",
+            found=f"{moved / judged:.0%} of half-precision weights moved in {cls.LOST_STEPS} steps",
+            expected=f"over {cls.LOST_SHARE:.0%}",
             causes=("bf16 or fp16 weights without an fp32 copy", "the optimizer holds other tensors than the model"),
             action="load the model in float32 and train with bf16=True, or use Kahan summation or stochastic rounding",
             evidence={"moved": moved, "judged": judged, "learning_rate": learning_rate},
@@ -189,7 +202,7 @@ class LostUpdates(Guard):
             return None
         return cls.finding(
             "warning",
-            found=f"{small / judged:.0%} of elements followed their gradient by under {SMALL_UPDATE:.0%} of the rate",
+            found=f"{small / judged:.0%} of elements moved under {SMALL_UPDATE:.0%} of the rate",
             expected=f"under {cls.SMALL_SHARE:.0%} in Adam's first steps",
             causes=("Adam's epsilon is larger than the gradients", "weights are rounded or overwritten"),
             action="compare the size of the gradients with adam_epsilon; look for what writes to the weights",
@@ -198,19 +211,18 @@ class LostUpdates(Guard):
         )
 
     @classmethod
-    def judge_writes(cls, name: str, changes: Sequence[float], was_saved: bool) -> Finding | None:
-        """`changes`: of the parameter between the last steps. What writes to the weights now and then (slow weights)
-        does so on purpose; what wrote while the run was saved or evaluated, `was_saved`, was not put back."""
-        earlier = changes[:-1]
-        if not changes[-1] > 0 or len(earlier) < cls.QUIET_STEPS or sum(change > 0 for change in earlier) > 1:
+    def judge_writes(cls, changes: list[float], rise: float) -> Finding | None:
+        """While the run was saved or evaluated: `changes` of the followed parameter, if any, and by what the loss of
+        the run's first rows rose. Who averages or merges on purpose does not make it worse."""
+        if not any(change > 0 for change in changes) or not rise > cls.WRITTEN_RISE:
             return None
         return cls.finding(
-            "warning" if was_saved else "info",
-            found=f"{name} was changed since the last step, not by the optimizer",
-            expected="no change, as between earlier steps",
+            "warning",
+            found=f"weights changed by a save or evaluation, loss {rise:+.2f}",
+            expected="the weights put back",
             causes=("averaged or older weights were left in the model",),
             action="look for what writes to the weights when the run is saved or evaluated",
-            evidence={"change": changes[-1], "steps_before": len(earlier)},
+            evidence={"changes": changes, "rise": rise},
             check="writes",
         )
 
@@ -221,8 +233,8 @@ class LostUpdates(Guard):
             return None
         return cls.finding(
             "error",
-            found=f"{stale:.0%} of a layer's weights are used as before the last updates",
-            expected="the weights as they are now",
+            found=f"{stale:.0%} of a layer's weights used as before the last updates",
+            expected="as they are now",
             causes=("an autocast context is open over several steps",),
             action="leave the autocast context after each step, or use bf16=True; else torch.clear_autocast_cache()",
             evidence={"stale": stale},

@@ -239,8 +239,7 @@ TRAINED_BEFORE = "the model was trained before on tokens that were not counted"
 
 class NgramTap:
     """The n-gram model fed with the run's steps, on the main process. `loss`: of the last step, None where nothing was
-    scored or it has stopped. `nats_per_token`: the mean over all tokens scored, what a token of this text tells.
-    `recent`: unigram and bigram loss of the last steps."""
+    scored or it has stopped. `recent`: unigram and bigram loss of the last steps."""
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
@@ -249,16 +248,12 @@ class NgramTap:
             self.model.stop(NO_VOCABULARY)
         self.loss: NgramLoss | None = None
         self.recent: list[list[float]] = []
-        self._scored, self._nats, self._has_begun = 0, 0.0, False
+        self._has_begun = False
 
     @property
     def stopped(self) -> str | None:
         """Why it no longer judges."""
         return self.model.stopped
-
-    @property
-    def nats_per_token(self) -> float:
-        return self._nats / self._scored if self._scored else math.log(self.vocab_size or 256)
 
     def observe(self, rows: Sequence[np.ndarray], scored: Sequence[np.ndarray], loss: float) -> None:
         """`loss`: the training loss of the step, in nats per token."""
@@ -268,16 +263,13 @@ class NgramTap:
         if not self._has_begun and not starts_untrained(loss, found, self.vocab_size):
             self.model.stop("the first loss is not that of an untrained model, so a floor for those says nothing")
         self._has_begun = True
-        self._scored, self._nats = self._scored + found.tokens, self._nats + found.tokens * found.floor
         self.recent = [*self.recent[1 - RECENT :], [found.unigram, found.bigram]]
 
     def save(self) -> dict:
-        own = {"scored": self._scored, "nats": self._nats, "has_begun": self._has_begun, "recent": self.recent}
-        return own | self.model.state()
+        return {"has_begun": self._has_begun, "recent": self.recent} | self.model.state()
 
     def load(self, state: dict) -> None:
         model = NgramModel.from_state(state)
         if model.vocab_size != self.vocab_size and self.vocab_size:
             raise ValueError(f"counts of a vocabulary of {model.vocab_size:,}, not {self.vocab_size:,}")
-        self.model, self._has_begun = model, bool(state["has_begun"])
-        self._scored, self._nats, self.recent = int(state["scored"]), float(state["nats"]), state["recent"]
+        self.model, self._has_begun, self.recent = model, bool(state["has_begun"]), state["recent"]

@@ -12,10 +12,11 @@ class PaddingIsTarget(Guard):
     """Padding is scored, or rows hold one token only.
 
     When: before step 1 on the first rows, then at every step.
-    Measured: 100 scored targets and 1 % of all targets so far have attention mask 0. Or 4 rows and 1 % of all rows of
-        64 tokens or more hold one token only and score it, as ends of files that were never written.
-    Try: `labels[attention_mask == 0] = -100`.
-    Cannot see: batches without a mask, where scored padding is text like any other.
+    Measured: 100 scored targets and 1 % of all targets so far have attention mask 0 or, in a batch without a mask, are
+        the pad token of the tokenizer or model at a row's end after another one. Or 4 rows and 1 % of all rows of 64
+        tokens or more hold one token only and score it, as ends of files that were never written.
+    Try: `labels[attention_mask == 0] = -100`; without a mask the same for the padding at the rows' ends.
+    Cannot see: padding at the rows' beginnings in batches without a mask, and where no pad token is known.
     """
 
     ids = {"padding_is_target": "Padding is scored, so the model learns to pad."}
@@ -58,7 +59,7 @@ class PaddingIsTarget(Guard):
         elif padding >= max(cls.MIN_TARGETS, cls.MIN_SHARE * targets):
             found, expected = f"{padding:,} of {targets:,} targets are padding", "none: labels of -100"
             causes = ("labels copy padded input_ids", "the collator masks another token than the pad token")
-            action = "labels[attention_mask == 0] = -100"
+            action = "set the labels of padding to -100, such as labels[attention_mask == 0] = -100"
         else:
             return None
         evidence = {"targets": targets, "padding": padding, "rows": rows, "filled": filled}

@@ -7,7 +7,7 @@ import torch
 
 from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable, Verdict
 from recipe.guards.taps import is_checked
-from recipe.guards.updates import first_of, is_partial, stack
+from recipe.guards.updates import is_partial, shorten, stack
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -51,7 +51,7 @@ class RankDivergence(Guard):
         odd = [rank for rank, sums in enumerate(checksums) if tuple(sums) != usual]
         return cls.finding(
             "error",
-            found=f"{len(differing)} of {len(names)} parameters differ between ranks ({first_of(differing)})",
+            found=f"{len(differing)} of {len(names)} parameters differ ({shorten(differing[0])})",
             expected=f"equal bits on all {len(checksums)} ranks",
             causes=("a rank has another initialisation or took other steps", "gradients changed before averaging"),
             action="compare the first of them over ranks before step 1; broadcast the model from rank 0",

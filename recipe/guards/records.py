@@ -86,7 +86,8 @@ def as_finding(record: dict) -> Finding | None:
     try:
         finding = Finding(**{name: value for name, value in record.items() if name in names})
         is_whole = finding.severity in SEVERITIES and isinstance(finding.evidence, dict)
-        is_whole &= all(isinstance(text, str) for text in (finding.found, finding.expected, *finding.likely_causes))
+        texts = (finding.found, finding.expected, finding.cause, *finding.likely_causes)
+        is_whole &= all(isinstance(text, str) for text in texts)
         is_whole &= type(finding.step) is int and type(finding.tokens_seen) is int
         return Finding(**{**vars(finding), "likely_causes": tuple(finding.likely_causes)}) if is_whole else None
     except TypeError:

@@ -1,6 +1,7 @@
 """Text that comes twice: in training, after a resume, in training and evaluation."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sized
 
@@ -9,6 +10,7 @@ from transformers import Trainer
 
 from recipe.guards import ledger, sandbox
 from recipe.guards.batches import scored_part, send_tokens
+from recipe.guards.copies import least_tokens
 from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable, Skip, Verdict
 from recipe.guards.ledger import PLACE, Ledger
 
@@ -32,7 +34,9 @@ class Repetition(Guard):
         natural corpora 0.8 to 7 % (RealNews 19 %). Also a warning: whole packed rows that come twice within 16
         micro-steps, 8 of them or more, 2 % of the tokens, over half of the stretch; at any distance 4 %, where a token
         tells 1.0 nats or more. After a declared pass only copies from within a tenth of a pass count: 30 %. The
-        evidence names step, rank and micro-step of both copies.
+        evidence names step, rank and micro-step of both copies. Shared text (system prompts, several answers to one
+        prompt, templates) does not count: it begins where it began earlier, at the same place of its row or after an
+        EOS, and its row or document ends in a new way; or 5 recent rows have it beside new text.
     Measured (resume_replay): half or more of the tokens since the resume are copies, and were not before it.
     Measured (train_eval_overlap): eval rows of which more than half was in training, at any alignment. 2 rows and 2 %
         of them are a warning, 20 % an error: natural corpora hold near-copies of 0.7 to 5 % (RealNews 14 %). Sets with
@@ -77,6 +81,8 @@ class Repetition(Guard):
 
     def setup(self, run) -> None:
         self.ledger, self.num_workers = Ledger(), run.args.dataloader_num_workers
+        self.eos_ids, self.guess = run.eos_token_ids, math.log(run.vocab_size or 256)
+        self.novel = np.zeros(2)  # nats and tokens of what was no copy
 
     def inspect(self, run) -> Iterator[Verdict]:
         if not run.step:
@@ -102,8 +108,9 @@ class Repetition(Guard):
             return
         learned = [(scored_part(ids, flags), (step.number, *place)) for *place, ids, flags in step.pieces]
         learned = [(part, place) for part, place in learned if len(part)]
-        self.ledger.observe_train([part for part, _ in learned], [place for _, place in learned])
-        nats = step.ngrams.nats_per_token
+        rows, places = [part for part, _ in learned], [place for _, place in learned]
+        copied = self.ledger.observe_train(rows, places, self.eos_ids)
+        nats = self._measure(step.ngrams.loss, 1 - copied / max(1, sum(map(len, rows))))
         finding = self.judge_repetition(self.ledger, nats, self.num_workers)
         if finding is not None:
             yield finding
@@ -116,6 +123,13 @@ class Repetition(Guard):
         if len(self.ledger.eval_rows):
             yield self.judge_overlap(self.ledger, nats) or self.clear(OVERLAP)
 
+    def _measure(self, loss, new_share: float) -> float:
+        """What a token of this text tells: the mean `loss` of the n-gram model over steps of which most is no copy.
+        `new_share`: of this step."""
+        if loss is not None and new_share >= 0.5:
+            self.novel += new_share * loss.tokens * np.array([loss.floor, 1.0])
+        return float(self.novel[0] / self.novel[1]) if self.novel[1] else self.guess
+
     def observe_eval(self, evaluation) -> Iterator[Verdict]:
         names = [key for key in evaluation.metrics if key.startswith("eval_") and key.endswith("_loss")]
         if names and "train" not in names[0]:  # rows of the training data may be evaluated on purpose
@@ -126,10 +140,10 @@ class Repetition(Guard):
         self.ledger.begin_pass(tokens_in_pass)
 
     def save(self) -> dict[str, np.ndarray]:
-        return self.ledger.state()
+        return {**self.ledger.state(), "novel": self.novel}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
-        self.ledger = Ledger.from_state(state)
+        self.ledger, self.novel = Ledger.from_state(state), np.array(state["novel"])
 
     def on_resume(self, step: int) -> None:
         self.ledger.mark_resume()
@@ -138,8 +152,8 @@ class Repetition(Guard):
     def judge_repetition(cls, seen: Ledger, nats_per_token: float, num_workers: int | None = None) -> Finding | None:
         """The share of the recent tokens that are copies of what was consumed before in this pass.
 
-        `nats_per_token`: what a token of this text tells, the mean loss of an n-gram model over all tokens so far, not
-        of recent tokens, which copies make easy. `num_workers`: of the DataLoader, for the wording.
+        `nats_per_token`: what a token of this text tells where it is no copy. `num_workers`: of the DataLoader, for
+        the wording.
         """
         since = seen.replay_since
         rows, copies = seen.recent(nats_per_token, since or 0)
@@ -169,6 +183,7 @@ class Repetition(Guard):
             action="count the documents that the loader gives out: verify-data, or a set of their indices",
             evidence=evidence | shares | numbers,
             id=REPEATED if since is None else REPLAYED,
+            cause=causes[0][:16],
         )
 
     @classmethod
@@ -212,7 +227,7 @@ class Repetition(Guard):
     def judge_overlap(cls, seen: Ledger, nats_per_token: float) -> Finding | None:
         """Eval rows of which more than half was in training, before or after the first evaluation."""
         level = seen.eval_rows[:, 2]
-        covered = (level > ledger.least_tokens(seen.tokens * seen.eval_tokens, nats_per_token)).nonzero()[0]
+        covered = (level > least_tokens(seen.tokens * seen.eval_tokens, nats_per_token)).nonzero()[0]
         share = len(covered) / max(len(level), 1)
         if len(covered) < cls.OVERLAP_ROWS or share < cls.OVERLAP_WARN:
             return None

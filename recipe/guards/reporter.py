@@ -42,7 +42,7 @@ class Open:
 
 class Reporter:
     """`judged_steps`: id -> on how many steps it was judged. `cannot_judge`, `not_applicable`: id -> reason. `open`:
-    id -> what is still true. `on_alarm` is called with each warning and error that is not disabled."""
+    `Finding.slot` -> what is still true. `on_alarm` is called with each warning and error that is not disabled."""
 
     def __init__(self, guards: Iterable[type[Guard]], disabled: frozenset[str], on_alarm: Callable[[Finding], None]):
         self.guard_of = {name: guard for guard in guards for name in guard.ids}
@@ -81,12 +81,12 @@ class Reporter:
         self.judged_steps.update(judged)
 
     def _found(self, finding: Finding) -> None:
-        known = self.open.get(finding.id)
+        known = self.open.get(finding.slot)
         if known is not None:
             known.checks[finding.check] = 0
             if SEVERITIES.index(finding.severity) <= SEVERITIES.index(known.finding.severity):
                 return
-        self.open[finding.id] = Open(finding, {**(known.checks if known else {}), finding.check: 0})
+        self.open[finding.slot] = Open(finding, {**(known.checks if known else {}), finding.check: 0})
         if self.guard_of[finding.id].is_symptom and finding.severity in ALARMS:
             self.waiting.append(finding)
         else:
@@ -95,18 +95,17 @@ class Reporter:
     def _clear(self, clear: Clear, step: int) -> None:
         """A probe that finds nothing takes back what it found. A check of the steps does so after PATIENCE of them,
         and only what it found itself: it sees less than a probe."""
-        known = self.open.get(clear.id)
-        if known is None or clear.check not in known.checks:
-            return
-        known.checks[clear.check] += 1
-        if clear.check != PROBE and known.checks[clear.check] < PATIENCE:
-            return
-        del known.checks[clear.check]
-        if not known.checks:
-            del self.open[clear.id]
-            if self.is_main and clear.id not in self.disabled:
-                when = "the probe finds nothing now" if clear.check == PROBE else f"step {step - PATIENCE + 1}"
-                logger.info("%s | %s | recovered, since step %d", clear.id, when, known.finding.step)
+        found_by = [o for o in self.open.values() if o.finding.id == clear.id and clear.check in o.checks]
+        for known in found_by:
+            known.checks[clear.check] += 1
+            if clear.check != PROBE and known.checks[clear.check] < PATIENCE:
+                continue
+            del known.checks[clear.check]
+            if not known.checks:
+                del self.open[known.finding.slot]
+                if self.is_main and clear.id not in self.disabled:
+                    when = "the probe finds nothing now" if clear.check == PROBE else f"step {step - PATIENCE + 1}"
+                    logger.info("%s | %s | recovered, since step %d", clear.id, when, known.finding.step)
 
     def explain_waiting(self, cleared: Iterable[str], evidence: dict) -> None:
         """Symptoms are reported when the probes have run again. `cleared`: ids that these did not find."""
@@ -151,11 +150,11 @@ class Reporter:
         """What other ranks found. What several of them found is reported once."""
         for rank, findings in enumerate(findings_by_rank[1:], 1):
             for finding in findings:
-                if finding.id not in self.open:
+                if finding.slot not in self.open:
                     where = {"found": f"{finding.found} (rank {rank})", "evidence": {**finding.evidence, "rank": rank}}
                     finding = replace(finding, **where)
                     # Under a name of its own: the checks of this rank cannot take it back.
-                    self.open[finding.id] = Open(finding, {f"{finding.check} on rank {rank}": 0})
+                    self.open[finding.slot] = Open(finding, {f"{finding.check} on rank {rank}": 0})
                     self.report(self.explain(finding))
 
     def give_up(self, ids: Iterable[str], reason: str | CannotJudge) -> None:
@@ -171,13 +170,14 @@ class Reporter:
             logger.info("%s", textwrap.shorten(line, LINE_LENGTH - PREFIX, placeholder=" ..."))
 
     def save(self) -> dict:
-        known = {name: {"finding": asdict(each.finding), "checks": each.checks} for name, each in self.open.items()}
+        known = {slot: {"finding": asdict(each.finding), "checks": each.checks} for slot, each in self.open.items()}
         return {"open": known, "judged_steps": dict(self.judged_steps)}
 
     def load(self, state: dict) -> None:
-        for name, each in state["open"].items():
+        for each in state["open"].values():
             finding = as_finding(each["finding"])
-            if finding is not None and name in self.guard_of and name not in self.guard_of[name].of_one_resume:
+            guard = self.guard_of.get(finding.id) if finding is not None else None
+            if guard is not None and finding.id not in guard.of_one_resume:
                 checks = {str(check): int(count) for check, count in each["checks"].items()}
-                self.open[name] = Open(finding, checks)
+                self.open[finding.slot] = Open(finding, checks)
         self.judged_steps.update({name: int(count) for name, count in state["judged_steps"].items()})

@@ -74,7 +74,7 @@ class ResumeJump(Guard):
         are_losses = before.loss is not None and after.loss is not None and math.isfinite(before.loss)
         if are_losses and not abs(after.loss - before.loss) <= cls.TOLERANCES[dtype]:  # a NaN is a jump
             found = f"loss of the pinned batch {after.loss:.4f}, {after.loss - before.loss:+.4f}"
-            expected = f"{before.loss:.4f} as when it was saved, within {cls.TOLERANCES[dtype]}"
+            expected = f"{before.loss:.4f}, to {cls.TOLERANCES[dtype]}"
             causes = ("weights are missing in the checkpoint or were not loaded", "weights untied on load")
             return cls.finding("error", found, expected, causes, **known)
         if None not in (before.steps, after.steps) and after.steps != before.steps and after.states:

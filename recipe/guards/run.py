@@ -102,7 +102,9 @@ class Run:
 
     @property
     def pad_token_id(self) -> int | None:
-        return getattr(self.tokenizer, "pad_token_id", None)
+        """What the tokenizer calls padding, else the model's config."""
+        tokenizer, config = getattr(self.tokenizer, "tokenizer", self.tokenizer), getattr(self.model, "config", None)
+        return next(iter([*_ids(tokenizer, "pad_token_id"), *_ids(config, "pad_token_id")]), None)
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -124,7 +124,7 @@ class SlowPath(Guard):
         return cls.finding(
             "warning" if has_choice else "info",
             found=f"attention ran the plain kernel, {ratio:.1f} times slower than a fused one",
-            expected="a fused kernel (flash, memory-efficient)",
+            expected="a fused kernel",
             causes=("attention dropout, for which a CPU has no fused kernel",)
             if not has_choice
             else ("sdpa_kernel(MATH) is open around the training", "a mask or dtype that no fused kernel takes"),

@@ -279,7 +279,7 @@ class LossTarget(Guard):
                 "error",
                 id=shifted if other[row] > cls.LABEL_MAJORITY * count[row] else "wrong_loss_target",
                 found=f"labels of row {row} are not as in the rows before ({right[row]} of {count[row]} fit)",
-                expected=f"labels that are the {labels_are} tokens",
+                expected=f"the {labels_are} tokens",
                 causes=("some rows' labels are shifted or shuffled",),
                 action="print this row's input_ids beside its labels",
                 evidence={"row": row, "fit": int(right[row])},

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
+from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
 from recipe.guards.updates import is_partial
 
 
@@ -29,6 +29,8 @@ class UntiedWeights(Guard):
         if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
             return None
         head = model.get_output_embeddings()
+        if any(hasattr(module, "modules_to_save") for module in (head, model.get_input_embeddings())):
+            raise NotApplicable("PEFT trains a copy of one of them (modules_to_save)")
         if head is None or not isinstance(getattr(head, "weight", None), torch.Tensor):
             raise CannotJudge("the model has no output embedding with a weight")
         embedding, output = model.get_input_embeddings().weight, head.weight
@@ -41,8 +43,8 @@ class UntiedWeights(Guard):
         is_equal = torch.equal(embedding, output.to(embedding))
         return cls.finding(
             "warning",
-            found=f"embedding and head are two tensors, {'equal so far' if is_equal else 'with different values'}",
-            expected="one, as tie_word_embeddings is true",
+            found=f"embedding and head are two tensors, {'equal so far' if is_equal else 'not equal'}",
+            expected="one: tie_word_embeddings",
             causes=("the model was moved, emptied or wrapped after tying", "a checkpoint without the head was loaded"),
             action="model.tie_weights() before the optimizer is built, or tie_word_embeddings false",
             evidence={"shape": list(embedding.shape), "is_equal": is_equal},

@@ -32,8 +32,9 @@ def is_partial(parameter: torch.Tensor) -> bool:
     return isinstance(parameter, DTensor) or parameter.is_meta or parameter.numel() == 0
 
 
-def first_of(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+def shorten(name: str, width: int = 24) -> str:
+    """The end of a parameter's name, which tells it from others."""
+    return name if len(name) <= width else "…" + name[1 - width :]
 
 
 def stack(values: list[torch.Tensor]) -> torch.Tensor:

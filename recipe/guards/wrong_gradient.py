@@ -30,11 +30,12 @@ class WrongGradient(Guard):
     Measured: on 2 rows of up to 256 positions, in fp32, with the same dropout masks each time. All tensors are moved
         along their gradients, so far that the loss should change by 0.05 % of itself. If the change is off by 2 %,
         steps of twice and half the size must agree. Warning from 5 % on; information below, and where gradients are
-        stopped (`detach`, `no_grad`), perhaps on purpose. A parameter's gradient with and without activation
-        checkpointing may differ by 10 % of its norm.
+        stopped (`detach`, `no_grad`), perhaps on purpose. With activation checkpointing a parameter must have a
+        gradient where it has one without, and it may differ by 10 % of its norm.
     Try: replacing custom autograd functions, fused losses and kernels by plain PyTorch one by one;
-        `torch.autograd.gradcheck` on each in float64. With checkpointing: leave out `preserve_rng_state`. Disable the
-        guard where a gradient is scaled, reversed or clipped inside the model on purpose.
+        `torch.autograd.gradcheck` on each in float64. With checkpointing: `use_reentrant` False, and leave out
+        `preserve_rng_state`. Disable the guard where a gradient is scaled, reversed or clipped inside the model on
+        purpose.
     Cannot see: errors at a right angle to the gradient, and small ones (the 5 % are of all gradients together); the
         compiled model; kernels that run in half precision only; hooks on parameters. It cannot judge losses that
         differ each time, losses that round or choose (quantized weights, routing) and look wrong, and gradients near
@@ -86,7 +87,10 @@ class WrongGradient(Guard):
         if on:
             again, recomputed = _backward(model, compute_loss)
             gap = _largest_gap(gradients, recomputed) if _is_close(loss, again) else 0.0
+            missing = [n for n, p in model.named_parameters() if _has(gradients, p) and not _has(recomputed, p)]
             del recomputed
+            if missing:
+                return cls._missing(missing, sum(_has(gradients, p) for p in gradients))
             if gap > cls.MAX_RECOMPUTED_GAP:
                 return cls._recomputed_wrongly(gap)
         with _replaced(off):
@@ -130,18 +134,27 @@ class WrongGradient(Guard):
             raise CannotJudge("the loss rounds or chooses (quantization, routing), so it is not smooth")
         if not max(ratios) - min(ratios) <= cls.SAME_SLOPE * off:
             raise CannotJudge("the loss is not smooth: steps of different sizes give different slopes")
-        found = f"a step along the gradient changes the loss by {ratios[0]:.3f} of what it says"
-        found += " (gradients are stopped somewhere, perhaps on purpose)" if watched.is_stopped else ""
+        found = f"a step changes the loss by {ratios[0]:.3f} of what the gradient says"
         causes = ("a custom backward that does not fit its forward", "a hook or a detach inside the model")
         causes += ("an auxiliary loss that is in backward only",)
+        if watched.is_stopped:
+            causes = ("gradients are stopped somewhere, perhaps on purpose", *causes)
         action = "replace fused or custom parts by plain PyTorch one by one; run torch.autograd.gradcheck on each"
         severity = "info" if watched.is_stopped or off <= cls.FAR_OFF else "warning"
         evidence = {"ratios": ratios, "stops_gradients": watched.is_stopped}
         return cls.finding(severity, found, f"1.000, to {cls.MAX_OFF}", causes, action, evidence, check=PROBE)
 
     @classmethod
+    def _missing(cls, names: list[str], count: int) -> Finding:
+        """Reentrant checkpointing gives no gradient to what lies in a layer none of whose inputs wants one."""
+        found = f"{len(names)} of {count} parameters get no gradient with checkpointing"
+        causes = ("no input of the checkpointed layers requires a gradient", "a detach() in the checkpointed function")
+        action = "use_reentrant False in gradient_checkpointing_kwargs, or model.enable_input_require_grads()"
+        return cls.finding("warning", found, "all of them", causes, action, {"names": names[:20]}, check=PROBE)
+
+    @classmethod
     def _recomputed_wrongly(cls, gap: float) -> Finding:
-        found = f"with activation checkpointing a parameter's gradient differs by {gap:.0%} of its norm"
+        found = f"activation checkpointing changes a gradient by {gap:.0%} of its norm"
         causes = ("new dropout masks (preserve_rng_state: False)", "a layer that changes its own state")
         action = "take preserve_rng_state out of the checkpointing arguments, or set dropout to 0"
         return cls.finding("warning", found, "rounding only", causes, action, {"gap": gap}, check=PROBE)
@@ -179,6 +192,10 @@ def _largest_gap(gradients: Gradients, others: Gradients) -> float:
     floor = SMALL_NORM * math.hypot(*(float(gradient.norm()) for gradient in gradients.values())) or math.inf
     gaps = (float((g - others.get(p, 0.0)).norm()) / max(float(g.norm()), floor) for p, g in gradients.items())
     return max(gaps, default=0.0)
+
+
+def _has(gradients: Gradients, parameter: Parameter) -> bool:
+    return parameter in gradients and bool(gradients[parameter].any())
 
 
 def _is_close(first: float, second: float) -> bool:

@@ -205,6 +205,7 @@ def embedding_frozen_midway(run: Run):
 def unfrozen_by_and_by(run: Run):
     """Of a model that was trained before, head and norms train first, the last layer from step 15 on, then all."""
     run.model.name_or_path = "trained-before"
+    own_optimizer(run, torch.optim.AdamW(run.model.parameters(), lr=3e-3))  # Trainer's has what trains at the start
     layers = run.model.model.layers
     for name, parameter in run.model.named_parameters():
         parameter.requires_grad_("lm_head" in name or "norm" in name)

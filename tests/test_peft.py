@@ -1,0 +1,74 @@
+"""Trainings with PEFT: adapters that do not train are named, and what PEFT does on purpose is silent."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+
+from tests.test_guards_on_runs import alarms, as_rows, make_model, make_trainer, text, watch
+
+HEAD = {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "v_proj"]}
+
+
+def config(**changes) -> LoraConfig:
+    return LoraConfig(task_type="CAUSAL_LM", r=4, **{**HEAD, **changes})
+
+
+def adapted(name_or_path: str = "", tied: bool = False, **changes):
+    model = make_model(tie_word_embeddings=tied)
+    model.name_or_path = model.config.name_or_path = name_or_path
+    return get_peft_model(model, config(**changes))
+
+
+def findings_of(tmp_path, model, steps=12, **run) -> list[tuple[str, str]]:
+    guards = watch(make_trainer(tmp_path, model=model, steps=steps, **run))
+    assert guards.failure is None
+    return [(finding.id, finding.severity) for finding in guards.findings]
+
+
+@pytest.mark.parametrize("name", ["", "trained-before"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_frozen_base_and_a_head_that_is_trained_are_silent(tmp_path, name, tied):
+    assert findings_of(tmp_path, adapted(name, tied)) == []
+
+
+@pytest.mark.parametrize("name", ["", "trained-before"])
+def test_an_adapter_that_trains_and_is_not_active_is_named(tmp_path, name):
+    model = adapted(name)
+    model.add_adapter("second", config())
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_("second" in parameter_name or "modules_to_save" in parameter_name)
+    assert findings_of(tmp_path, model) == [("frozen_parameters", "warning")]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_adapters_without_gradient_under_checkpointing_are_named(tmp_path, reentrant):
+    """As where checkpointing is switched on after the adapters were made: no input of a layer wants a gradient."""
+    model = adapted()
+    model.enable_input_require_grads = model.base_model.model.enable_input_require_grads = lambda: None
+    how = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    guards = watch(make_trainer(tmp_path, model=model, steps=12, **how))
+    assert [name for name, _ in alarms(guards)] == (["wrong_gradient", "frozen_parameters"] if reentrant else [])
+    if reentrant:
+        first = guards.findings[0]
+        assert "no gradient with checkpointing" in first.found and "dropout" not in str(first.likely_causes)
+
+
+class Merges(TrainerCallback):
+    """ReLoRA: at each save adapters are merged into the base and begin again."""
+
+    @torch.no_grad()
+    def on_save(self, args, state, control, model, optimizer, **kwargs):
+        for module in model.modules():
+            if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", {}):
+                module.base_layer.weight += module.get_delta_weight("default")
+                module.reset_lora_parameters("default", True)
+        for moments in optimizer.state.values():
+            moments["exp_avg"].zero_()
+            moments["exp_avg_sq"].zero_()
+
+
+def test_adapters_that_are_merged_at_a_save_are_silent(tmp_path):
+    model = adapted(modules_to_save=None, target_modules="all-linear")
+    run = dict(steps=45, save_strategy="steps", save_steps=20, train=as_rows(text(45 * 8)))
+    assert findings_of(tmp_path, model, more={"callbacks": [Merges()]}, **run) == []
