@@ -29,6 +29,11 @@ def attention_of(model) -> str | None:
     return getattr(model.config, "_attn_implementation", None)
 
 
+def has_own_loss_function(model) -> bool:
+    """Whether `model.loss_function` has been set, beside the one that transformers has for the model's kind."""
+    return "_loss_function" in vars(model)
+
+
 # --- accelerate
 
 

@@ -27,8 +27,9 @@ class LossDiverged(Guard):
     ids = {"loss_diverged": "The loss is above that of a uniform guess and of the run's start, and stays there."}
     taps = ("head",)
     explained_by = (
-        *("wrong_loss_target", "wrong_gradient", "frozen_parameters", "lost_updates", "optimizer_off"),
-        *("learning_rate_off", "untied_weights", "rank_divergence", "accumulation_mismatch", "resume_jump"),
+        *("wrong_loss_target", "reference_mismatch", "wrong_gradient", "frozen_parameters", "lost_updates"),
+        *("optimizer_off", "learning_rate_off", "untied_weights", "rank_divergence"),
+        *("accumulation_mismatch", "resume_jump"),
     )
     # Steps of which the median is judged. Chosen: runs of 30 steps must be judged (the shortest that was seen to
     # diverge), and spikes from which a training recovers last for a few steps.

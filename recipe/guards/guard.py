@@ -110,6 +110,7 @@ class Guard:
         explained_by: ids of other guards that can cause these findings, most telling first.
         is_symptom: its warnings wait until the probes have run again, and then name what these found.
         explains_symptoms: its probe runs again when a symptom is found.
+        probes_at_saves: its probe runs again at each save and every `session.PROBE_EVERY` steps.
         rules_out: own id -> word in the likely causes of symptoms that are dropped when this probe finds nothing.
         judges_curve: it compares the loss curve with an expectation.
         judges_target: it knows on which token each position is scored.
@@ -123,6 +124,7 @@ class Guard:
     explained_by: ClassVar[tuple[str, ...]] = ()
     is_symptom: ClassVar[bool] = False
     explains_symptoms: ClassVar[bool] = False
+    probes_at_saves: ClassVar[bool] = False
     rules_out: ClassVar[Mapping[str, str]] = {}
     judges_curve: ClassVar[bool] = False
     judges_target: ClassVar[bool] = False

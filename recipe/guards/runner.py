@@ -67,6 +67,17 @@ class Runner:
     def probe(self, run: Run, inputs, num_items_in_batch, step: int, tokens_seen: int, is_first: bool) -> None:
         """Every probe, or those that explain symptoms, worst finding first."""
         guards = [g for g in self.guards if _overrides(g, "probe") and (is_first or g.explains_symptoms)]
+        verdicts = self._probe_all(guards, run, inputs, num_items_in_batch, is_first)
+        self.reporter.take(verdicts, step, tokens_seen)
+        self.reporter.explain_waiting([v.id for v in verdicts if isinstance(v, Clear)], self.evidence())
+
+    def probe_at_save(self, run: Run, step: int, tokens_seen: int) -> None:
+        """On the pinned rows. Where there are none, nothing more is known than before."""
+        guards = [guard for guard in self.guards if guard.probes_at_saves]
+        if guards and run.pinned.rows:
+            self.reporter.take(self._probe_all(guards, run, run.pinned.rows, None, False), step, tokens_seen)
+
+    def _probe_all(self, guards: list[Guard], run: Run, inputs, num_items_in_batch, is_first: bool) -> list[Verdict]:
         verdicts: list[Verdict] = []
         try:
             with sandbox.opened(run, inputs, num_items_in_batch, is_first) as batch:
@@ -76,8 +87,7 @@ class Runner:
             verdicts = [Skip(name, reason) for guard in guards for name in guard.ids]
         if not is_first:  # what cannot be asked again was judged before
             verdicts = [verdict for verdict in verdicts if not isinstance(verdict, Skip)]
-        self.reporter.take(sorted(verdicts, key=severity_first), step, tokens_seen)
-        self.reporter.explain_waiting([v.id for v in verdicts if isinstance(v, Clear)], self.evidence())
+        return sorted(verdicts, key=severity_first)
 
     def evidence(self) -> dict:
         found: dict = {}

@@ -30,6 +30,9 @@ logger = logging.getLogger("recipe.guards")
 # Step before which the probes that explain symptoms run once more: adapters and gates begin at zero. Chosen, not
 # measured: Adam has moved a weight of zero 20 times by then.
 PROBE_AGAIN = 20
+# Steps between the probes of guards that probe at saves too. Chosen: such a probe costs the forward pass of some
+# thousand tokens, a hundredth of that many steps of the demo.
+PROBE_EVERY = 64
 # Steps kept for windows, of which references name their own. Chosen, not measured.
 HISTORY = 1000
 SECOND_PASS = "a second pass over the data has begun"
@@ -151,6 +154,10 @@ class Session:
         self._probed_at = self.local.step
         self.runner.probe(self.run, inputs, num_items_in_batch, self.local.step, self.tokens_seen, is_first)
 
+    def _probe_at_save(self) -> None:
+        self._probed_at = self.local.step
+        self.runner.probe_at_save(self.run, self.local.step, self.tokens_seen)
+
     # --- micro-batches
 
     @survives
@@ -159,6 +166,8 @@ class Session:
         self.local.num_items = num_items_in_batch
         if self._probed_at != self.local.step and (self.reporter.waiting or self.local.step == PROBE_AGAIN):
             self._probe(inputs, num_items_in_batch, is_first=False)
+        elif self._probed_at != self.local.step and self.local.step % PROBE_EVERY == 0:
+            self._probe_at_save()
         self.runner.before_micro_step(self.run)
         return self.taps.begin_micro_step(self.local, inputs)
 
@@ -298,6 +307,8 @@ class Session:
     @survives
     def save(self, checkpoint: Path) -> None:
         """On every rank, since some guards compute on every rank what is saved."""
+        if self._probed_at != self.local.step:
+            self._probe_at_save()
         numbers, arrays = self.runner.save(self.run)
         if self.is_main and checkpoint.is_dir():
             own = {"step": self.local.step, "passes": self.passes, "learning_rate_sum": self.learning_rate_sum}
