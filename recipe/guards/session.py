@@ -23,7 +23,7 @@ from recipe.guards.reporter import Reporter
 from recipe.guards.run import Run
 from recipe.guards.runner import Runner
 from recipe.guards.sandbox import PinnedBatch
-from recipe.guards.taps import Evaluation, LocalStep, PendingStep, Step, Taps
+from recipe.guards.taps import Evaluation, LocalStep, PendingStep, Step, Taps, norm_of
 
 logger = logging.getLogger("recipe.guards")
 
@@ -250,7 +250,7 @@ class Session:
         if pending is None or any("loss" not in payload for payload in ranks):
             return
         loss = sum(payload["loss"] for payload in ranks) / len(ranks)
-        record: StepRecord = {**pending.record, "loss": loss, "grad_norm": ranks[0]["grad_norm"]}
+        record: StepRecord = {**pending.record, "loss": loss, "grad_norm": norm_of(ranks)}
         self.history = [*self.history[1 - HISTORY :], record]
         self.learning_rate_sum += record["learning_rate"]
         step = Step.gather(self.run, self.taps, record, self.history, self.passes, pending.local, ranks)
