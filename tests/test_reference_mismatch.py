@@ -249,8 +249,11 @@ def test_one_document_is_the_longest_one():
     mask = (torch.arange(32) >= 4).long().expand(2, -1)
     cut = one_document({"input_ids": ids, "labels": ids, "attention_mask": mask}, longest=9)
     assert cut["input_ids"].tolist() == [list(range(4, 13))]
-    with pytest.raises(CannotJudge, match="cu_seq_lens cannot be cut"):
-        one_document({"input_ids": ids, "labels": ids, "cu_seq_lens": torch.tensor([0, 64])})
+    ends = {"cu_seq_lens_q": torch.tensor([0, 50, 64]), "max_length_q": 50}
+    flat = one_document({"input_ids": ids.reshape(1, 64), "labels": ids.reshape(1, 64), **ends})
+    assert flat["input_ids"].tolist() == [list(range(50))] and flat.keys() == {"input_ids", "labels"}
+    with pytest.raises(CannotJudge, match="pixels cannot be cut"):
+        one_document({"input_ids": ids, "labels": ids, "pixels": torch.zeros(2, 3)})
     with pytest.raises(CannotJudge, match="no document of 8 tokens"):
         one_document({"input_ids": ids, "labels": ids, "attention_mask": torch.zeros_like(ids)})
 
@@ -427,6 +430,21 @@ def test_a_loss_of_ones_own_is_not_compared(train, alone):
         )
 
     _, guards = train(make_model("llama"), change)
+    assert said(guards) == [] and guards.judged
+
+
+def test_a_fused_loss_without_logits(train, alone):
+    """The model is called once more, without labels. As TRL's SFTTrainer, whose forward is asked for a fused head."""
+
+    def change(trainer):
+        forward = trainer.model.forward
+
+        def fused(labels=None, **kwargs):
+            return forward(**kwargs) if labels is None else {"loss": forward(labels=labels, **kwargs).loss}
+
+        trainer.model.forward = fused
+
+    _, guards = train(make_model("llama"), change, remove_unused_columns=False)
     assert said(guards) == [] and guards.judged
 
 

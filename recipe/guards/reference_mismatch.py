@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,10 @@ MIN_TOKENS = 8  # of a row. Chosen, not measured: fewer hold no context to atten
 # Half of the distance between two neighbouring numbers, relative: what rounding to this type may change.
 ROUNDING = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 # What the reference is given, or what changes nothing.
-KNOWN = ("input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch")
+GIVEN = ("input_ids", "attention_mask", "position_ids")
+KNOWN = (*GIVEN, "labels", "num_items_in_batch")
+# Of documents; inside of one there are none.
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 FP32_ATTENTION = ("eager", "sdpa")  # flash attention refuses fp32
 
 
@@ -152,6 +155,7 @@ def one_document(inputs: dict, longest: int = LENGTH) -> dict:
     """The longest document of the batch, up to `longest` tokens, as a batch of one row: nothing in it has to be kept
     apart. Raises `CannotJudge`."""
     shape, documents = inputs["input_ids"].shape, find_documents(inputs)
+    inputs = {name: value for name, value in inputs.items() if name not in BOUNDARIES}
     odd = [name for name, value in inputs.items() if not isinstance(value, torch.Tensor) or value.shape != shape]
     if odd:
         raise CannotJudge(f"{', '.join(odd)} cannot be cut to one document")
@@ -172,15 +176,15 @@ def record_call(batch, row: dict, is_exact: bool = False, training: bool = False
     Raises `CannotJudge` where its logits cannot be told."""
     model, compute_loss = batch.model, loss_of(batch.twin, batch.model, row, None)
     with frozen(model, training), torch.no_grad(), _recording(model) as (calls, dtypes):
-        if is_exact:
-            with without_autocast(model):
-                loss = batch.twin.compute_loss(model, dict(row))
-        else:
-            loss = compute_loss()
-    if not calls:
-        raise CannotJudge("compute_loss does not call the model")
-    arguments, output = calls[0]
-    ids, logits = arguments.get("input_ids"), output["logits"] if isinstance(output, dict) else output
+        with without_autocast(model) if is_exact else nullcontext():
+            loss = batch.twin.compute_loss(model, dict(row)) if is_exact else compute_loss()
+        if not calls:
+            raise CannotJudge("compute_loss does not call the model")
+        arguments, logits = calls[0]
+        if logits is None:  # a fused loss makes none; the model does without labels
+            model(**{name: value for name, value in arguments.items() if name in GIVEN})
+            logits = calls[-1][1]
+    ids = arguments.get("input_ids")
     if not isinstance(ids, torch.Tensor) or not isinstance(logits, torch.Tensor) or logits.shape[:2] != ids.shape:
         raise CannotJudge("compute_loss calls the model without input_ids, or it gives no logits for each position")
     mask, positions, labels = (arguments.get(name) for name in ("attention_mask", "position_ids", "labels"))
@@ -203,11 +207,12 @@ def record_call(batch, row: dict, is_exact: bool = False, training: bool = False
 
 @contextmanager
 def _recording(model: torch.nn.Module) -> Iterator[tuple[list, list]]:
-    """Arguments and output of each call, and the types in which the head computed."""
+    """Arguments and logits of each call, None where it gave none, and the types in which the head computed."""
     calls, dtypes, names = [], [], ("input_ids",)
 
     def record(module, args, kwargs, output):
-        calls.append((dict(zip(names, args, strict=False)) | kwargs, output))
+        logits = output.get("logits") if isinstance(output, dict) else output
+        calls.append((dict(zip(names, args, strict=False)) | kwargs, logits))
 
     hooks = [
         model.register_forward_hook(record, with_kwargs=True),
