@@ -40,6 +40,7 @@ CASES = [
     ("llama", {"rope_parameters": {**YARN, "truncate": False, "beta_fast": 16, "beta_slow": 2}}),
     ("llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.5}}),
     ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
     ("mistral", {"sliding_window": 10}),
     ("mistral", {"sliding_window": None}),
     ("qwen2", {"tie_word_embeddings": True}),
@@ -222,6 +223,13 @@ def adapted(model):
 def test_what_is_not_written_down_has_a_reason(make, why):
     with pytest.raises(NotApplicable, match=why):
         read_architecture(make())
+
+
+def test_a_weight_that_is_not_there_is_named():
+    model = make_model("llama")
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(CannotJudge, match=r"no weight model\.layers\.1\.mlp\.up_proj\.weight"):
+        Oracle(read_architecture(model), model.state_dict()).logits(*PLACE)
 
 
 def test_logits_that_say_nothing():

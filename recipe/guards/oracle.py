@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
-from recipe.guards.guard import NotApplicable
-from recipe.internals import is_compiled_module
+from recipe.guards.guard import CannotJudge, NotApplicable
+from recipe.internals import causal_class_of, is_compiled_module
 
 ACTIVATIONS: dict[str, Callable] = {
     "silu": F.silu,
@@ -84,8 +83,9 @@ class Architecture:
 
     @property
     def rotated(self) -> int:
-        """Dimensions of a head."""
-        return int(self.head_dim * self.rope.get("partial_rotary_factor", 1.0))
+        """Dimensions of a head. Only GPT-NeoX has a part by default; the scalings have one for all."""
+        is_part = self.kind == "gpt_neox" or self.rope.get("rope_type", "default") != "default"
+        return int(self.head_dim * self.rope.get("partial_rotary_factor", 1.0)) if is_part else self.head_dim
 
     @property
     def max_exact(self) -> int:
@@ -100,7 +100,7 @@ def read_architecture(model: torch.nn.Module) -> Architecture:
     kind = getattr(config, "model_type", None)
     if kind not in NAMES:
         raise NotApplicable(f"no independent forward pass is written down for {kind or type(model).__name__}")
-    if type(model) is not AutoModelForCausalLM._model_mapping[type(config)]:
+    if type(model) is not causal_class_of(config):
         raise NotApplicable(f"{type(model).__name__} is not transformers' own class for {kind}")
     for name, module in model.named_modules():
         if not type(module).__module__.startswith(("transformers.", "torch.")):
@@ -301,6 +301,8 @@ class Oracle:
         return self._noisy(y if bias is None else y + bias.float())
 
     def _weight(self, name: str) -> torch.Tensor:
+        if name not in self.weights:
+            raise CannotJudge(f"the model has no weight {name}: parametrized, or named otherwise")
         return self.weights[name].float()
 
     def _noisy(self, x: torch.Tensor) -> torch.Tensor:
