@@ -8,7 +8,7 @@
     guard.py         Guard, Finding, CannotJudge, NotApplicable
     run.py           facts of the run, read from the Trainer
     taps.py          what is recorded on each rank: batches.py, head.py, gradients.py, updates.py, ngrams.py
-    oracle.py        a second implementation of some models, for `reference_mismatch`
+    oracle.py        a second implementation of some models, to compare them with
     sandbox.py       running the trainer's own code without leaving a trace
     records.py       the files of a run; checkpoint.py: the guards' state in checkpoints
 

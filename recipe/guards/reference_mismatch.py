@@ -83,7 +83,7 @@ class ReferenceMismatch(Guard):
     of_one_resume = ("reference_mismatch",)
     explained_by = (
         *("non_causal_attention", "row_leak", "cross_document_attention", "wrong_loss_target", "missing_label_shift"),
-        *("double_label_shift", "untied_weights", "resume_jump", "eval_train_mismatch"),
+        *("double_label_shift", "untied_weights", "resume_jump", "eval_not_repeatable", "eval_train_mismatch"),
     )
     # Times the noise. Measured on 8 architectures of 3 layers, new and with large random weights: the model is 0.5 to
     # 1.2 times the noise away in fp32, bf16 and under autocast, and 2.2 times in fp16. Faults of the zoo are 1,000

@@ -34,6 +34,7 @@ class Runner:
         self.reporter = reporter
         self.guards: list[Guard] = []
         self.failed: dict[str, str] = {}
+        self.probed_at = -1  # step before which a probe ran last
         self.seconds: defaultdict[str, float] = defaultdict(float)
         for guard in [guard for guard in guards if not set(guard.ids) <= reporter.disabled]:
             try:
@@ -66,15 +67,17 @@ class Runner:
 
     def probe(self, run: Run, inputs, num_items_in_batch, step: int, tokens_seen: int, is_first: bool) -> None:
         """Every probe, or those that explain symptoms, worst finding first."""
+        self.probed_at = step
         guards = [g for g in self.guards if _overrides(g, "probe") and (is_first or g.explains_symptoms)]
         verdicts = self._probe_all(guards, run, inputs, num_items_in_batch, is_first)
         self.reporter.take(verdicts, step, tokens_seen)
         self.reporter.explain_waiting([v.id for v in verdicts if isinstance(v, Clear)], self.evidence())
 
     def probe_at_save(self, run: Run, step: int, tokens_seen: int) -> None:
-        """On the pinned rows. Where there are none, nothing more is known than before."""
+        """On the pinned rows, unless a probe has just run."""
         guards = [guard for guard in self.guards if guard.probes_at_saves]
-        if guards and run.pinned.rows:
+        if guards and run.pinned.rows and self.probed_at != step:
+            self.probed_at = step
             self.reporter.take(self._probe_all(guards, run, run.pinned.rows, None, False), step, tokens_seen)
 
     def _probe_all(self, guards: list[Guard], run: Run, inputs, num_items_in_batch, is_first: bool) -> list[Verdict]:

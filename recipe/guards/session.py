@@ -75,8 +75,7 @@ class Session:
         self.history: list[StepRecord] = []
         self.tokens_seen, self.passes, self.learning_rate_sum = 0, 1, 0.0
         self.failure: str | None = None
-        self.is_over = False  # every rank knows of the failure
-        self.stop_asked = False
+        self.is_over = self.stop_asked = False  # over: every rank knows of the failure
         self.run: Run | None = None
         self.runner: Runner | None = None
         self.taps: Taps | None = None
@@ -85,7 +84,6 @@ class Session:
         self._passes: list[tuple[str, int | None, str]] = []  # noticed on this rank, not sent yet
         self._is_due = self._is_closed = False  # due: a step has ended and is not judged yet
         self._pending: PendingStep | None = None
-        self._probed_at = 0
         self.last_end = time.perf_counter()
 
     @property
@@ -151,12 +149,7 @@ class Session:
         self._probe(inputs, num_items_in_batch, is_first=True)
 
     def _probe(self, inputs, num_items_in_batch, is_first: bool) -> None:
-        self._probed_at = self.local.step
         self.runner.probe(self.run, inputs, num_items_in_batch, self.local.step, self.tokens_seen, is_first)
-
-    def _probe_at_save(self) -> None:
-        self._probed_at = self.local.step
-        self.runner.probe_at_save(self.run, self.local.step, self.tokens_seen)
 
     # --- micro-batches
 
@@ -164,10 +157,10 @@ class Session:
     def before_micro_step(self, inputs, num_items_in_batch):
         """Returns what `after_micro_step` is to be given."""
         self.local.num_items = num_items_in_batch
-        if self._probed_at != self.local.step and (self.reporter.waiting or self.local.step == PROBE_AGAIN):
+        if self.runner.probed_at != self.local.step and (self.reporter.waiting or self.local.step == PROBE_AGAIN):
             self._probe(inputs, num_items_in_batch, is_first=False)
-        elif self._probed_at != self.local.step and self.local.step % PROBE_EVERY == 0:
-            self._probe_at_save()
+        elif self.local.step % PROBE_EVERY == 0:
+            self.runner.probe_at_save(self.run, self.local.step, self.tokens_seen)
         self.runner.before_micro_step(self.run)
         return self.taps.begin_micro_step(self.local, inputs)
 
@@ -307,8 +300,7 @@ class Session:
     @survives
     def save(self, checkpoint: Path) -> None:
         """On every rank, since some guards compute on every rank what is saved."""
-        if self._probed_at != self.local.step:
-            self._probe_at_save()
+        self.runner.probe_at_save(self.run, self.local.step, self.tokens_seen)
         numbers, arrays = self.runner.save(self.run)
         if self.is_main and checkpoint.is_dir():
             own = {"step": self.local.step, "passes": self.passes, "learning_rate_sum": self.learning_rate_sum}
