@@ -234,6 +234,8 @@ def _conflicts(v: SimpleNamespace, given: Set[str]) -> Iterator[tuple[str, str]]
         yield "bf16 fp16 use_cpu", f"{NO_BF16}; use --bf16 false"
     elif v.fp16 and on_cpu:
         yield "fp16 bf16 use_cpu", "needs a GPU; on a CPU use --fp16 false: fp32 is faster there"
+    if v.fsdp and on_cpu:
+        yield "fsdp use_cpu", "needs GPUs: on a CPU accelerate ignores it without a message, and every rank holds all"
     if v.tf32 and not is_torch_tf32_available():
         yield "tf32", "this machine has no TF32; leave the key out, the recipe turns TF32 on where it exists"
     if v.attn_implementation.startswith(("flash", "flex")) and on_cpu:

@@ -6,6 +6,7 @@ tests/test_internals.py uses each of them, so that its test names the upgrade th
 from collections.abc import Callable, Iterator
 
 import torch
+from transformers import AutoModelForCausalLM
 
 # --- transformers
 
@@ -27,6 +28,16 @@ def load_weights(trainer, checkpoint: str) -> None:
 def attention_of(model) -> str | None:
     """The attention implementation in force: `eager`, `sdpa`, `flash_attention_2`, ..."""
     return getattr(model.config, "_attn_implementation", None)
+
+
+def causal_class_of(config) -> type:
+    """transformers' own class of causal language models for this config."""
+    return AutoModelForCausalLM._model_mapping[type(config)]
+
+
+def has_own_loss_function(model) -> bool:
+    """Whether `model.loss_function` has been set, beside the one that transformers has for the model's kind."""
+    return "_loss_function" in vars(model)
 
 
 # --- accelerate

@@ -156,6 +156,7 @@ BAD_VALUES = [
     ({"fp16": True}, "fp16", "needs a GPU"),
     ({"attn_implementation": "flash_attention_2"}, "attn_implementation", "needs a GPU"),
     ({"attn_implementation": "flex_attention"}, "attn_implementation", "needs a GPU"),
+    ({"fsdp": "full_shard"}, "fsdp", "needs GPUs: on a CPU accelerate ignores it"),
     ({"document_masking": True, "use_cache": True}, "use_cache", "document_masking"),
     ({"eval_strategy": "steps"}, "eval_steps", "is required"),
     ({"eval_steps": 5}, "eval_steps", "eval_strategy is unset"),

@@ -32,6 +32,13 @@ def test_transformers_created_scheduler(tiny_model, tmp_path):
     assert internals.created_scheduler(trainer)
 
 
+def test_transformers_causal_class_and_loss_function(tiny_model):
+    assert internals.causal_class_of(tiny_model.config) is type(tiny_model)
+    assert not internals.has_own_loss_function(tiny_model)
+    tiny_model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
+    assert internals.has_own_loss_function(tiny_model)
+
+
 def test_transformers_prepare_inputs(tiny_model, tmp_path):
     inputs = {"input_ids": torch.arange(4)[None], "nested": {"labels": torch.arange(4)[None]}}
     prepared = internals.prepare_inputs(make_trainer(tiny_model, tmp_path), inputs)

@@ -8,6 +8,7 @@
     guard.py         Guard, Finding, CannotJudge, NotApplicable
     run.py           facts of the run, read from the Trainer
     taps.py          what is recorded on each rank: batches.py, head.py, gradients.py, updates.py, ngrams.py
+    oracle.py        a second implementation of some models, to compare them with
     sandbox.py       running the trainer's own code without leaving a trace
     objective.py     what the loss is, by intervention; recording.py: one computation of it
     records.py       the files of a run; checkpoint.py: the guards' state in checkpoints
@@ -36,6 +37,7 @@ from recipe.guards.lost_updates import LostUpdates
 from recipe.guards.off_reference import LossOffReference
 from recipe.guards.padding import PaddingIsTarget
 from recipe.guards.rank_divergence import RankDivergence
+from recipe.guards.reference_mismatch import ReferenceMismatch
 from recipe.guards.repetition import Repetition
 from recipe.guards.resume import ResumeJump
 from recipe.guards.slow_path import SlowPath
@@ -72,6 +74,7 @@ GUARDS: tuple[type[Guard], ...] = (
     TrainEvalGap,
     EvalTrainMismatch,
     EvalNotRepeatable,
+    ReferenceMismatch,
     CompiledMismatch,
     ResumeJump,
     SlowPath,

@@ -62,6 +62,8 @@ class OptimizerOff(Guard):
 
     def _choose(self, run) -> None:
         optimizer = run.inner_optimizer
+        if run.is_sharded:
+            raise NotApplicable("the weights are sharded over ranks")
         if run.is_loss_scaled:
             raise NotApplicable("fp16 loss scaling, which some optimizers undo themselves")
         if type(optimizer) not in (Adam, AdamW):

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from recipe.guards.attach import Wrapping, find_trainer, make_visible
 from recipe.guards.checkpoint import read_session, warn_damaged
-from recipe.guards.guard import Finding, Guard
+from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable
 from recipe.guards.ranks import Ranks
 from recipe.guards.records import StepRecord, append_line, keep_until, read_steps
 from recipe.guards.reporter import Reporter
@@ -146,6 +146,10 @@ class RegressionCallback(TrainerCallback):
             self._trainer, self.reporter.is_main = None, False  # two would write every line of the files twice
             return
         failure = _write(self.must_write, self.open_files, args, state)
+        if self._trainer is not None and self._trainer.is_deepspeed_enabled:
+            self._give_up(NotApplicable("DeepSpeed keeps weights, gradients and loss scaling in an engine of its own"))
+            self._trainer = None
+            return
         if self._trainer is None:
             self._give_up("no Trainer among the callers of on_train_begin; pass RegressionCallback(trainer=trainer)")
             return
@@ -245,7 +249,7 @@ class RegressionCallback(TrainerCallback):
             if self._trainer is not None and self._trainer.args.world_size == 1:
                 _stop(self._trainer.control)
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str | CannotJudge) -> None:
         self.reporter.give_up([name for guard in self.guards for name in guard.ids], reason)
 
     def _release(self) -> None:

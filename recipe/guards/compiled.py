@@ -39,7 +39,7 @@ class CompiledMismatch(Guard):
             raise NotApplicable("the model is not compiled")
         if run.world_size > 1 or run.is_sharded:
             raise CannotJudge("gradients are averaged over ranks as they come")
-        if dropout := next((name for name, value in _dropouts(run.model) if value), None):
+        if dropout := next((name for name, value in dropouts_of(run.model) if value), None):
             raise CannotJudge(f"{dropout} is on, and a compiled model draws other random numbers")
 
     def probe(self, batch) -> Iterator[Verdict]:
@@ -98,7 +98,7 @@ def _size(gradient: torch.Tensor) -> tuple[float, float]:
     return float(gradient.float().norm()), float(gradient.float().sum())
 
 
-def _dropouts(model: torch.nn.Module) -> Iterator[tuple[str, float]]:
+def dropouts_of(model: torch.nn.Module) -> Iterator[tuple[str, float]]:
     for name, module in model.named_modules():
         yield name, getattr(module, "p", 0.0) if isinstance(module, torch.nn.Dropout) else 0.0
     for name, value in vars(getattr(model, "config", None) or object).items():

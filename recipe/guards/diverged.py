@@ -34,8 +34,9 @@ class LossDiverged(Guard):
     taps = ("head",)
     on_every_rank = True  # a loss of the user's own may gather over ranks
     explained_by = (
-        *("wrong_loss_target", "wrong_gradient", "frozen_parameters", "lost_updates", "optimizer_off"),
-        *("learning_rate_off", "untied_weights", "rank_divergence", "accumulation_mismatch", "resume_jump"),
+        *("wrong_loss_target", "reference_mismatch", "wrong_gradient", "frozen_parameters", "lost_updates"),
+        *("optimizer_off", "learning_rate_off", "untied_weights", "rank_divergence"),
+        *("accumulation_mismatch", "resume_jump"),
     )
     # Steps of which the median is judged. Chosen: runs of 30 steps must be judged (the shortest that was seen to
     # diverge), and spikes from which a training recovers last for a few steps.

@@ -30,7 +30,7 @@ class LossBelowEnvelope(Guard):
     explained_by = (
         *("missing_label_shift", "non_causal_attention", "row_leak", "cross_document_attention", "wrong_loss_target"),
         *("resume_replay", "repeated_data", "train_eval_overlap"),
-        *("accumulation_mismatch", "wrong_gradient", "eval_train_mismatch"),
+        *("accumulation_mismatch", "wrong_gradient", "eval_train_mismatch", "reference_mismatch"),
     )
     is_symptom = judges_curve = needs_next_token = True
     WINDOW = 10  # steps; that of the measurements in `ngrams.py`

@@ -120,6 +120,7 @@ class Guard:
         explained_by: ids of other guards that can cause these findings, most telling first.
         is_symptom: its warnings wait until the probes have run again, and then name what these found.
         explains_symptoms: its probe runs again when a symptom is found.
+        probes_at_saves: its probe runs again at each save and every `session.PROBE_EVERY` steps.
         rules_out: own id -> word in the likely causes of symptoms that are dropped when this probe finds nothing.
         needs_next_token: it judges nothing but a next-token cross entropy; else it is not applicable.
         judges_curve: it compares the loss curve with an expectation.
@@ -134,6 +135,7 @@ class Guard:
     explained_by: ClassVar[tuple[str, ...]] = ()
     is_symptom: ClassVar[bool] = False
     explains_symptoms: ClassVar[bool] = False
+    probes_at_saves: ClassVar[bool] = False
     rules_out: ClassVar[Mapping[str, str]] = {}
     needs_next_token: ClassVar[bool] = False
     judges_curve: ClassVar[bool] = False

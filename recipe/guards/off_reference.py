@@ -24,7 +24,7 @@ class LossOffReference(Guard):
     is_symptom = judges_curve = True
     explained_by = (
         *("missing_label_shift", "non_causal_attention", "row_leak", "cross_document_attention", "wrong_loss_target"),
-        *("resume_replay", "repeated_data", "train_eval_overlap", "double_label_shift"),
+        *("resume_replay", "repeated_data", "train_eval_overlap", "double_label_shift", "reference_mismatch"),
         *("accumulation_mismatch", "wrong_gradient", "eval_train_mismatch", "frozen_parameters", "lost_updates"),
         *("optimizer_off", "learning_rate_off", "untied_weights", "rank_divergence"),
     )

@@ -37,6 +37,7 @@ class Runner:
         self.reporter = reporter
         self.guards: list[Guard] = []
         self.failed: dict[str, str] = {}
+        self.probed_at = -1  # step before which a probe ran last
         self.seconds: defaultdict[str, float] = defaultdict(float)
         for guard in [guard for guard in guards if not set(guard.ids) <= reporter.disabled]:
             try:
@@ -69,7 +70,20 @@ class Runner:
 
     def probe(self, run: Run, inputs, num_items_in_batch, step: int, tokens_seen: int, is_first: bool) -> None:
         """Every probe, or those that explain symptoms, worst finding first."""
+        self.probed_at = step
         guards = [g for g in self.guards if _overrides(g, "probe") and (is_first or g.explains_symptoms)]
+        verdicts = self._probe_all(guards, run, inputs, num_items_in_batch, is_first)
+        self.reporter.take(verdicts, step, tokens_seen)
+        self.reporter.explain_waiting([v.id for v in verdicts if isinstance(v, Clear)], self.evidence())
+
+    def probe_at_save(self, run: Run, step: int, tokens_seen: int) -> None:
+        """On the pinned rows, unless a probe has just run."""
+        guards = [guard for guard in self.guards if guard.probes_at_saves]
+        if guards and run.pinned.rows and self.probed_at != step:
+            self.probed_at = step
+            self.reporter.take(self._probe_all(guards, run, run.pinned.rows, None, False), step, tokens_seen)
+
+    def _probe_all(self, guards: list[Guard], run: Run, inputs, num_items_in_batch, is_first: bool) -> list[Verdict]:
         verdicts: list[Verdict] = []
         try:
             with sandbox.opened(run, inputs, num_items_in_batch, is_first) as batch:
@@ -85,8 +99,7 @@ class Runner:
                 self.reporter.give_up([name for guard in guards for name in guard.ids], reason)
         if not is_first:  # what cannot be asked again was judged before
             verdicts = [verdict for verdict in verdicts if not isinstance(verdict, Skip)]
-        self.reporter.take(sorted(verdicts, key=severity_first), step, tokens_seen)
-        self.reporter.explain_waiting([v.id for v in verdicts if isinstance(v, Clear)], self.evidence())
+        return sorted(verdicts, key=severity_first)
 
     def _find_objective(self, run: Run, batch) -> None:
         """Guards that need another one are not applicable. Unknown, it is taken for a next-token cross entropy."""

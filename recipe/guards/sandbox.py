@@ -315,8 +315,9 @@ def frozen(model: torch.nn.Module, training: bool) -> Iterator[None]:
 
 
 def _plain_attributes(module: torch.nn.Module) -> dict:
-    """Its mode, and what it may count in its forward pass."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+    """Its mode, and what it may count in its forward pass. A tensor: the longest row that dynamic RoPE has seen."""
+    kinds = (bool, int, float, str, torch.Tensor)
+    return {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
 
 
 def generators_now():

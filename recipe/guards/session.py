@@ -23,13 +23,16 @@ from recipe.guards.reporter import Reporter
 from recipe.guards.run import Run
 from recipe.guards.runner import Runner
 from recipe.guards.sandbox import PinnedBatch
-from recipe.guards.taps import Evaluation, LocalStep, PendingStep, Step, Taps
+from recipe.guards.taps import Evaluation, LocalStep, PendingStep, Step, Taps, norm_of
 
 logger = logging.getLogger("recipe.guards")
 
 # Step before which the probes that explain symptoms run once more: adapters and gates begin at zero. Chosen, not
 # measured: Adam has moved a weight of zero 20 times by then.
 PROBE_AGAIN = 20
+# Steps between the probes of guards that probe at saves too. Chosen: such a probe costs the forward pass of some
+# thousand tokens, a hundredth of that many steps of the demo.
+PROBE_EVERY = 64
 # Steps kept for windows, of which references name their own. Chosen, not measured.
 HISTORY = 1000
 SECOND_PASS = "a second pass over the data has begun"
@@ -72,8 +75,7 @@ class Session:
         self.history: list[StepRecord] = []
         self.tokens_seen, self.passes, self.learning_rate_sum = 0, 1, 0.0
         self.failure: str | None = None
-        self.is_over = False  # every rank knows of the failure
-        self.stop_asked = False
+        self.is_over = self.stop_asked = False  # over: every rank knows of the failure
         self.run: Run | None = None
         self.runner: Runner | None = None
         self.taps: Taps | None = None
@@ -82,7 +84,6 @@ class Session:
         self._passes: list[tuple[str, int | None, str]] = []  # noticed on this rank, not sent yet
         self._is_due = self._is_closed = False  # due: a step has ended and is not judged yet
         self._pending: PendingStep | None = None
-        self._probed_at = 0
         self.last_end = time.perf_counter()
 
     @property
@@ -148,7 +149,6 @@ class Session:
         self._probe(inputs, num_items_in_batch, is_first=True)
 
     def _probe(self, inputs, num_items_in_batch, is_first: bool) -> None:
-        self._probed_at = self.local.step
         self.runner.probe(self.run, inputs, num_items_in_batch, self.local.step, self.tokens_seen, is_first)
 
     # --- micro-batches
@@ -157,8 +157,10 @@ class Session:
     def before_micro_step(self, inputs, num_items_in_batch):
         """Returns what `after_micro_step` is to be given."""
         self.local.num_items = num_items_in_batch
-        if self._probed_at != self.local.step and (self.reporter.waiting or self.local.step == PROBE_AGAIN):
+        if self.runner.probed_at != self.local.step and (self.reporter.waiting or self.local.step == PROBE_AGAIN):
             self._probe(inputs, num_items_in_batch, is_first=False)
+        elif self.local.step % PROBE_EVERY == 0:
+            self.runner.probe_at_save(self.run, self.local.step, self.tokens_seen)
         self.runner.before_micro_step(self.run)
         return self.taps.begin_micro_step(self.local, inputs)
 
@@ -241,7 +243,7 @@ class Session:
         if pending is None or any("loss" not in payload for payload in ranks):
             return
         loss = sum(payload["loss"] for payload in ranks) / len(ranks)
-        record: StepRecord = {**pending.record, "loss": loss, "grad_norm": ranks[0]["grad_norm"]}
+        record: StepRecord = {**pending.record, "loss": loss, "grad_norm": norm_of(ranks)}
         self.history = [*self.history[1 - HISTORY :], record]
         self.learning_rate_sum += record["learning_rate"]
         step = Step.gather(self.run, self.taps, record, self.history, self.passes, pending.local, ranks)
@@ -298,6 +300,7 @@ class Session:
     @survives
     def save(self, checkpoint: Path) -> None:
         """On every rank, since some guards compute on every rank what is saved."""
+        self.runner.probe_at_save(self.run, self.local.step, self.tokens_seen)
         numbers, arrays = self.runner.save(self.run)
         if self.is_main and checkpoint.is_dir():
             own = {"step": self.local.step, "passes": self.passes, "learning_rate_sum": self.learning_rate_sum}

@@ -24,7 +24,7 @@ class LossSpike(Guard):
     explained_by = (
         *("loss_not_finite", "learning_rate_off", "grad_norm_off", "resume_jump", "rank_divergence"),
         *("missing_label_shift", "non_causal_attention", "row_leak", "cross_document_attention", "wrong_loss_target"),
-        "token_out_of_range",
+        *("token_out_of_range", "reference_mismatch"),
     )
     # One batch is never enough: public 124M runs have single steps 8 sd off. False alarms on simulated healthy
     # curves (power law, student-t noise, two kinds of batches, plateaus, sources that change by 0.7 nats): none in 19M

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from recipe.guards.batches import SCORED, AsyncCopy, PendingTokens, SeenTokens, input_ids_of, scored_part, send_tokens
 from recipe.guards.gradients import GradientNorms, GradientTap
@@ -93,6 +94,8 @@ class PendingStep:
         return {
             "loss": loss,
             "grad_norm": norm if self.local.grad_norm is not None else None,
+            "norm_is_of_part": isinstance(self.local.grad_norm, DTensor)
+            and self.local.grad_norm.placements[0].is_partial(),
             "clipped_norm": clipped_norm if self.local.clipped_norm is not None else None,
             "losses": losses,
             "gradients": [None if g is None else [next(norms) for _ in g] for g in self.local.gradients],
@@ -104,10 +107,15 @@ class PendingStep:
 
 
 def _on_device(norm: torch.Tensor | float | None, like: torch.Tensor) -> torch.Tensor:
-    """A scalar beside `like`, NaN for None, without waiting for the device."""
+    """A scalar beside `like`, NaN for None, without waiting for the device or for other ranks."""
     if isinstance(norm, torch.Tensor):
+        norm = norm.to_local() if isinstance(norm, DTensor) else norm
         return norm.to(like.device, torch.float32).reshape(())
     return torch.full((), math.nan if norm is None else norm, dtype=torch.float32, device=like.device)
+
+
+def _is_of_part(norm) -> bool:
+    return isinstance(norm, DTensor) and norm.placements[0].is_partial()
 
 
 def _send(value):
@@ -128,6 +136,15 @@ def _read(value):
 
 
 # --- on the main process
+
+
+def norm_of(ranks: list[dict]) -> float | None:
+    """The gradient's norm before clipping. Under FSDP2 each rank knows that of its part, and the parts add up.
+    `ranks`: what `PendingStep.read` gave on each."""
+    norms = [payload["grad_norm"] for payload in ranks]
+    if None in norms or not ranks[0]["norm_is_of_part"]:
+        return norms[0]
+    return math.hypot(*norms)
 
 
 @dataclass
@@ -312,7 +329,8 @@ class Taps:
             tap.before_clip()
 
     def after_clip(self, local: LocalStep, norm) -> None:
-        local.grad_norm = norm
+        # Over a mesh of two dimensions, which parts are the same is not known here.
+        local.grad_norm = None if isinstance(norm, DTensor) and norm.device_mesh.ndim > 1 else norm
         if self.gradients and is_checked(local.step + 1):
             gradients = [p.grad for _, p in self.run.named_parameters if p.requires_grad and p.grad is not None]
             local.clipped_norm = torch.nn.utils.get_total_norm(gradients).float()

@@ -5,8 +5,6 @@ OTHER_TEXT = "Text is changed before it is tokenised: nothing that a Trainer hol
 WHY_MISSED: dict[str, str] = {
     # --- development
     "original_sdp_kernel": "Nothing that is computed changes, only its speed: the flags are as before the call.",
-    "positions_wrap": "Angles are made inside the model: it is causal, and no guard knows what they should be.",
-    "rotary_in_bf16": "Angles are made inside the model: it is causal, and no guard knows what they should be.",
     "resume_skips_twice": "What follows the resume is new text; which rows should have come is nowhere recorded.",
     "generators_not_restored": "A resume is compared in eval mode, without dropout, and generators are not compared.",
     "set_epoch_ignored": "Each repetition is a declared epoch, where copies are due; rows not drawn are not counted.",
@@ -18,12 +16,9 @@ WHY_MISSED: dict[str, str] = {
     "z_loss_reported": "Both losses are compared in eval mode, in which this one leaves its z-loss out.",
     "rate_4_percent_low": "The rate that a group begins with is believed: groups with rates of their own are common.",
     "weight_decay_on_norms_and_biases": "What decays is the user's choice: no argument says that norms must not.",
-    "loss_of_fp8_logits": "No guard computes the loss again in fp32; each token's target and weight are right.",
     "eos_never_added": NO_EOS,
     "ids_modulo_vocabulary": "All ids are in range, and this Trainer has no tokenizer whose size would tell.",
     # --- held_out
-    "window_off_by_one": "A window that is a token wider is causal too; no guard measures how far attention reaches.",
-    "rotary_scaled_by_a_long_input": "Frequencies are a buffer: guards follow parameters, and the loss hardly moves.",
     "masters_rebuilt_from_bf16": "Rounding moves the loss by less than the 1e-3 that is allowed at a resume.",
     "ids_stored_in_a_byte": NO_EOS,
     "one_file_listed_twice": "A tenth comes twice: natural text reaches a fifth, and the warning begins at a quarter.",
@@ -38,17 +33,14 @@ WHY_MISSED: dict[str, str] = {
     "bos_added_twice": "Neither model nor tokenizer of this run says which token is BOS; where one does it is found.",
     "newlines_normalised_away": OTHER_TEXT,
     # --- held_out_2
-    "rotary_layouts_mixed": "Angles are made inside the model: it is causal, and no guard knows what they should be.",
     "left_padding_attended": "The mask is all ones: the batch itself says that this padding is text.",
     "optimizer_state_in_another_order": "Moments are counted at a resume; whose they are is not recorded.",
     "windows_overlap_by_half": "Rows share just 64 tokens: one window of the ledger, which keeps one in 16.",
     "sources_not_mixed": "Which source a row is from is not in the batch, and the loss goes up too little for a jump.",
     "last_batch_left_out": "The loss of the rows that are read is right, and drop_last is a setting that users have.",
-    "logits_not_capped_in_the_loss": "Training and evaluation both leave out the cap, as a model without one does.",
     "means_of_ranks_averaged": "Trainer's own setting asks for it: only micro-batches of one rank are compared then.",
     "text_lower_cased": OTHER_TEXT,
     # --- held_out_3
-    "rotated_by_the_head": "Angles are made inside the model: it is causal, and no guard knows what they should be.",
     "left_over_micro_batches_carried": "Only 4 steps of 62 are at fault, each alone; the guard waits for 3 in a row.",
     "cosine_as_long_as_the_warmup": "A scheduler of the user's own is taken at its word: no argument says otherwise.",
     "gradients_unscaled_twice": "Gradients scaled after backward may be so on purpose: said, but as information only.",

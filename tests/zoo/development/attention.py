@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers.models.gemma2 import modeling_gemma2
 
 from tests.zoo.bug import bug
 from tests.zoo.run import Run
@@ -17,6 +18,11 @@ EIGHT_LAYERS = Setting(sizes={"num_hidden_layers": 8})
 DROPOUT = Setting(sizes={"attention_dropout": 0.1})
 DOCUMENTS = Setting(rows="documents", vocabulary=4096, block=256, batch=4)
 LONG = Setting(block=512, batch=2)
+CAPPED = Setting(family="gemma2", sizes={"attn_logit_softcapping": 2.0}, steps=60)
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 1e4, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3 |= {"factor": 8.0, "original_max_position_embeddings": 64}
+SCALED = Setting(sizes={"rope_parameters": LLAMA_3}, steps=60)
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 UNMASKED = {"is_causal": False, "attention_mask": None}
 
 
@@ -143,7 +149,7 @@ def mean_over_batch(run: Run):
 # --- positions
 
 
-@bug("", AREA, "positions wrap", "torchtitan#2849", ENGLISH)
+@bug("reference_mismatch", AREA, "positions wrap", "torchtitan#2849", ENGLISH)
 def positions_wrap(run: Run):
     """Positions go on from the last row's chunk and wrap at the block's length, in the middle of the text."""
 
@@ -155,9 +161,45 @@ def positions_wrap(run: Run):
     change_input(run, [run.model.model.rotary_emb], wrapped)
 
 
-@bug("", "precision", "rotary embedding in bf16", "transformers#25681", LONG)
+@bug("reference_mismatch", "precision", "rotary embedding in bf16", "transformers#25681", LONG)
 def rotary_in_bf16(run: Run):
     """Rotary frequencies and positions are rounded to bf16: from 256 on, neighbours share a position."""
     rotary = run.model.model.rotary_emb
     rotary.inv_freq = rotary.inv_freq.bfloat16()
     change_input(run, [rotary], lambda module, kwargs: {"position_ids": kwargs["position_ids"].bfloat16()})
+
+
+# --- another model than the config's
+
+
+@bug("reference_mismatch", AREA, "scaling of the frequencies ignored", "felafax#59", SCALED)
+def rotary_scaling_ignored(run: Run):
+    """The config asks for Llama 3.1's scaling of the rotary frequencies, and the model turns by the plain ones."""
+    run.took_effect()
+    rotary = run.model.model.rotary_emb
+    rotary.inv_freq.copy_(1e4 ** (-torch.arange(0, 16, 2) / 16))
+
+
+@bug("reference_mismatch", AREA, "scores not soft-capped", "mistral.rs PR #1928", CAPPED)
+def attention_not_capped(run: Run):
+    """The attention function of Gemma-2 is replaced by one that knows no soft cap."""
+    attend = modeling_gemma2.eager_attention_forward
+
+    def without_cap(*args, softcap=None, **kwargs):
+        run.took_effect()
+        return attend(*args, **kwargs)
+
+    run.patch(modeling_gemma2, "eager_attention_forward", without_cap)
+
+
+HEALTHY = {
+    "Llama with YaRN, bf16": Setting(sizes={"rope_parameters": YARN}, steps=60, arguments={"bf16": True}),
+    "Llama 3.1's frequencies, padded": SCALED.changed(rows="padded"),
+    "Qwen-3, windows in two layers, documents": Setting(
+        family="qwen3",
+        rows="documents",
+        steps=60,
+        sizes={"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    ),
+    "Gemma-2, low caps, bf16 weights": CAPPED.changed(sizes={"dtype": "bfloat16"}, arguments={"learning_rate": 1e-2}),
+}

@@ -343,7 +343,7 @@ def weights_rounded_to_8_bits(run: Run):
     run.callbacks.append(After(act))
 
 
-@bug("", "precision", "coarse logits", "modalities#464", ENGLISH)
+@bug("reference_mismatch", "precision", "coarse logits", "modalities#464", ENGLISH)
 def loss_of_fp8_logits(run: Run):
     """Logits are rounded to fp8 (4 bits of exponent, 3 of mantissa) before the loss."""
 

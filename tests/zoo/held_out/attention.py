@@ -80,7 +80,7 @@ def boundaries_of_the_first_row(run: Run):
     run.model.model.register_forward_pre_hook(isolate, with_kwargs=True)
 
 
-@bug("", AREA, "window off by one", "OLMo-core 08340f94e", WINDOW)
+@bug("reference_mismatch", AREA, "window off by one", "OLMo-core 08340f94e", WINDOW)
 def window_off_by_one(run: Run):
     """The sliding window is one token too wide."""
     overlay = masking_utils.sliding_window_overlay
@@ -92,7 +92,7 @@ def window_off_by_one(run: Run):
     run.patch(masking_utils, "sliding_window_overlay", wider)
 
 
-@bug("", AREA, "scaled rotary frequencies stay", "transformers#25306", ENGLISH, onset=50)
+@bug("reference_mismatch", AREA, "scaled rotary frequencies stay", "transformers#25306", ENGLISH, onset=50)
 def rotary_scaled_by_a_long_input(run: Run):
     """After step 50 one long input scales the rotary frequencies (dynamic NTK), and they stay scaled."""
     rotary, size, factor = run.model.model.rotary_emb, 16, 2.0

@@ -38,7 +38,7 @@ def shifted_groups_wrap_around(run: Run):
     run.patch(F, "scaled_dot_product_attention", in_groups)
 
 
-@bug("", AREA, "rotation and frequencies of two layouts", "Megatron-LM#3900", ENGLISH)
+@bug("reference_mismatch", AREA, "rotation and frequencies of two layouts", "Megatron-LM#3900", ENGLISH)
 def rotary_layouts_mixed(run: Run):
     """Frequencies are laid out for neighbouring pairs, and the rotation pairs the first half with the second."""
 

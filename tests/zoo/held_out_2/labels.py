@@ -17,7 +17,7 @@ def dropout_drawn_again_in_backward(run: Run):
     run.arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
-@bug("", AREA, "logits not capped in the fused loss", "apple/ml-cross-entropy#48", CAPPED)
+@bug("reference_mismatch", AREA, "logits not capped in the fused loss", "apple/ml-cross-entropy#48", CAPPED)
 def logits_not_capped_in_the_loss(run: Run):
     """The patched forward of Gemma-2 computes the loss from logits that are not soft-capped."""
     cap = run.model.config.final_logit_softcapping

@@ -11,7 +11,7 @@ ENGLISH = Setting()
 PADDED = Setting(rows="padded")
 
 
-@bug("", AREA, "rotary embedding over the heads", "mlfoundations/open_lm#4", ENGLISH)
+@bug("reference_mismatch", AREA, "rotary embedding over the heads", "mlfoundations/open_lm#4", ENGLISH)
 def rotated_by_the_head(run: Run):
     """Queries and keys are rotated by the number of their head instead of their position."""
 
