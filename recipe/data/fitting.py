@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from recipe.data.formats import Chunk, Content, TokenIds
-from recipe.data.hold_out import HoldOutFilter
+from recipe.data.hold_out import HoldOutFilter, digest_of
 from recipe.data.lanes import Split, pieces_of
 from recipe.data.source import Source, counted
 from recipe.errors import UserError
@@ -115,8 +115,11 @@ def _fit_small(source: Source, wish: Wish, hold_out: tuple[int, int]) -> Fitted:
     num_documents = len(contents)
     if not any(map(len, contents)):
         raise UserError(f"source {source.name!r}: no text in {counted(num_documents, 'document')}")
+    divided: list[Content] = []
     if not hold_out[1]:
+        whole = contents
         contents, first = _cut_end(contents, wish)
+        divided = whole[first - 1 : first] if len(contents) > num_documents else []
         paths += paths[-1:] * (len(contents) - num_documents)
         hold_out = first, len(contents)
     held = contents[slice(*hold_out)]
@@ -126,7 +129,7 @@ def _fit_small(source: Source, wish: Wish, hold_out: tuple[int, int]) -> Fitted:
             f"source {source.name!r}: {counted(len(held), 'held-out document')} with {counted(tokens, 'token')}, less "
             f"than one block of {wish.block_size}; {AS_IT_FITS}"
         )
-    copies = HoldOutFilter(held)
+    copies = HoldOutFilter([*held, *divided])
     train: list[Content] = ["" if copies.holds(content) else content for content in contents]
     train[: wish.train_skip] = [""] * min(wish.train_skip, len(train))
     train[slice(*hold_out)] = [""] * len(held)
@@ -148,13 +151,14 @@ def _fit_small(source: Source, wish: Wish, hold_out: tuple[int, int]) -> Fitted:
 
 
 def _check_amount(source: Source, contents: Sequence[Content], wish: Wish) -> None:
-    """Raise `UserError` unless the text is enough for a block of the hold-out and one of training."""
-    tokens = sum(map(wish.count_tokens, contents))
+    """Raise `UserError` unless the text is enough for a block of the hold-out and one of training. What is repeated
+    counts once: training skips copies of held-out documents."""
+    tokens = sum(map(wish.count_tokens, {digest_of(content): content for content in contents}.values()))
     if 0 < tokens < 2 * wish.block_size:
         fits = 1 << max(0, (tokens // 3).bit_length() - 1)
         offsets = "" if wish.is_auto else " --eval_skip auto --eval_documents auto"
         raise UserError(
-            f"source {source.name!r} has {tokens:,} tokens, too few for a hold-out and training in blocks of "
+            f"source {source.name!r} has {tokens:,} tokens of different text, too few for a hold-out and training in blocks of "
             f"{wish.block_size}; " + (f"--block_size {fits}{offsets} would do" if fits >= 8 else "it needs more text")
         )
 
@@ -186,7 +190,7 @@ def _lanes_of(source: Source, train: Sequence[Content], token_length: float, wis
     if not total:
         raise UserError(
             f"source {source.name!r}: no text to train on: every document from train_skip on is held out, empty or "
-            "the same as a held-out one"
+            "the same as a held-out one" + ("; --train_skip 0 would do" if wish.train_skip else "")
         )
     num_lanes = NUM_LANES if wish.num_lanes == AUTO else int(wish.num_lanes)
     while (
