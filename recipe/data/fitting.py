@@ -119,8 +119,9 @@ def _fit_small(source: Source, wish: Wish, hold_out: tuple[int, int]) -> Fitted:
     if not hold_out[1]:
         whole = contents
         contents, first = _cut_end(contents, wish)
-        divided = whole[first - 1 : first] if len(contents) > num_documents else []
-        paths += paths[-1:] * (len(contents) - num_documents)
+        if len(contents) > num_documents:
+            divided = whole[first - 1 : first]
+            paths.insert(first, paths[first - 1])
         hold_out = first, len(contents)
     held = contents[slice(*hold_out)]
     tokens = sum(map(wish.count_tokens, held))
@@ -158,8 +159,9 @@ def _check_amount(source: Source, contents: Sequence[Content], wish: Wish) -> No
         fits = 1 << max(0, (tokens // 3).bit_length() - 1)
         offsets = "" if wish.is_auto else " --eval_skip auto --eval_documents auto"
         raise UserError(
-            f"source {source.name!r} has {tokens:,} tokens of different text, too few for a hold-out and training in blocks of "
-            f"{wish.block_size}; " + (f"--block_size {fits}{offsets} would do" if fits >= 8 else "it needs more text")
+            f"source {source.name!r} has {tokens:,} tokens of different text, too few for a hold-out and training in "
+            f"blocks of {wish.block_size}; "
+            + (f"--block_size {fits}{offsets} would do" if fits >= 8 else "it needs more text")
         )
 
 

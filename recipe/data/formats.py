@@ -166,10 +166,10 @@ def read_parquet_chunk(chunk: Chunk, column: str) -> list[Content]:
     """The chunk's documents in file order; null rows are empty."""
     file = open_parquet(chunk.path)
     columns = [name for name in (column, TEXT_DIGEST) if name in file.schema_arrow.names]
-    return _contents_of(file.read_row_group(chunk.position, columns=columns, use_threads=False), chunk, column)
+    return contents_of(file.read_row_group(chunk.position, columns=columns, use_threads=False), chunk, column)
 
 
-def _contents_of(table: pa.Table, chunk: Chunk, column: str) -> list[Content]:
+def contents_of(table: pa.Table, chunk: Chunk, column: str) -> list[Content]:
     table = table.slice(chunk.first_row, chunk.num_documents).combine_chunks()
     values = table.column(column).combine_chunks()
     if _is_token_ids(values.type):
@@ -217,35 +217,6 @@ def _as_utf8(path: str) -> str:
         return ""
     target = shlex.quote(str(Path(path).with_suffix(f".utf8{Path(path).suffix}")))
     return f"; if the whole file is Windows-1252: iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(path)} > {target}"
-
-
-# --- arrow, as `save_to_disk` of `datasets` writes it
-
-
-def index_arrow(path: str, column: str) -> FileIndex:
-    """A chunk for each record batch, and the hash of the file."""
-    if is_remote(path):
-        raise UserError(f"{path}: arrow files are mapped into memory, so they must be on a local disk; download it")
-    table = _open_arrow(path)
-    check_column(path, table.schema, column)
-    with open_file(path) as file:
-        content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
-    batches = table.column(column).chunks
-    return FileIndex([Chunk(path, i, len(batch), batch.nbytes) for i, batch in enumerate(batches)], content)
-
-
-@lru_cache(maxsize=64)
-def _open_arrow(path: str) -> pa.Table:
-    source = pa.memory_map(path.removeprefix("file://"))
-    try:
-        return pa.ipc.open_stream(source).read_all()
-    except pa.ArrowInvalid:  # the file format, as Feather has it
-        return pa.ipc.open_file(source).read_all()
-
-
-def read_arrow_chunk(chunk: Chunk, column: str) -> list[Content]:
-    batch = _open_arrow(chunk.path).column(column).chunk(chunk.position)
-    return _contents_of(pa.table({column: batch}), chunk, column)
 
 
 # --- jsonl and text

@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from recipe.data import formats
+from recipe.data.arrow import index_arrow, read_arrow_chunk
 from recipe.data.convert import convert
 from recipe.data.docstrings import build_docstring_corpus, corpus_info, default_cache_dir
 from recipe.data.files import FileFacts, facts_of, find_files, first_line, format_of, is_remote, with_retries
@@ -25,13 +26,13 @@ from recipe.errors import DataError, UserError
 
 INDEX = {
     "parquet": formats.index_parquet,
-    "arrow": formats.index_arrow,
+    "arrow": index_arrow,
     "jsonl": formats.index_jsonl,
     "text": formats.index_text,
 }
 READ = {
     "parquet": formats.read_parquet_chunk,
-    "arrow": formats.read_arrow_chunk,
+    "arrow": read_arrow_chunk,
     "jsonl": formats.read_jsonl_chunk,
     "text": formats.read_text_chunk,
 }
