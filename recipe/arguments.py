@@ -43,12 +43,13 @@ class SourceArguments:
     path: str
     text_column: str
     train_skip: int
-    eval_skip: int
+    eval_skip: int | Literal["auto"]
     weight: float = 1.0  # share of the rows, beside the weights of the other entries
 
     def __post_init__(self):
         for name in ("train_skip", "eval_skip"):  # accepts 1e6
-            object.__setattr__(self, name, int(getattr(self, name)))
+            if (value := getattr(self, name)) != "auto":
+                object.__setattr__(self, name, int(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +62,12 @@ class DataArguments:
     train_tokens: int | None = None  # tokens of the whole run; or give max_steps
     train_skip: int = 0  # index of the first document that training may read
     train_seed: int = 42  # of the train stream's order
-    eval_skip: int = 100_000  # index of the first hold-out document
+    # Index of the first hold-out document; "auto": 100,000, or the last 1 % of a source that ends before.
+    eval_skip: int | Literal["auto"] = "auto"
     eval_seed: int = 1041  # of the eval stream's order
-    eval_documents: int = 1000  # hold-out documents; training skips them
+    eval_documents: int | Literal["auto"] = "auto"  # hold-out documents; training skips them
     document_masking: bool = False  # keep attention inside each document of a row
-    num_lanes: int = 32  # sub-streams of the canonical order; a power of two
+    num_lanes: int | Literal["auto"] = "auto"  # sub-streams of the canonical order; 32, or fewer for a small source
     # When a checkpoint was made on another stream: refuse, keep its position, or start again.
     on_changed_stream: Literal["refuse", "continue", "restart"] = "refuse"
 

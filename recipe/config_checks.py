@@ -219,7 +219,8 @@ def _conflicts(v: SimpleNamespace, given: Set[str]) -> Iterator[tuple[str, str]]
         if num_set != 1:
             yield " ".join(pair), f"give {' or '.join(pair)}; {'both are' if num_set else 'neither is'} set"
 
-    lanes, ranks, workers = v.num_lanes, int(os.environ.get("WORLD_SIZE", "1")), max(1, v.dataloader_num_workers)
+    lanes = 32 if v.num_lanes == "auto" else v.num_lanes
+    ranks, workers = int(os.environ.get("WORLD_SIZE", "1")), max(1, v.dataloader_num_workers)
     if lanes % ranks:
         yield "num_lanes", f"{lanes} lanes cannot be dealt to {ranks} processes; start a divisor of {lanes}"
     elif lanes % (ranks * workers):

@@ -14,6 +14,7 @@ import torch
 from recipe import rundir
 from recipe.arguments import Config, format_config
 from recipe.data.pipeline import Data, unigram_entropy
+from recipe.data.source import counted
 from recipe.guards import GUARDS, RegressionCallback
 from recipe.model import count_flops_per_token, describe_kernels
 from recipe.model_card import write_model_card
@@ -46,14 +47,20 @@ def describe_run(config: Config, output_dir: Path, data: Data, model, checkpoint
     for part in data.loader.dataset.parts:
         source, (first, stop) = part.source, part.split.hold_out
         share = part.weight / sum(data.loader.dataset.weights)
+        documents = counted(source.num_divided or source.num_documents, "document")
+        if source.num_divided not in (0, source.num_documents):
+            documents += f", divided into {source.num_documents:,}"
+        held = f"documents {first:,} to {stop - 1:,}" if stop - first > 1 else f"document {first:,}"
+        rows = f" | {share:.0%} of the rows" if share < 1 else ""
         logger.info(
-            f"source {source.name}: {source.num_documents:,} documents, {source.num_bytes / 1e6:.1f} MB, fingerprint "
-            f"{source.fingerprint[:16]} | {share:.0%} of the rows | held out: documents {first:,} to {stop - 1:,}"
+            f"source {source.name}: {documents}, {source.num_bytes / 1e6:.2g} MB, fingerprint "
+            f"{source.fingerprint[:16]}{rows} | held out: {held}"
         )
-    logger.info(f"eval: {len(data.eval_rows):,} rows of {config.data.block_size:,} tokens")
+    lanes = counted(data.loader.dataset.num_lanes, "lane")
+    logger.info(f"eval: {counted(len(data.eval_rows), 'row')} of {config.data.block_size:,} tokens | {lanes}")
     logger.info(
         f"model: {model.num_parameters() / 1e6:.1f}M parameters | {training.max_steps:,} steps of "
-        f"{config.tokens_per_step:,} tokens, {total / 1e6:.1f}M in all | {kernels}"
+        f"{config.tokens_per_step:,} tokens, {total:,} in all | {kernels}"
     )
     rundir.write_json(
         output_dir / "run.json",
@@ -95,6 +102,7 @@ def describe_sources(data: Data) -> dict:
         "bytes": sum(part["bytes"] for part in parts),
         "content_hash": "+".join(part["content_hash"] for part in parts),
         "parts": parts,
+        "num_lanes": data.loader.dataset.num_lanes,
     }
 
 

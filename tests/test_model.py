@@ -16,6 +16,7 @@ from transformers.masking_utils import create_causal_mask
 
 from recipe import model as model_module
 from recipe.data.collator import DataCollatorForPackedRows
+from recipe.data.fitting import HOLD_OUT_DOCUMENTS, HOLD_OUT_START
 from recipe.data.packing import LaneState, Row
 from recipe.errors import UserError
 from recipe.model import agree_on_tf32, build_model, check_fit, count_flops_per_token, load_model_config
@@ -37,7 +38,8 @@ def test_the_flagship_has_180m_parameters_and_the_original_batch():
     assert values["block_size"] == 1024
     assert (values["per_device_train_batch_size"], values["gradient_accumulation_steps"]) == (4, 12)
     assert (values["train_skip"], values["train_seed"]) == (0, 42)
-    assert (values["eval_skip"], values["eval_seed"]) == (100_000, 42 + 999)
+    assert values["eval_seed"] == 42 + 999 and "eval_skip" not in values
+    assert (HOLD_OUT_START, HOLD_OUT_DOCUMENTS) == (100_000, 1000)
 
 
 def test_the_flagship_is_judged_by_the_original_table():

@@ -59,7 +59,7 @@ def memory_source(texts: list[str], rows_per_group: int) -> MemorySource:
     for first in range(0, len(texts), rows_per_group):
         inside = texts[first : first + rows_per_group]
         chunks.append(Chunk("", len(chunks), len(inside), sum(map(len, inside)), first_document=first))
-    return MemorySource("memory", "parquet", "text", tuple(chunks), (), "", can_be_cut=True, texts=tuple(texts))
+    return MemorySource("memory", "text", tuple(chunks), (), "", can_be_cut=True, texts=tuple(texts))
 
 
 class Mixture:

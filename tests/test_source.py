@@ -68,8 +68,8 @@ def test_the_fingerprint_changes_with_the_files(write_parquet):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "x", "unknown format '.csv'; known: .parquet, .jsonl"),
-        ("a.jsonl.gz", "x", "cannot seek in a compressed file"),
+        ("a.docx", "x", "unknown format '.docx'; known: .parquet, .*; plain text must be named .txt"),
+        ("a.txt", "%PDF-1.4", "is a PDF, not text"),
         ("a.jsonl", "", "without a single document"),
     ],
 )
@@ -88,7 +88,7 @@ def test_no_such_file(tmp_path, monkeypatch, source):
 
 def test_a_near_name_is_proposed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="did you mean 'docstrings'"):
+    with pytest.raises(UserError, match="did you mean --source docstrings"):
         open_source("docstring")
 
 
@@ -108,7 +108,7 @@ def test_mixed_formats_are_refused(tmp_path, write_parquet):
     ("line", "error", "message"),
     [
         ("not json", DataError, "document 1, line 2, is not JSON"),
-        ('{"txt": "a"}', UserError, r"no key 'text'; did you mean --text_column txt\?"),
+        ('{"txt": "a"}', UserError, r"no key 'text'; it has txt; did you mean --text_column txt\?"),
         ('{"text": 5}', UserError, "holds int, neither text nor a list of token ids"),
     ],
 )

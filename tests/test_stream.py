@@ -62,13 +62,18 @@ def test_rows_are_the_same_for_any_ranks_and_workers(write_parquet, tokenizer, w
 
 
 @pytest.mark.parametrize(
-    ("world_size", "num_workers", "fits"), [(1, 3, "1, 2, 4, 8"), (2, 8, "1, 2, 4"), (3, 0, "none")]
+    ("world_size", "num_workers", "fits"),
+    [
+        (1, 3, "--dataloader_num_workers 8 would do"),
+        (2, 8, "--dataloader_num_workers 4 or --num_lanes 16 would do"),
+        (3, 0, "start a power of two of processes"),
+    ],
 )
 def test_workers_that_do_not_divide_the_lanes_are_refused_with_numbers_that_would_do(
     write_parquet, tokenizer, world_size, num_workers, fits
 ):
     stream = make_stream(write_parquet(100), tokenizer, world_size=world_size)
-    with pytest.raises(UserError, match=rf"dataloader_num_workers can be {fits}, or set num_lanes"):
+    with pytest.raises(UserError, match=f"cannot share 8 lanes evenly; {fits}"):
         BatchLoader(stream, DataCollatorForPackedRows(EOS), 4, num_workers)
 
 
@@ -151,13 +156,13 @@ def test_a_source_with_one_row_group_is_cut_for_the_lanes(write_parquet, tokeniz
 
 
 def test_too_few_documents_for_the_lanes_is_refused_with_a_number_that_would_do(write_parquet, tokenizer):
-    with pytest.raises(UserError, match="--num_lanes 8 would do"):
+    with pytest.raises(UserError, match="--num_lanes auto would do"):
         make_stream(write_parquet(15), tokenizer, num_lanes=32, eval_skip=8, eval_documents=1)
 
 
 def test_a_source_shorter_than_eval_skip_is_refused_with_its_length_and_an_offset(write_parquet):
     source = open_source(write_parquet(60))
-    with pytest.raises(UserError, match=r"has 60 documents; --eval_skip 57 --eval_documents 3 would do"):
+    with pytest.raises(UserError, match=r"has 60 documents; --eval_skip auto --eval_documents auto would do"):
         train_and_eval_splits(source, **SPLITS)
 
 

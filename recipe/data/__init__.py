@@ -2,6 +2,8 @@
 
 1. `files.py`     a path, glob, URL or hub name -> files; open, retry                      [paths and `FileFacts`]
 2. `formats.py`   one file -> its chunks; one chunk -> texts or token ids                  [`Chunk`, `Content`]
+   `arrow.py`     the same of arrow files; `sniff.py` says what a file holds, and `convert.py` copies what cannot be
+                  read in parts
 3. `source.py`    all files -> documents with an index                                     [`Source`]
 4. `hold_out.py`  finds copies of the held-out documents                                   [`HoldOutFilter`]
 5. `packing.py`   documents -> token ids with EOS between -> fixed blocks                  [`Document`, `Row`]
@@ -10,6 +12,7 @@
 8. `collator.py`  rows -> one micro-batch of tensors                                       [dict of tensors]
 9. `loader.py`    the loader that Trainer reads; owns the position in the stream           [`BatchLoader`]
 
-A stage imports only earlier stages. `pipeline.py` builds them from a configuration; `token_cache.py` writes a source's
-token ids to files that replace it; `docstrings.py` builds the corpus that comes with the recipe.
+A stage imports only earlier stages. `fitting.py` chooses hold-out and lanes for a source. `pipeline.py` builds them
+from a configuration; `token_cache.py` writes a source's token ids to files that replace it; `docstrings.py` builds the
+corpus that comes with the recipe.
 """

@@ -3,6 +3,8 @@
 import difflib
 import logging
 import os
+import re
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,12 +19,26 @@ from recipe.internals import cached_filesystems
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".md": "text"}
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
-HUB_OFFLINE_HINT = (
-    "train on data that needs no network, --source docstrings --eval_skip 5000 --eval_documents 100, or on your own "
-    "files, --source 'data/*.parquet'"
+FORMATS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "text",
+    ".md": "text",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4")
+ARCHIVES = (".zip", ".tar", ".tgz")
+# In a folder, these are about the data. What `save_to_disk` of `datasets` writes beside it is JSON too.
+ABOUT = re.compile(
+    r"(?i)(readme|licen[cs]e|changelog|contributing|citation)\b.*|(dataset_(info|infos|dict)|state)\.json"
 )
+TRAIN_SPLIT = re.compile(r"(?i)(^|[/._ -])train(ing)?([/._ -]|$)")
+OTHER_SPLIT = re.compile(r"(?i)(^|[/._ -])(test(ing)?|valid(ation)?|val|dev|eval(uation)?)([/._ -]|$)")
+HUB_OFFLINE_HINT = "train on data that needs no network, --source docstrings, or on your own files"
 RETRY_SECONDS = (1, 2, 4, 8, 16)
 
 
@@ -69,18 +85,22 @@ def find_files(source: str) -> list[str]:
 
 def format_of(path: str) -> str:
     suffix = _suffix_of(path)
-    if suffix in COMPRESSED:
-        raise UserError(
-            f"{path}: cannot seek in a compressed file, so no run could resume in it; unpack it, or convert it to "
-            "parquet, which compresses inside"
-        )
+    if suffix in ARCHIVES:
+        folder, file = shlex.quote(path.removesuffix(Path(path).suffix)), shlex.quote(path)
+        unpack = f"unzip {file} -d {folder}" if suffix == ".zip" else f"mkdir {folder} && tar -xf {file} -C {folder}"
+        raise UserError(f"{path}: is an archive; unpack it: {unpack}, then --source {folder}")
     if suffix not in FORMATS:
-        raise UserError(f"{path}: unknown format {suffix or '(no suffix)'!r}; known: {', '.join(FORMATS)}")
+        raise UserError(
+            f"{path}: unknown format {suffix or '(no suffix)'!r}; known: {', '.join(FORMATS)}, also compressed "
+            f"({', '.join(COMPRESSED)}); plain text must be named .txt"
+        )
     return FORMATS[suffix]
 
 
 def _suffix_of(path: str) -> str:
-    return Path(path.partition("?")[0] if is_remote(path) else path).suffix.lower()  # "?": a signed URL's query
+    """The suffix that names the format, without that of a compression."""
+    inside = Path(path.partition("?")[0] if is_remote(path) else path)  # "?": a signed URL's query
+    return Path(inside.stem if inside.suffix.lower() in COMPRESSED else inside).suffix.lower()
 
 
 def is_remote(path: str) -> bool:
@@ -175,17 +195,25 @@ def _list_files(source: str) -> list[str]:
         raise DataError(f"source {source!r}: cannot be listed ({first_line(error)}); {HUB_OFFLINE_HINT}") from error
     if not found:
         raise UserError(
-            f"source {source!r}: no such file{_nearby(source)}; a source is docstrings, hf://OWNER/NAME, or a path, "
-            "glob or URL of .parquet, .jsonl or .txt files"
+            f"source {source!r}: {_why_nothing(source)}; a source is docstrings, hf://OWNER/NAME, or a path, glob or "
+            f"URL of {', '.join(FORMATS)} files"
         )
     return [filesystem.unstrip_protocol(file) if "://" in source else file for file in sorted(found)]
 
 
-def _nearby(source: str) -> str:
-    folder = Path(source).parent
+def _why_nothing(source: str) -> str:
+    path = Path(source)
+    if path.is_dir():
+        suffixes = sorted({entry.suffix or entry.name for entry in path.rglob("*") if entry.is_file()})
+        hint = f", but {', '.join(suffixes[:8])}; plain text must be named .txt" if suffixes else ""
+        return f"the folder has no data file{hint}"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.parent.exists():
+        return f"no such file; for a dataset of the hub, --source hf://{source}"
+    folder = path.parent
     names = [entry.name for entry in folder.iterdir() if entry.exists()] if folder.is_dir() else []
-    near = difflib.get_close_matches(Path(source).name, [*names, "docstrings"], n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    near = difflib.get_close_matches(path.name, [*names, "docstrings"], n=1)
+    where = near and near[0] != "docstrings" and str(folder) != "."
+    return "no such file" + (f"; did you mean --source {folder / near[0] if where else near[0]}?" if near else "")
 
 
 def _files_at(filesystem, path: str) -> list[str]:
@@ -195,6 +223,22 @@ def _files_at(filesystem, path: str) -> list[str]:
         return [file for file, info in found.items() if info["type"] != "directory"]
     is_folder = filesystem.isdir(path) if _suffix_of(path) not in FORMATS else os.path.isdir(path)
     if is_folder:
-        return [file for file in filesystem.find(path) if _suffix_of(file) in (*FORMATS, *COMPRESSED)]
+        return _training_files(path, filesystem.find(path))
     filesystem.info(path)  # over HTTP, `exists` would start to download the file
     return [path]
+
+
+def _training_files(folder: str, files: list[str]) -> list[str]:
+    """The files of a folder that hold training text: without hidden ones, descriptions of the data, and other splits
+    than train where there is one."""
+    inside = {file: os.path.relpath(file, folder) for file in files}
+    seen = [file for file in files if not any(part.startswith((".", "__")) for part in inside[file].split("/"))]
+    data = [f for f in seen if _suffix_of(f) in (*FORMATS, *ARCHIVES) and not ABOUT.fullmatch(os.path.basename(f))]
+    train = [file for file in data if TRAIN_SPLIT.search(inside[file])]
+    others = {file for file in data if OTHER_SPLIT.search(inside[file])} - set(train)
+    kept = [file for file in data if not train or file not in others]
+    left_out = [inside[file] for file in seen if file not in kept]
+    if kept and left_out:
+        names = ", ".join(left_out[:4]) + (f" and {len(left_out) - 4} more" if len(left_out) > 4 else "")
+        logger.info("%s: training on %d of its files, not on %s", folder, len(kept), names)
+    return kept

@@ -1,4 +1,5 @@
-"""The file formats: index the chunks of a file, from its metadata or by reading it once, and read one chunk.
+"""The file formats that can be read in parts: index the chunks of a file, from its metadata or by reading it once, and
+read one chunk.
 
 A document's content is text, or token ids (int32 `[tokens]`) where the column holds lists of integers.
 """
@@ -8,15 +9,18 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recipe.data import sniff
 from recipe.data.files import first_line, is_remote, open_file, size_of
 from recipe.errors import DataError, UserError
 
@@ -25,6 +29,7 @@ MIN_TEXT_CHUNK_BYTES, MAX_TEXT_CHUNK_BYTES = 1 << 12, 1 << 18
 TEXT_DOCUMENT_BYTES = 1 << 15
 FOOTER_BYTES = 1 << 16
 READ_BYTES = 1 << 20
+SHOWN_NAMES = 12
 INT32 = np.iinfo(np.int32)
 END_OF_TEXT = b"<|endoftext|>"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -83,17 +88,7 @@ def index_parquet(path: str, column: str) -> FileIndex:
     footer = _read_footer(path)
     metadata = pq.read_metadata(io.BytesIO(footer))
     schema = metadata.schema.to_arrow_schema()
-    if column not in schema.names:
-        near = difflib.get_close_matches(column, schema.names, n=1)
-        near = near or [name for name in schema.names if name in ("text", "content")]
-        hint = f"; did you mean --text_column {near[0]}?" if near else ""
-        raise UserError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}{hint}")
-    if schema.names.count(column) > 1:
-        raise UserError(f"{path}: two columns named {column!r}; rename one")
-    if not (_is_text(schema.field(column).type) or _is_token_ids(schema.field(column).type)):
-        raise UserError(
-            f"{path}: column {column!r} holds {schema.field(column).type}, neither text nor lists of token ids"
-        )
+    check_column(path, schema, column)
     leaves = range(metadata.num_columns)
     leaf = next(i for i in leaves if f"{metadata.schema.column(i).path}.".startswith(f"{column}."))
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
@@ -101,6 +96,28 @@ def index_parquet(path: str, column: str) -> FileIndex:
     chunks = [Chunk(path, i, group.num_rows, size) for i, (group, size) in enumerate(zip(groups, sizes, strict=True))]
     about = (metadata.metadata or {}).get(TOKEN_CACHE.encode())
     return FileIndex(chunks, hashlib.blake2b(footer, digest_size=8).hexdigest(), about.decode() if about else None)
+
+
+def check_column(path: str, schema: pa.Schema, column: str) -> None:
+    """Raise `UserError` unless the column exists and holds text or token ids."""
+    usable = [field.name for field in schema if _is_text(field.type) or _is_token_ids(field.type)]
+    if column not in schema.names:
+        raise no_column(f"{path}: no column", column, schema.names, usable)
+    if schema.names.count(column) > 1:
+        raise UserError(f"{path}: two columns named {column!r}; rename one")
+    if column not in usable:
+        raise UserError(
+            f"{path}: column {column!r} holds {schema.field(column).type}, neither text nor lists of token ids"
+        )
+
+
+def no_column(what: str, column: str, names: Sequence[str], usable: Sequence[str]) -> UserError:
+    """`usable`: the columns or keys that hold text, the likeliest first."""
+    near = difflib.get_close_matches(column, usable, n=1) or [name for name in usable if name == "content"] or usable
+    hint = f"; did you mean --text_column {shlex.quote(near[0])}?" if near else ""
+    more = ", ..." if len(names) > SHOWN_NAMES else ""
+    known = f"; it has {', '.join(names[:SHOWN_NAMES])}{more}" if names else ""
+    return UserError(f"{what} {column!r}{known}{hint}")
 
 
 def _read_footer(path: str) -> bytes:
@@ -149,11 +166,15 @@ def read_parquet_chunk(chunk: Chunk, column: str) -> list[Content]:
     """The chunk's documents in file order; null rows are empty."""
     file = open_parquet(chunk.path)
     columns = [name for name in (column, TEXT_DIGEST) if name in file.schema_arrow.names]
-    table = file.read_row_group(chunk.position, columns=columns, use_threads=False)
+    return contents_of(file.read_row_group(chunk.position, columns=columns, use_threads=False), chunk, column)
+
+
+def contents_of(table: pa.Table, chunk: Chunk, column: str) -> list[Content]:
     table = table.slice(chunk.first_row, chunk.num_documents).combine_chunks()
     values = table.column(column).combine_chunks()
     if _is_token_ids(values.type):
-        digests = table.column(TEXT_DIGEST).to_pylist() if len(columns) > 1 else [b""] * len(values)
+        known = TEXT_DIGEST in table.column_names
+        digests = table.column(TEXT_DIGEST).to_pylist() if known else [b""] * len(values)
         return [TokenIds(*pair) for pair in zip(_lists_of(values, chunk), digests, strict=True)]
     try:
         return [text or "" for text in values.to_pylist()]
@@ -186,8 +207,16 @@ def _decode(text: bytes | None, chunk: Chunk, row: int) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{chunk.path}: document {chunk.first_document + row} is not UTF-8 ({error.reason} at its byte "
-            f"{error.start}); fix or remove it"
+            f"{error.start}); fix or remove it" + _as_utf8(chunk.path)
         ) from error
+
+
+def _as_utf8(path: str) -> str:
+    """How to convert a text file from the most frequent other encoding."""
+    if is_remote(path) or path.endswith((".parquet", ".arrow")):
+        return ""
+    target = shlex.quote(str(Path(path).with_suffix(f".utf8{Path(path).suffix}")))
+    return f"; if the whole file is Windows-1252: iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(path)} > {target}"
 
 
 # --- jsonl and text
@@ -196,15 +225,25 @@ def _decode(text: bytes | None, chunk: Chunk, row: int) -> str:
 def index_jsonl(path: str, column: str) -> FileIndex:
     """Chunks of whole lines, and the hash of the file. Reads it once, without parsing it."""
     with open_file(path) as file:
-        lines = io.BufferedReader(file, READ_BYTES)  # reading by lines would send a request per line
-        return _cut(path, size_of(file), ((line, 1 if line.strip() else 0) for line in lines))
+        size, lines = size_of(file), _plain(file, "jsonl", path)
+        return _cut(path, size, ((line, 1 if line.strip() else 0) for line in lines))
 
 
 def index_text(path: str, column: str) -> FileIndex:
     """Chunks of whole documents, and the hash of the file. Reads it once."""
     with open_file(path) as file:
-        pieces = _text_documents(io.BufferedReader(file, READ_BYTES))
-        return _cut(path, size_of(file), ((piece, 1) for piece in pieces))
+        size, pieces = size_of(file), text_documents(_plain(file, "text", path))
+        return _cut(path, size, ((piece, 1) for piece in pieces))
+
+
+def _plain(file, kind: str, path: str) -> io.BufferedReader:
+    """The file, buffered: reading it by lines would send a request per line. Raises `NotPlain`."""
+    lines = io.BufferedReader(file, READ_BYTES)
+    head = lines.peek()[: sniff.HEAD_BYTES]
+    if not sniff.is_plain(head, kind):
+        raise sniff.NotPlain
+    sniff.refuse_binary(head, path)
+    return lines
 
 
 def _cut(path: str, file_size: int, pieces: Iterator[tuple[bytes, int]]) -> FileIndex:
@@ -240,16 +279,7 @@ def _content_of(line: bytes, chunk: Chunk, row: int, column: str) -> Content:
         raise DataError(
             f"{here}, line {_line_number(chunk, row)}, is not JSON ({first_line(error)}); fix or remove that line"
         ) from error
-    if not isinstance(values, dict) or column not in values:
-        names = list(values) if isinstance(values, dict) else []
-        near = difflib.get_close_matches(column, names, n=1) or names[:1]
-        hint = f"; did you mean --text_column {near[0]}?" if near else ""
-        raise UserError(f"{here}, line {_line_number(chunk, row)}, has no key {column!r}{hint}")
-    content = "" if values[column] is None else values[column]
-    if isinstance(content, list) and all(type(token) is int for token in content):
-        return TokenIds(_as_int32(np.array(content, dtype=object), here))
-    if not isinstance(content, str):
-        raise UserError(f"{here}: {column!r} holds {type(content).__name__}, neither text nor a list of token ids")
+    content = content_in(values, column, here, lambda: f", line {_line_number(chunk, row)},")
     if rb"\u" in line:
         try:
             content.encode()
@@ -261,6 +291,22 @@ def _content_of(line: bytes, chunk: Chunk, row: int, column: str) -> Content:
     return content
 
 
+def content_in(values: object, column: str, here: str, line: Callable[[], str] = str) -> Content:
+    """The content in what a line or item of JSON holds. `here`, `line`: where it is, for error messages."""
+    if isinstance(values, str):
+        return values
+    if not isinstance(values, dict) or column not in values:
+        texts = {k: v for k, v in values.items() if isinstance(v, str)} if isinstance(values, dict) else {}
+        longest = sorted(texts, key=lambda name: -len(texts[name]))
+        raise no_column(f"{here}{line()} has no key", column, list(values) if texts else [], longest)
+    content = "" if values[column] is None else values[column]
+    if isinstance(content, list) and all(type(token) is int for token in content):
+        return TokenIds(_as_int32(np.array(content, dtype=object), here))
+    if not isinstance(content, str):
+        raise UserError(f"{here}: {column!r} holds {type(content).__name__}, neither text nor a list of token ids")
+    return content
+
+
 def _line_number(chunk: Chunk, row: int) -> int:
     """From 1, as editors count. Reads the file from its start, so it is for error messages only."""
     with open_file(chunk.path) as file:
@@ -269,7 +315,7 @@ def _line_number(chunk: Chunk, row: int) -> int:
     return filled[row]
 
 
-def _text_documents(file) -> Iterator[bytes]:
+def text_documents(file) -> Iterator[bytes]:
     """Documents of a text file as raw bytes, including separators, so that their lengths add up to the file's.
 
     A line `<|endoftext|>` ends a document. Without one, a document ends at the first blank line after 32 KiB: a book
@@ -288,11 +334,11 @@ def _text_documents(file) -> Iterator[bytes]:
 
 
 def read_text_chunk(chunk: Chunk, column: str) -> list[Content]:
-    pieces = _text_documents(io.BytesIO(_read_bytes(chunk)))
+    pieces = text_documents(io.BytesIO(_read_bytes(chunk)))
     texts = [_decode(piece, chunk, i) for i, piece in enumerate(pieces)]
-    return [_without_mark(text).strip("\r\n") for text in texts]
+    return [without_mark(text).strip("\r\n") for text in texts]
 
 
-def _without_mark(text: str) -> str:
+def without_mark(text: str) -> str:
     body, mark = text.rstrip(), END_OF_TEXT.decode()
     return body.removesuffix(mark).rstrip() if body.endswith(mark) else text

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from recipe.data.formats import Chunk
 from recipe.data.hold_out import HoldOutFilter
 from recipe.data.packing import Document, LaneState
-from recipe.data.source import Source, cut_chunks
+from recipe.data.source import Source, counted, cut_chunks
 from recipe.errors import UserError
 
 
@@ -47,21 +47,21 @@ def train_and_eval_splits(
     """The two splits of a run. Different offsets alone do not separate them: train skips the hold-out, wherever it
     starts.
 
-    Raises `UserError` where the source is too short for them, with its length and an offset that fits.
+    Raises `UserError` where the source is too short for them.
     """
     stop = eval_skip + eval_documents
     if stop > source.num_documents:
-        documents = min(eval_documents, max(1, source.num_documents // 20))
         raise UserError(
             f"eval_skip {eval_skip:,} + eval_documents {eval_documents:,} reaches past the end of the source "
-            f"{source.name!r}, which has {source.num_documents:,} documents; --eval_skip "
-            f"{source.num_documents - documents} --eval_documents {documents} would do"
+            f"{source.name!r}, which has {counted(source.num_documents, 'document')}; --eval_skip auto "
+            "--eval_documents auto would do"
         )
     train = Split(train_seed, start=train_skip, hold_out=(eval_skip, stop))
     if not any(train.admits_any(chunk) for chunk in source.chunks):
         raise UserError(
             f"train_skip {train_skip:,} and the hold-out {eval_skip:,} to {stop - 1:,} leave no document to train on; "
-            f"the source {source.name!r} has {source.num_documents:,} documents"
+            f"the source {source.name!r} has {counted(source.num_documents, 'document')}; --train_skip 0 "
+            "--eval_skip auto --eval_documents auto would do"
         )
     return train, Split(eval_seed, start=eval_skip, stop=stop)
 
@@ -73,19 +73,24 @@ def shuffled(items: list, *key) -> list:
     return [items[i] for i in sorted(range(len(items)), key=digests.__getitem__)]
 
 
+def pieces_of(source: Source, split: Split, num_lanes: int) -> list[Chunk]:
+    """The chunks that can be dealt to so many lanes, if there are as many."""
+    chunks = [chunk for chunk in source.chunks if split.admits_any(chunk)]
+    if source.can_be_cut and chunks:  # pieces of other formats are already small
+        chunks = [chunk for chunk in cut_chunks(chunks, at_least=4 * num_lanes) if split.admits_any(chunk)]
+    return chunks
+
+
 def deal_chunks(source: Source, split: Split, num_lanes: int) -> list[list[Chunk]]:
     """Chunks of the split for each lane, so that lanes hold nearly equal bytes and wrap at nearly the same time.
 
     Raises `UserError` where there are fewer chunks than lanes.
     """
-    chunks = [chunk for chunk in source.chunks if split.admits_any(chunk)]
-    if source.can_be_cut:  # pieces of other formats are already small
-        chunks = [chunk for chunk in cut_chunks(chunks, at_least=4 * num_lanes) if split.admits_any(chunk)]
+    chunks = pieces_of(source, split, num_lanes)
     if len(chunks) < num_lanes:
-        fits = 1 << (len(chunks).bit_length() - 1)
         raise UserError(
             f"source {source.name!r} can be read in {len(chunks)} pieces, too few for {num_lanes} lanes; "
-            f"--num_lanes {fits} would do"
+            "--num_lanes auto would do"
         )
     lanes = [(0, lane) for lane in range(num_lanes)]
     dealt: list[list[Chunk]] = [[] for _ in range(num_lanes)]
@@ -128,7 +133,7 @@ def read_lane(
             count = sum(len(split.documents_of(chunk)) for chunk in chunks)
             raise UserError(
                 f"source {source.name!r}: lane {lane} cannot continue, none of its {count} documents has text"
-                + (" that is not held out" if hold_out_filter else "")
+                + (" that differs from the held-out ones" if hold_out_filter else "")
             )
         state = {"pass": state["pass"] + 1, "chunk": 0, "document": 0}
 

@@ -1,7 +1,9 @@
 """The whole pipeline of a run, built from its configuration."""
 
+import hashlib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -11,10 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from recipe.arguments import Config
 from recipe.data.collator import DataCollatorForPackedRows
 from recipe.data.files import FileFacts, is_remote
+from recipe.data.fitting import Wish, fit
+from recipe.data.formats import Content
 from recipe.data.hold_out import HoldOutFilter
 from recipe.data.lanes import train_and_eval_splits
 from recipe.data.loader import BatchLoader
-from recipe.data.packing import hash_of_tokenizer, load_tokenizer
+from recipe.data.packing import encode, hash_of_tokenizer, load_tokenizer
 from recipe.data.source import Source, open_source
 from recipe.data.stream import HeldOutRows, Part, RowStream
 from recipe.errors import UserError
@@ -36,30 +40,34 @@ def build_data(config: Config, flash_attention: bool = False) -> Data:
     """`flash_attention`: whether the model uses that kernel, see `DataCollatorForPackedRows`."""
     arguments, training = config.data, config.training
     tokenizer = load_tokenizer(config.model.tokenizer)
-    train_parts, eval_parts = build_parts(config, tokenizer)
+    train_parts, eval_parts, num_lanes = build_parts(config, tokenizer)
     eval_rows = HeldOutRows(eval_parts, tokenizer, arguments.block_size)
     stream = RowStream(
         train_parts,
         tokenizer,
         arguments.block_size,
-        arguments.num_lanes,
+        num_lanes,
         rank=training.process_index,
         world_size=training.world_size,
         hold_out_filter=HoldOutFilter(eval_rows.contents, tokenizer.eos_token_id),
     )
     collator = DataCollatorForPackedRows(tokenizer.eos_token_id, arguments.document_masking, flash_attention)
-    loader = BatchLoader(stream, collator, training.per_device_train_batch_size, training.dataloader_num_workers)
+    num_workers = training.dataloader_num_workers
+    if arguments.num_lanes == "auto":  # a small source has few lanes
+        num_workers = min(num_workers, num_lanes // training.world_size or num_workers)
+    loader = BatchLoader(stream, collator, training.per_device_train_batch_size, num_workers)
     sources = tuple(part.source for part in train_parts)
-    return Data(sources, tokenizer, loader, collator, eval_rows, identity_of(config, train_parts, tokenizer))
+    identity = identity_of(config, train_parts, num_lanes, tokenizer)
+    return Data(sources, tokenizer, loader, collator, eval_rows, identity)
 
 
-def build_parts(config: Config, tokenizer) -> tuple[list[Part], list[Part]]:
-    """Train and eval parts, one of each for every source.
+def build_parts(config: Config, tokenizer) -> tuple[list[Part], list[Part], int]:
+    """Train and eval parts, one of each for every source, and the number of lanes that all of them can be dealt to.
 
     Source k is shuffled with `train_seed + k`. Each source gives the mixture's share of `eval_documents` to the
     hold-out, rounded up, from its own `eval_skip`.
     """
-    arguments, train_parts, eval_parts = config.data, [], []
+    arguments, train_parts, eval_parts, num_lanes = config.data, [], [], []
     entries = arguments.sources
     total_weight = sum(entry.weight for entry in entries)
     for number, entry in enumerate(entries):
@@ -69,18 +77,30 @@ def build_parts(config: Config, tokenizer) -> tuple[list[Part], list[Part]]:
                 f"source {entry.path!r} holds token ids of another tokenizer than {config.model.tokenizer}; name the "
                 "one that made them, or write the cache again"
             )
-        train, held_out = train_and_eval_splits(
-            source,
-            train_skip=entry.train_skip,
-            train_seed=arguments.train_seed + number,
-            eval_skip=entry.eval_skip,
-            eval_seed=arguments.eval_seed + number,
-            eval_documents=math.ceil(arguments.eval_documents * entry.weight / total_weight),
+        share, documents = entry.weight / total_weight, arguments.eval_documents
+        wish = Wish(
+            entry.train_skip,
+            entry.eval_skip,
+            documents if documents == "auto" else math.ceil(documents * share),
+            arguments.num_lanes,
+            share,
+            arguments.block_size,
+            count_tokens=lambda content: len(encode([content], tokenizer)[0]) + (len(content) > 0),
         )
-        train_parts.append(Part(source, train, entry.weight))
-        eval_parts.append(Part(source, held_out))
+        fitted = fit(source, wish)
+        train, held_out = train_and_eval_splits(
+            fitted.source,
+            train_skip=fitted.train_skip,
+            train_seed=arguments.train_seed + number,
+            eval_skip=fitted.eval_skip,
+            eval_seed=arguments.eval_seed + number,
+            eval_documents=fitted.eval_documents,
+        )
+        train_parts.append(Part(fitted.source, train, entry.weight))
+        eval_parts.append(Part(fitted.source, held_out))
+        num_lanes.append(fitted.num_lanes)
     _check_apart([part.source for part in train_parts])
-    return train_parts, eval_parts
+    return train_parts, eval_parts, min(num_lanes)
 
 
 def _check_apart(sources: list[Source]) -> None:
@@ -95,13 +115,13 @@ def _check_apart(sources: list[Source]) -> None:
             owner[path] = source
 
 
-def identity_of(config: Config, parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> dict:
+def identity_of(config: Config, parts: list[Part], num_lanes: int, tokenizer: PreTrainedTokenizerBase) -> dict:
     """Everything that the canonical order depends on: if any of it differs, a position in the stream is meaningless.
 
     A file is identified by name, size and content, not by its folder; `modified` is for people.
     """
-    identity: dict = {name: getattr(config.data, name) for name in ("train_seed", "block_size", "num_lanes")}
-    identity["tokenizer"] = hash_of_tokenizer(tokenizer)
+    identity: dict = {name: getattr(config.data, name) for name in ("train_seed", "block_size")}
+    identity |= {"num_lanes": num_lanes, "tokenizer": hash_of_tokenizer(tokenizer)}
     for number, part in enumerate(parts):
         first, stop = part.split.hold_out
         identity[f"source {number}"] = {
@@ -111,6 +131,7 @@ def identity_of(config: Config, parts: list[Part], tokenizer: PreTrainedTokenize
             "weight": part.weight,
             "text_column": part.source.text_column,
             "fingerprint": part.source.fingerprint,
+            **({"pieces": _hash_of(part.source.contents)} if part.source.contents else {}),
             "files": dict(zip(_short_names(part.source), map(_version_of, part.source.files), strict=True)),
         }
     return identity
@@ -121,6 +142,12 @@ def _short_names(source: Source) -> list[str]:
     folders = [file.path.split("/")[:-1] for file in source.files]
     common = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False)))
     return ["/".join(file.path.split("/")[common:]) for file in source.files]
+
+
+def _hash_of(contents: Sequence[Content]) -> str:
+    """Differs for token ids and their text, which are divided at other places."""
+    lengths = [(type(content).__name__, len(content)) for content in contents]
+    return hashlib.sha256(repr(lengths).encode()).hexdigest()[:16]
 
 
 def _version_of(file: FileFacts) -> dict:

@@ -102,10 +102,11 @@ def check_division(num_lanes: int, world_size: int, num_workers: int) -> None:
     readers = world_size * max(1, num_workers)
     if num_lanes % readers:
         fits = [n for n in range(1, num_lanes // world_size + 1) if num_lanes % (world_size * n) == 0]
+        fixes = [f"--dataloader_num_workers {fits[-1]}"] if fits else []
+        fixes += [f"--num_lanes {readers}"] if readers.bit_count() == 1 else []
         raise UserError(
             f"{world_size} ranks x {num_workers} workers = {readers} readers cannot share {num_lanes} lanes evenly; "
-            f"with {world_size} ranks, dataloader_num_workers can be {', '.join(map(str, fits)) or 'none'}, "
-            f"or set num_lanes to a multiple of {readers}"
+            + (f"{' or '.join(fixes)} would do" if fixes else "start a power of two of processes")
         )
 
 
@@ -128,8 +129,8 @@ class HeldOutRows(torch.utils.data.Dataset):
             self.rows += [replace(row, source=number) for row in pack(tokens, block_size)]
         if not self.rows:
             raise UserError(
-                f"the {len(self.contents)} held-out documents do not fill one block of {block_size} tokens; raise "
-                "eval_documents"
+                f"the {len(self.contents)} held-out documents do not fill one block of {block_size} tokens; "
+                "--eval_skip auto --eval_documents auto would do"
             )
 
     def __len__(self) -> int:

@@ -1,0 +1,162 @@
+"""Files that cannot be read in parts -> parquet in the cache, once.
+
+These are compressed files, JSON arrays and objects over several lines, CSV, UTF-16, and lines that end with CR.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import lzma
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recipe.data import sniff
+from recipe.data.docstrings import default_cache_dir
+from recipe.data.files import FileFacts, first_line, open_file
+from recipe.data.formats import (
+    READ_BYTES,
+    Content,
+    FileIndex,
+    content_in,
+    index_parquet,
+    no_column,
+    text_documents,
+    without_mark,
+)
+from recipe.errors import DataError, UserError
+
+logger = logging.getLogger(__name__)
+VERSION = 1  # increase it when the result would differ
+CONTENT = b"recipe_content"  # metadata: hash of the documents
+GROUP_DOCUMENTS, GROUP_BYTES = 1000, 1 << 20
+ANNOUNCED_BYTES = 1 << 26
+csv.field_size_limit(sys.maxsize)
+
+
+def convert(path: str, kind: str, column: str, facts: FileFacts) -> FileIndex:
+    """The index of a parquet file with the documents of `path`, which is written unless the cache has it.
+
+    Any number of processes may call it at the same time. Raises `UserError` or `DataError` for content that is no
+    `kind` ("jsonl", "text" or "csv").
+    """
+    key = hashlib.sha256(json.dumps([VERSION, asdict(facts), kind, column]).encode()).hexdigest()[:24]
+    target = default_cache_dir() / "converted" / key / f"{Path(path).name}.parquet"
+    if not target.exists() or not facts.modified:  # the server names no version: it may be another file by now
+        if facts.num_bytes > ANNOUNCED_BYTES:
+            logger.info("%s: reading it once into %s (%.0f MB)", path, target.parent, facts.num_bytes / 1e6)
+        _write(path, kind, column, target)
+    content = pq.read_metadata(target).metadata[CONTENT].decode()
+    return FileIndex(index_parquet(str(target), column).chunks, content)
+
+
+def _write(path: str, kind: str, column: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    digest, writer = hashlib.blake2b(digest_size=8), None
+    try:
+        for group in _groups(_read(path, kind, column)):
+            values = pa.array([text if isinstance(text, str) else text.ids for text in group])
+            if writer is None:
+                schema = pa.schema([(column, values.type)])
+                writer = pq.ParquetWriter(partial, schema, compression="zstd", use_dictionary=False)
+            writer.write_table(pa.table([values], schema=writer.schema))
+            for text in group:
+                data = text.encode() if isinstance(text, str) else text.ids.tobytes()
+                digest.update(b"%d:" % len(data) + data)
+        if writer is None:
+            writer = pq.ParquetWriter(partial, pa.schema([(column, pa.string())]))
+        writer.add_key_value_metadata({CONTENT.decode(): digest.hexdigest()})
+        writer.close()
+        partial.replace(target)
+    except UserError:
+        raise
+    except (ValueError, TypeError, pa.ArrowException, csv.Error, EOFError, lzma.LZMAError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({first_line(error)}); replace the file, or leave it out of `source`"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _groups(documents: Iterator[Content]) -> Iterator[list[Content]]:
+    group, size = [], 0
+    for document in documents:
+        group.append(document)
+        size += len(document)
+        if len(group) == GROUP_DOCUMENTS or size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _read(path: str, kind: str, column: str) -> Iterator[Content]:
+    with _open_text(path, newline="" if kind == "csv" else None) as text:
+        if kind == "text":
+            for piece in text_documents(line.encode() for line in text):
+                yield without_mark(piece.decode()).strip("\n")
+        elif kind == "csv":
+            yield from _csv_fields(text, path, column)
+        else:
+            for number, value in enumerate(_json_values(text, path)):
+                yield content_in(value, column, f"{path}: document {number}")
+
+
+@contextmanager
+def _open_text(path: str, newline: str | None) -> Iterator[TextIO]:
+    """The file as text: unpacked if it is compressed, decoded from UTF-8, UTF-16 or UTF-32."""
+    with open_file(path) as file:
+        raw = io.BufferedReader(file, READ_BYTES)
+        compression = sniff.compression_of(raw.peek())
+        if compression == "xz":
+            raw = io.BufferedReader(lzma.LZMAFile(raw), READ_BYTES)  # noqa: SIM115
+        elif compression:
+            raw = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), compression), READ_BYTES)
+        head = raw.peek()[: sniff.HEAD_BYTES]
+        sniff.refuse_binary(head, path)
+        yield io.TextIOWrapper(raw, sniff.encoding_of(head), newline=newline)
+
+
+def _csv_fields(text: TextIO, path: str, column: str) -> Iterator[str]:
+    first = text.readline()
+    delimiters = [mark for mark in ",\t;|" if column in next(csv.reader([first], delimiter=mark), [])]
+    delimiter = delimiters[0] if delimiters else max(",\t;|", key=first.count)
+    names = next(csv.reader([first], delimiter=delimiter), [])
+    rows = csv.reader(text, delimiter=delimiter)
+    if column not in names:
+        sample = next(rows, [])
+        texts = sorted(zip(sample, names, strict=False), key=lambda pair: -len(pair[0]))
+        raise no_column(f"{path}: no column", column, names, [name for _, name in texts])
+    place = names.index(column)
+    yield from (row[place] if place < len(row) else "" for row in rows if row)
+
+
+def _json_values(text: TextIO, path: str) -> Iterator[Any]:
+    """The lines' values; or the items of an array; or objects one after the other, over any number of lines."""
+    start = text.readline()
+    while start and not start.strip():
+        start = text.readline()
+    place = 0
+    try:
+        if sniff.holds_json_lines(start):
+            yield from (json.loads(line) for line in chain([start], text) if line.strip())
+            return
+        whole, decoder = (start + text.read()).strip(), json.JSONDecoder()
+        while place < len(whole):
+            value, place = decoder.raw_decode(whole, place)
+            yield from value if isinstance(value, list) else [value]
+            while place < len(whole) and (whole[place].isspace() or whole[place] == ","):
+                place += 1
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: is not JSON ({first_line(error)}); fix or remove that line") from error
