@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from recipe.errors import DataError, UserError, exit_code_of, message_of
+from recipe.key_names import check_names
 from recipe.plain_json import dumps
 from recipe.rundir import write_exit
 
@@ -18,6 +19,7 @@ USAGE = """usage: python -m recipe COMMAND ...
   check CONFIG.json [--field value ...] [--json]      every probe on the first batch, no training; 3: error
   verify-data CONFIG.json [--num_batches 100] [--workers W] [--field value ...] [--json]
                                                       read the stream as training does: repetition, hold-out, speed
+  plan CONFIG.json [--field value ...] [--json]       parameters, FLOPs, memory, disk and hours, without a run
   tokenize CONFIG.json OUT_DIR [--field value ...]    write the source's token ids once; then use OUT_DIR as `source`
   report RUN_DIR [--bundle]                           findings and curve -> RUN_DIR/report.html; --bundle packs what
                                                       is needed to debug a finding, without data or paths
@@ -45,6 +47,15 @@ def check(arguments: list[str]) -> int:
     if config.training.process_index == 0:
         print(dumps(result) if options.json else format_check(result))
     return result["exit_code"]
+
+
+def plan(arguments: list[str]) -> int:
+    options, config = _parse(_config_parser("plan"), arguments)
+    from recipe.plan import format_plan, make_plan
+
+    result = make_plan(config)
+    print(dumps(result) if options.json else format_plan(result))
+    return GOOD
 
 
 def verify_data(arguments: list[str]) -> int:
@@ -80,6 +91,7 @@ def _config_parser(command: str) -> argparse.ArgumentParser:
 def _parse(parser: argparse.ArgumentParser, arguments: list[str]):
     """The command's own options, and the configuration; all remaining words are overrides."""
     options, overrides = parser.parse_known_args(arguments)
+    check_names(options.config, overrides)  # at once: what follows takes seconds to import
     from recipe.arguments import parse_config
     from recipe.model import hardware_defaults
 
@@ -131,6 +143,7 @@ def trajectory(arguments: list[str]) -> int:
 COMMANDS = {
     "train": train,
     "check": check,
+    "plan": plan,
     "verify-data": verify_data,
     "tokenize": tokenize,
     "report": report,

@@ -18,7 +18,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.training_args import trainer_log_levels
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
-from recipe.guards import FINDING_IDS
+from recipe.key_names import unknown_key
 
 Problem = tuple[str, str]  # key (`--key` when it came from the command line, "" for the file itself), message
 
@@ -56,7 +56,6 @@ REFUSED = {
 REFUSED = {name: reason for names, reason in REFUSED.items() for name in names.split()}
 # Choices that the type hint does not list.
 WORDS = {
-    "disabled_guards": FINDING_IDS,
     "report_to": ("none", "all", *get_available_reporting_integrations()),
     "log_level": tuple(trainer_log_levels),
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
@@ -99,16 +98,21 @@ def find_problem(name: str, value: Any, types: Mapping[str, FieldType]) -> str |
     if name in REFUSED:
         return f"is refused: {REFUSED[name]}"
     if name not in types:
-        nearest = difflib.get_close_matches(name, types, n=1)
-        return f"unknown key; did you mean {nearest[0]}?" if nearest else "unknown key"
+        return unknown_key(name, types)
     kinds, choices = types[name]
     if not any(_fits(value, kind) for kind in kinds):
         return _type_problem(value, kinds, choices)
     if name in FIXED and value != FIXED[name][0]:
         return f"must stay {show(FIXED[name][0])}: {FIXED[name][1]}"
     if isinstance(value, (str, list)):
-        return _word_problem(name, value, WORDS.get(name, choices))
+        return _word_problem(name, value, _finding_ids() if name == "disabled_guards" else WORDS.get(name, choices))
     return _number_problem(name, value) if type(value) in (int, float) else None
+
+
+def _finding_ids() -> tuple[str, ...]:
+    from recipe.guards import FINDING_IDS  # with all guards, which takes a second
+
+    return FINDING_IDS
 
 
 def find_mixture_problem(entries: Any, types: Mapping[str, FieldType]) -> str | None:

@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -90,15 +91,28 @@ def build_model(
         if attn_implementation == "auto" and attention == "sdpa" and not document_masking:
             attention = CAUSAL_SDPA
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    config = read_model_config(None, model_name_or_path)
+    check_fit(config, tokenizer, block_size, model_name_or_path)
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path)
-        check_fit(config, tokenizer, block_size, model_name_or_path)
         return AutoModelForCausalLM.from_pretrained(
             model_name_or_path, config=config, attn_implementation=attention, dtype=torch.float32
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model_name_or_path {model_name_or_path!r}: cannot be loaded ({reason})") from error
+        raise _cannot_load(model_name_or_path, error) from error
+
+
+def read_model_config(model_config: str | None, model_name_or_path: str | None) -> PretrainedConfig:
+    """Of a new model, or of the one to continue from."""
+    if model_config is not None:
+        return load_model_config(model_config)
+    try:
+        return AutoConfig.from_pretrained(model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(model_name_or_path, error) from error
+
+
+def _cannot_load(name: str, error: Exception) -> UserError:
+    return UserError(f"model_name_or_path {name!r}: cannot be loaded ({str(error).strip().splitlines()[0]})")
 
 
 def load_model_config(path: str) -> LlamaConfig:
@@ -186,13 +200,16 @@ def describe_kernels(model: PreTrainedModel, training_args) -> str:
 
 
 def count_flops_per_token(model: PreTrainedModel, block_size: int) -> int:
+    return flops_per_token(model.config, model.num_parameters(), block_size)
+
+
+def flops_per_token(config: PretrainedConfig, num_parameters: int, block_size: int) -> int:
     """Training FLOPs for one token: 6 per weight in a matrix product, plus attention, as in PaLM's appendix B (arXiv
     2204.02311).
 
     The embedding table counts only where it is also the head (tied).
     """
-    config = model.config
-    weights = model.num_parameters()
-    if not config.tie_word_embeddings:
-        weights -= model.get_input_embeddings().weight.numel()
-    return 6 * weights + 12 * config.num_hidden_layers * config.hidden_size * block_size
+    config = config.get_text_config()
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    attention = 12 * config.num_hidden_layers * config.hidden_size * block_size
+    return 6 * (num_parameters - embedding) + attention

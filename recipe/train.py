@@ -21,8 +21,9 @@ from recipe.errors import DataError, UserError, exit_code_of, message_of
 from recipe.guards import RegressionCallback
 from recipe.guards.trajectory import load_reference
 from recipe.internals import load_weights
+from recipe.memory import check_fits
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
-from recipe.model import agree_on_tf32, build_model, choose_attention, why_not_compile
+from recipe.model import agree_on_tf32, build_model, choose_attention, read_model_config, why_not_compile
 from recipe.results import Outcome, conclude, describe_run
 from recipe.trainer import (
     PretrainTrainer,
@@ -76,6 +77,11 @@ def assemble(config: Config, output_dir: Path) -> Assembled:
     disable_progress_bar()
     set_seed(config.training.seed)
     attention = choose_attention(config.model.attn_implementation, config.data.document_masking)
+    check_fits(
+        read_model_config(config.model.model_config, config.model.model_name_or_path),
+        str(getattr(config.training.optim, "value", config.training.optim)),
+        config.training.device,
+    )
     data = build_data(config, flash_attention=attention.startswith("flash"))
     model = build_model(
         model_config=config.model.model_config,

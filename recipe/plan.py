@@ -1,0 +1,214 @@
+"""`plan`: what a run will need, before it starts: parameters, FLOPs, memory, disk, hours."""
+
+import copy
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from recipe.arguments import Config
+from recipe.memory import (
+    GB,
+    StepMemory,
+    count_parameters,
+    evaluation_memory,
+    free_memory,
+    show_count,
+    step_memory,
+)
+from recipe.model import choose_attention, flops_per_token, read_model_config
+
+# GPU memory in GB; dense matrix-product rates in TFLOP/s of bf16, or of fp16 where there is no bf16; from the vendor's
+# data sheets.
+GPUS = {
+    "T4 16 GB": (16, 65, "fp16"),
+    "RTX 4090 24 GB": (24, 165, "bf16"),
+    "L4 24 GB": (24, 121, "bf16"),
+    "A100 40 GB": (40, 312, "bf16"),
+    "A100 80 GB": (80, 312, "bf16"),
+    "H100 80 GB": (80, 989, "bf16"),
+    "H200 141 GB": (141, 989, "bf16"),
+    "B200 192 GB": (192, 2250, "bf16"),
+}
+GPU_MFU = 0.40  # assumed: no run of the recipe on a GPU has been measured yet
+CPU_MFU = 0.45  # of the fp32 matrix-product rate, measured: docs/model.md
+USABLE = 0.9  # of a GPU's memory: the rest is for the CUDA context and fragmentation
+TOKENS_PER_PARAMETER = 20  # compute-optimal, Chinchilla (arXiv 2203.15556)
+
+
+@dataclass(frozen=True)
+class Device:
+    """`rows` x `accumulation`: the largest micro-batch that fits and has the run's global batch; None: none fits."""
+
+    name: str
+    memory: float  # bytes
+    precision: str
+    peak: int  # bytes, with the config's own micro-batch
+    rows: int | None
+    accumulation: int | None
+    rate: float  # FLOP/s of matrix products
+    mfu: float  # the share of it that training reaches
+
+
+def make_plan(config: Config) -> dict:
+    """JSON-able; sizes in bytes. Nothing is allocated, and no data is read."""
+    training, block_size = config.training, config.data.block_size
+    model = read_model_config(config.model.model_config, config.model.model_name_or_path)
+    parts = count_parameters(model)
+    count, tokens = sum(parts.values()), config.max_steps * config.tokens_per_step
+    flops = flops_per_token(model, count, block_size)
+    here = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+    sizes = {name: StepSizes(config, model, name) for name in {here, *(gpu[2] for gpu in GPUS.values())}}
+    device = training.device
+    own_mfu = CPU_MFU if device.type == "cpu" else GPU_MFU
+    name, rate = f"this {device.type}", matrix_rate(device, here)
+    own = _device(name, free_memory(device), sizes[here], config, rate, own_mfu)
+    gpus = [
+        _device(name, USABLE * memory * GB, sizes[kind], config, tflops * 1e12, GPU_MFU)
+        for name, (memory, tflops, kind) in GPUS.items()
+    ]
+    hours = {each.name: flops * tokens / (each.rate * each.mfu) / 3600 for each in (own, *gpus)}
+    checkpoint = 4 * count + 8 * count
+    kept = training.save_total_limit or math.ceil(config.max_steps / max(1, training.save_steps))
+    return {
+        "parameters": {"total": count, **parts},
+        "flops_per_token": flops,
+        "tokens": tokens,
+        "steps": config.max_steps,
+        "tokens_per_step": config.tokens_per_step,
+        "tokens_per_parameter": tokens / count,
+        "step_memory": _parts(sizes[here].step(training.per_device_train_batch_size)),
+        "evaluation_memory": sizes[here].evaluation,
+        "devices": [{**asdict(each), "hours": hours[each.name]} for each in (own, *gpus)],
+        "disk": {"checkpoint": checkpoint, "kept": kept, "needed": checkpoint * (kept + 1) + 4 * count},
+        "disk_free": shutil.disk_usage(_existing(Path(training.output_dir))).free,
+    }
+
+
+def _parts(memory: StepMemory) -> dict:
+    return {**asdict(memory), "gradients": memory.gradients, "peak": memory.peak}
+
+
+class StepSizes:
+    """Memory of one step in one precision for any number of rows.
+
+    It grows in proportion to rows and, where all layers are alike, to layers. So it is measured for 1 and 2 of each,
+    which takes a second, and extrapolated.
+    """
+
+    def __init__(self, config: Config, model: PretrainedConfig, precision: str):
+        training = config.training
+        self.precision = precision
+        self._shared = {
+            "block_size": config.data.block_size,
+            "precision": precision,
+            "attention": choose_attention(config.model.attn_implementation, False),
+        }
+        self._step = {
+            "optim": str(getattr(training.optim, "value", training.optim)),
+            "is_accumulating": training.gradient_accumulation_steps > 1,
+            "is_checkpointing": bool(training.activation_checkpointing),
+        }
+        self._one, self._two = (self._measure(model, rows) for rows in (1, 2))
+        shallow = with_layers(model, 1) or model
+        self.evaluation = evaluation_memory(shallow, rows=training.per_device_eval_batch_size, **self._shared)
+
+    def _measure(self, model: PretrainedConfig, rows: int) -> StepMemory:
+        shallow = [with_layers(model, layers) for layers in (1, 2)]
+        if None in shallow:
+            return step_memory(model, rows=rows, **self._shared, **self._step)
+        return extrapolate(
+            *(step_memory(each, rows=rows, **self._shared, **self._step) for each in shallow), model.num_hidden_layers
+        )
+
+    def step(self, rows: int) -> StepMemory:
+        return extrapolate(self._one, self._two, rows)
+
+    def peak(self, rows: int) -> float:
+        at = self.step(rows)
+        return max(at.peak, at.weights + at.optimizer + self.evaluation)
+
+
+def with_layers(model: PretrainedConfig, layers: int) -> PretrainedConfig | None:
+    """The same model with that many layers; None where they may differ."""
+    if model.model_type != "llama":
+        return None
+    fewer = copy.deepcopy(model)
+    fewer.num_hidden_layers = layers
+    return fewer
+
+
+def extrapolate(one: StepMemory, two: StepMemory, count: int) -> StepMemory:
+    """From the memory at 1 and at 2 to that at `count`, on a line."""
+    first, second = asdict(one), asdict(two)
+    return StepMemory(**{name: first[name] + (count - 1) * (second[name] - first[name]) for name in first})
+
+
+def _device(name: str, memory: float, sizes: StepSizes, config: Config, rate: float, mfu: float) -> Device:
+    training = config.training
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    fitting = [each for each in range(1, rows + 1) if rows % each == 0 and sizes.peak(each) <= memory]
+    best = max(fitting, default=None)
+    peak = sizes.peak(training.per_device_train_batch_size)
+    accumulation = rows // best if best else None
+    return Device(name, memory, sizes.precision, peak, best, accumulation, rate, mfu)
+
+
+def matrix_rate(device: torch.device, precision: str, size: int = 1024) -> float:
+    """FLOP/s of this device's matrix products, the fastest of a few."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (left @ left)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _existing(path: Path) -> Path:
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
+def format_plan(plan: dict) -> str:
+    parameters, memory, disk = dict(plan["parameters"]), plan["step_memory"], plan["disk"]
+    total = parameters.pop("total")
+    names = ("weights", "gradients", "optimizer", "activations", "logits")
+    values = {
+        "parameters": f"{total:,} ({', '.join(f'{name} {show_count(n)}' for name, n in parameters.items())})",
+        "FLOPs per token": show_count(plan["flops_per_token"]),
+        "tokens": f"{plan['tokens']:,} in {plan['steps']:,} steps of {plan['tokens_per_step']:,}; "
+        f"{plan['tokens_per_parameter']:.3g} per parameter (compute-optimal: about {TOKENS_PER_PARAMETER})",
+        "memory of a step": " | ".join(f"{name} {_size(memory[name])}" for name in names),
+        "evaluation": f"{_size(plan['evaluation_memory'])} beside weights and optimizer",
+        "disk": f"{_size(disk['needed'])}: {disk['kept'] + 1} checkpoints of {_size(disk['checkpoint'])} at most, and "
+        f"final/; {_size(plan['disk_free'])} are free",
+    }
+    lines = [f"{name:<18}{value}" for name, value in values.items()]
+    lines += ["", f"{'device':<16}{'precision':>10}{'usable':>10}{'peak':>10}{'rows x accumulation':>21}{'hours':>9}"]
+    lines += [_device_line(device) for device in plan["devices"]]
+    own, gpu = plan["devices"][0], plan["devices"][1]
+    return "\n".join(lines) + (
+        "\n\nPeak: with the config's micro-batch, eager, without the process. rows x accumulation: the largest\n"
+        "micro-batch that fits, for the same global batch. Hours: without evaluation; at "
+        f"{own['mfu']:.0%} of the {own['rate'] / 1e9:,.0f} GFLOP/s\nthat matrix products reach here now; GPUs at "
+        f"{gpu['mfu']:.0%} of their data sheets' rate (assumed, not measured)."
+    )
+
+
+def _device_line(device: dict) -> str:
+    fit = f"{device['rows']} x {device['accumulation']}" if device["rows"] else "does not fit"
+    sizes = f"{_size(device['memory']):>10}{_size(device['peak']):>10}"
+    return f"{device['name']:<16}{device['precision']:>10}{sizes}{fit:>21}{_hours(device['hours']):>9}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 0.1 else "< 0.1"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GB:.3g} GB" if num_bytes >= GB else f"{num_bytes / 1e6:.3g} MB"

@@ -1,0 +1,145 @@
+"""`plan`: parameters, memory and what fits, without allocating; keys that are refused before torch is imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from recipe import memory
+from recipe.arguments import FIELDS, parse_config
+from recipe.config_checks import REFUSED
+from recipe.errors import UserError
+from recipe.key_names import check_names, known_names
+from recipe.memory import check_fits, count_parameters, state_bytes, step_memory
+from recipe.model import flops_per_token
+from recipe.plan import extrapolate, format_plan, make_plan, with_layers
+
+CONFIGS = Path(__file__).resolve().parent.parent / "recipe" / "configs"
+DEMO = CONFIGS / "llama_3m_model.json"
+TINY = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_parameters_by_part(is_tied):
+    config = LlamaConfig(**{**TINY.to_dict(), "tie_word_embeddings": is_tied})
+    parts = count_parameters(config)
+    assert sum(parts.values()) == AutoModelForCausalLM.from_config(config).num_parameters()
+    assert parts["embedding"] == 64 * 32
+    assert parts.get("head", 0) == (0 if is_tied else 64 * 32)
+    assert parts["MLP"] == 3 * 3 * 32 * 96
+    assert parts["attention"] == 3 * (2 * 32 * 32 + 2 * 32 * 16)
+    assert parts["norms and others"] == 7 * 32
+
+
+def test_untied_embedding_takes_no_part_in_matrix_products():
+    tied, untied = (LlamaConfig(**{**TINY.to_dict(), "tie_word_embeddings": tied}) for tied in (True, False))
+    counts = [sum(count_parameters(config).values()) for config in (tied, untied)]
+    assert (
+        flops_per_token(tied, counts[0], 16)
+        == flops_per_token(untied, counts[1], 16)
+        == 6 * counts[0] + 12 * 3 * 32 * 16
+    )
+
+
+@pytest.mark.parametrize("is_accumulating", [False, True])
+@pytest.mark.parametrize("is_checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_grows_in_proportion_to_rows_and_layers(is_accumulating, is_checkpointing, precision):
+    options = dict(
+        block_size=64, is_accumulating=is_accumulating, is_checkpointing=is_checkpointing, precision=precision
+    )
+    whole = step_memory(TINY, rows=5, **options)
+    at = {
+        (layers, rows): step_memory(with_layers(TINY, layers), rows=rows, **options)
+        for layers in (1, 2)
+        for rows in (1, 2)
+    }
+    one, two = (extrapolate(at[1, rows], at[2, rows], 3) for rows in (1, 2))
+    estimate = extrapolate(one, two, 5)
+    assert estimate.peak == pytest.approx(whole.peak, rel=0.01)  # equal but for a few tensors of a row's size
+    assert estimate.weights == whole.weights == 4 * sum(count_parameters(TINY).values())
+
+
+def test_memory_knows_logits_gradients_and_optimizer():
+    rows, block = 4, 32
+    at = step_memory(TINY, rows=rows, block_size=block)
+    assert at.logits >= 2 * 4 * rows * block * TINY.vocab_size  # themselves and their gradient
+    assert at.gradients == at.weights and at.optimizer == 2 * at.weights
+    assert step_memory(TINY, rows=rows, block_size=block, optim="sgd").optimizer == 0
+    accumulating = step_memory(TINY, rows=rows, block_size=block, is_accumulating=True)
+    assert accumulating.peak - at.peak == pytest.approx(at.gradients, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("optim", "num_bytes"), [("adamw_torch_fused", 8), ("adamw_bnb_8bit", 2), ("sgd", 0), ("stable_adamw", 8)]
+)
+def test_bytes_of_optimizer_states(optim, num_bytes):
+    assert state_bytes(optim) == num_bytes
+
+
+def test_model_that_cannot_fit_is_refused_before_it_is_allocated(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 23e9)
+    big = LlamaConfig(hidden_size=8192, num_hidden_layers=40, intermediate_size=28672, num_attention_heads=64)
+    with pytest.raises(UserError, match=r"39\.\dB parameters need \d{3} GB .* 23 GB are free on this cpu"):
+        check_fits(big, "adamw_torch", torch.device("cpu"))
+    check_fits(TINY, "adamw_torch", torch.device("cpu"))
+
+
+def test_plan_of_a_shipped_config(monkeypatch):
+    plan = make_plan(parse_config(CONFIGS / "cpu_demo.json", ["--use_cpu", "true"]))
+    assert plan["parameters"]["total"] == 3_148_224
+    assert plan["steps"] == 800 and plan["tokens"] == 1_638_400
+    assert all(device["rows"] * device["accumulation"] == 8 for device in plan["devices"])
+    assert plan["disk"]["kept"] == 2
+    json.dumps(plan)
+    text = format_plan(plan)
+    assert "3,148,224" in text and max(map(len, text.splitlines())) <= 120
+
+
+def test_rows_that_do_not_fit_are_divided(monkeypatch):
+    monkeypatch.setattr("recipe.plan.free_memory", lambda device: 3.5e9)
+    overrides = ["--use_cpu", "true", "--per_device_train_batch_size", "128", "--per_device_eval_batch_size", "8"]
+    own = make_plan(parse_config(CONFIGS / "cpu_demo.json", overrides))["devices"][0]
+    assert own["peak"] > 3.5e9 > own["memory"] - 1
+    assert own["rows"] == 64 and own["accumulation"] == 2
+    monkeypatch.setattr("recipe.plan.free_memory", lambda device: 1e7)
+    assert make_plan(parse_config(CONFIGS / "cpu_demo.json", overrides))["devices"][0]["rows"] is None
+
+
+def test_names_are_those_that_parse_config_knows():
+    assert known_names() >= FIELDS.keys() | REFUSED.keys()
+    assert "learning_rat" not in known_names()
+
+
+def test_misspelt_keys_are_refused_without_torch(tmp_path):
+    config = tmp_path / "my.json"
+    config.write_text('{"learning_rat": 1, "_note": 2, "tokenizer": "x"}')
+    code = (
+        "import sys; from recipe.__main__ import run\n"
+        f"code = run(['train', {str(config)!r}, '--max-step', '3', '--seed=4'])\n"
+        "print(code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False", "False"]
+    assert "learning_rat: unknown key; did you mean learning_rate?" in done.stderr
+    assert "--max-step: unknown key; did you mean max_steps?" in done.stderr
+    assert "2 problems" in done.stderr
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "", None])
+def test_unreadable_configs_are_left_to_parse_config(tmp_path, content):
+    path = tmp_path / "c.json"
+    if content is not None:
+        path.write_text(content)
+    check_names(str(path), ["--seed", "3"])
