@@ -70,7 +70,7 @@ def cut_into_documents(tokens: np.ndarray, row_starts: np.ndarray, eos_ids: tupl
 def mark_shared(stretches, hashed, units, are_new, is_same_place, every: int) -> np.ndarray:
     """What each of `stretches` is (see `find_stretches`).
 
-    `hashed`: of the rows. `units`: starts and ends of their documents. `are_new`: of both, whether their last window is
+    `hashed`: the rows. `units`: starts and ends of their documents. `are_new`: of both, whether their last window is
     known to be new. `is_same_place`: the text began at the same place of its row earlier. `every`: one window in
     so many is kept, so that the ends of stretches are known to about that many tokens.
     """
