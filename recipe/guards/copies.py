@@ -67,14 +67,15 @@ def cut_into_documents(tokens: np.ndarray, row_starts: np.ndarray, eos_ids: tupl
     return starts, np.append(starts[1:], len(tokens))
 
 
-def mark_shared(stretches, rows, units, are_new, is_same_place, every: int) -> np.ndarray:
+def mark_shared(stretches, hashed, units, are_new, is_same_place, every: int) -> np.ndarray:
     """What each of `stretches` is (see `find_stretches`).
 
-    `rows`, `units`: starts and ends, of rows and of their documents. `are_new`: of both, whether their last window is
+    `hashed`: the rows. `units`: starts and ends of their documents. `are_new`: of both, whether their last window is
     known to be new. `is_same_place`: the text began at the same place of its row earlier. `every`: one window in
     so many is kept, so that the ends of stretches are known to about that many tokens.
     """
     (row, at, span, *_), (row_is_new, unit_is_new) = stretches, are_new
+    rows = hashed.start, hashed.stop
     unit = np.searchsorted(units[0], at, side="right") - 1
     begins_document = (units[0][unit] > rows[0][row]) & (at - units[0][unit] <= 4 * every)
     is_cut = units[1][unit] == rows[1][row]  # by the row's end, so that its end says nothing
@@ -85,8 +86,8 @@ def mark_shared(stretches, rows, units, are_new, is_same_place, every: int) -> n
     return np.where(is_shared, SHARED, np.where(has_new_text, SHARED_IF_POPULAR, COUNTS))
 
 
-def without_shared(copies: np.ndarray) -> np.ndarray:
+def without_shared(copies: np.ndarray, since: int) -> np.ndarray:
     """`copies`: the text's earlier position and what it is in the last columns."""
     _, index, counts = np.unique(copies[:, -2], return_inverse=True, return_counts=True)
-    kind = copies[:, -1]
-    return copies[(kind == COUNTS) | ((kind == SHARED_IF_POPULAR) & (counts[index] < POPULAR))]
+    kind, is_asked = copies[:, -1], copies[:, 0] >= since
+    return copies[is_asked & ((kind == COUNTS) | ((kind == SHARED_IF_POPULAR) & (counts[index] < POPULAR)))]

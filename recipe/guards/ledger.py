@@ -127,6 +127,9 @@ class _RowTable:
     def places(self, position: np.ndarray) -> np.ndarray:
         return self._place[self.find(position)]
 
+    def starts(self, position: np.ndarray) -> np.ndarray:
+        return self._position[self.find(position)]
+
 
 class Ledger:
     """Fingerprints of what was consumed. Fed on the main process, once a step, with the rows of all ranks.
@@ -160,7 +163,7 @@ class Ledger:
         rows = [row for row in rows if len(row)]
         if not rows:
             return 0
-        hashed, copied = hash_rows(rows), 0
+        hashed = hash_rows(rows)
         position = self.tokens + hashed.start
         kept = self.tables["windows"].keeps(hashed.key)
         row, at = hashed.row[kept], hashed.at[kept] + self.tokens
@@ -177,6 +180,7 @@ class Ledger:
         is_whole, matched = earlier_row < position, earlier < position[row]
         units = cut_into_documents(np.concatenate(rows), hashed.start, eos_ids)
         are_new = self._are_new(hashed, units)
+        copied = 0
         if is_whole.any() or matched.any():
             stretches = find_stretches(row, at, earlier, matched & ~is_whole[row])
             kinds = self._kinds(stretches, hashed, units, are_new)
@@ -201,11 +205,10 @@ class Ledger:
         return is_new[: len(hashed.start)], is_new[len(hashed.start) :]
 
     def _kinds(self, stretches, hashed: Hashed, units, are_new) -> np.ndarray:
-        row, at, *_, earlier = stretches
-        begin = self.rows.arrays[0][self.rows.find(earlier)]
-        is_same_place = at - self.tokens - hashed.start[row] == earlier - begin
-        every, stretches = self.tables["windows"].every, np.stack([row, at - self.tokens, *stretches[2:]])
-        return mark_shared(stretches, (hashed.start, hashed.stop), units, are_new, is_same_place, every)
+        row, at, *others = stretches
+        at, begin = at - self.tokens, self.rows.starts(others[-1])
+        is_same_place, every = at - hashed.start[row] == others[-1] - begin, self.tables["windows"].every
+        return mark_shared(np.stack([row, at, *others]), hashed, units, are_new, is_same_place, every)
 
     def _first_seen(self, name: str, keys: np.ndarray, position: np.ndarray) -> np.ndarray:
         """The position of each key's first occurrence in this pass: its own if it is new."""
@@ -227,8 +230,8 @@ class Ledger:
         position, length = self.tokens + hashed.start, hashed.length
         whole = (earlier_row < position).nonzero()[0]
         apart = (position - earlier_row)[whole]
-        counts = np.full_like(whole, COUNTS)
-        of_rows = [whole, length[whole], length[whole], apart, np.ones_like(whole), earlier_row[whole], counts]
+        of_rows = [whole, length[whole], length[whole], apart, np.ones_like(whole), earlier_row[whole]]
+        of_rows.append(np.full_like(whole, COUNTS))
         row, at, span, windows, earlier = stretches
         tokens = length[row] * windows // np.maximum(num_windows[row], 1)
         of_stretches = [row, tokens, span, at - earlier, np.zeros_like(row), earlier, kinds]
@@ -245,8 +248,7 @@ class Ledger:
 
     def _forget(self) -> None:
         """Keep the newest RECENT_ROWS rows, more where they are short."""
-        tokens_after = np.cumsum(self._recent[::-1, 1])[::-1]
-        rows_after = np.arange(len(self._recent), 0, -1)
+        tokens_after, rows_after = np.cumsum(self._recent[::-1, 1])[::-1], np.arange(len(self._recent), 0, -1)
         self._recent = self._recent[(rows_after <= RECENT_ROWS) | (tokens_after <= RECENT_TOKENS)]
         if len(self._copies):
             self._copies = self._copies[self._copies[:, 0] >= self._recent[0, 0]]
@@ -255,8 +257,7 @@ class Ledger:
         """The recent rows from position `since` on (position, tokens), and the copies in them that are no shared text
         and that chance does not explain (see `_copies`)."""
         rows = self._recent[self._recent[:, 0] >= since]
-        copies = without_shared(self._copies)
-        copies = copies[copies[:, 0] >= since]
+        copies = without_shared(self._copies, since)
         pairs = self.tokens * int(rows[:, 1].sum())
         return rows, copies[copies[:, 2] > least_tokens(pairs, nats_per_token)]
 
@@ -329,16 +330,14 @@ class Ledger:
         beyond them by `every` tokens on either side in the mean, so that much is added, up to half a window."""
         more = min(self.tables["windows"].every, WINDOW // 2)
         for index, start, span, earlier in self._matches(hashed, "windows", "digests"):
-            step = int(self.rows.places(earlier)[0])
-            surprise = int(span * novelty(rows[index]))
+            step, surprise = int(self.rows.places(earlier)[0]), int(span * novelty(rows[index]))
             self._hit(first_row + index, max(start - more, 0), start + span + more, surprise, step)
 
     def _match_eval(self, rows, hashed: Hashed, step: int) -> None:
         """Train rows against all windows of the eval rows, at any alignment, and whole."""
-        starts = self.eval_rows[:, 0]
         for index, _, span, at in self._matches(hashed, "eval_windows", "eval_digests"):
-            eval_row = int(np.searchsorted(starts, at, side="right")) - 1
-            start = at - starts[eval_row]
+            eval_row = int(np.searchsorted(self.eval_rows[:, 0], at, side="right")) - 1
+            start = at - self.eval_rows[eval_row, 0]
             self._hit(eval_row, start, start + span, int(span * novelty(rows[index])), step)
 
     def _matches(self, hashed: Hashed, windows: str, digests: str) -> Iterator[tuple[int, int, int, int]]:
