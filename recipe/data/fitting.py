@@ -24,7 +24,7 @@ LARGEST_SHARE, FEW_DOCUMENTS = 0.1, 1000
 NUM_LANES = 32
 LANE_BLOCKS, LANE_PIECES = 16, 2  # text of a lane, at least; pieces that a document is divided into for it
 WHOLE = 0.9  # a document of which more than this share is wanted is taken as a whole
-LONG_TOKEN, LONG_WORD = 32, 100  # characters
+LONG_TOKEN, LONG_WORD = 64, 100  # characters
 AUTO = "auto"
 AS_IT_FITS = "--eval_skip auto --eval_documents auto would do"
 
@@ -40,6 +40,10 @@ class Wish:
     share: float
     block_size: int
     count_tokens: Callable[[Content], int]
+
+    def count(self, content: Content) -> int:
+        """Its tokens, or a lower bound, enough to compare with a block: 20 MB in one text take minutes."""
+        return self.count_tokens(_slice(content, 0, LONG_TOKEN * self.block_size)) if len(content) else 0
 
     @property
     def is_auto(self) -> bool:
@@ -98,9 +102,9 @@ def _last_documents(source: Source, wish: Wish) -> tuple[int, int] | None:
         for content in reversed(source.read_chunk(chunk)):
             count += 1
             size += len(content)
-            tokens += wish.count_tokens(content) if tokens < wish.block_size else 0
             if num_documents < FEW_DOCUMENTS and size > LARGEST_SHARE * source.num_bytes:
                 return None
+            tokens += wish.count(content) if tokens < wish.block_size else 0
             if count >= wanted and tokens >= wish.block_size:
                 return num_documents - count, num_documents
     return None
@@ -124,7 +128,7 @@ def _fit_small(source: Source, wish: Wish, hold_out: tuple[int, int]) -> Fitted:
             paths.insert(first, paths[first - 1])
         hold_out = first, len(contents)
     held = contents[slice(*hold_out)]
-    tokens = sum(map(wish.count_tokens, held))
+    tokens = sum(map(wish.count, held))
     if tokens < wish.block_size:
         raise UserError(
             f"source {source.name!r}: {counted(len(held), 'held-out document')} with {counted(tokens, 'token')}, less "
@@ -134,7 +138,8 @@ def _fit_small(source: Source, wish: Wish, hold_out: tuple[int, int]) -> Fitted:
     train: list[Content] = ["" if copies.holds(content) else content for content in contents]
     train[: wish.train_skip] = [""] * min(wish.train_skip, len(train))
     train[slice(*hold_out)] = [""] * len(held)
-    num_lanes, limit = _lanes_of(source, train, sum(map(len, held)) / tokens, wish)
+    counted_length = sum(min(len(content), LONG_TOKEN * wish.block_size) for content in held)
+    num_lanes, limit = _lanes_of(source, train, counted_length / tokens, wish)
     parts = [_divide(content, limit) for content in train]
     parts[slice(*hold_out)] = [[content] for content in held]
     starts = [0, *accumulate(map(len, parts))]
@@ -154,7 +159,7 @@ def _fit_small(source: Source, wish: Wish, hold_out: tuple[int, int]) -> Fitted:
 def _check_amount(source: Source, contents: Sequence[Content], wish: Wish) -> None:
     """Raise `UserError` unless the text is enough for a block of the hold-out and one of training. What is repeated
     counts once: training skips copies of held-out documents."""
-    tokens = sum(map(wish.count_tokens, {digest_of(content): content for content in contents}.values()))
+    tokens = sum(map(wish.count, {digest_of(content): content for content in contents}.values()))
     if 0 < tokens < 2 * wish.block_size:
         fits = 1 << max(0, (tokens // 3).bit_length() - 1)
         offsets = "" if wish.is_auto else " --eval_skip auto --eval_documents auto"
@@ -171,12 +176,13 @@ def _cut_end(contents: list[Content], wish: Wish) -> tuple[list[Content], int]:
     size, wanted, tokens = 0, LAST_SHARE * sum(map(len, contents)), 0
     for number in reversed(range(len(contents))):
         content = contents[number]
-        count = wish.count_tokens(content)
+        end = _slice(content, max(0, len(content) - LONG_TOKEN * wish.block_size), None)
+        count = wish.count(end)
         missing = max(0, wish.block_size - tokens)
-        length = max(wanted - size, 1.05 * len(content) * missing / max(1, count))
+        length = max(wanted - size, 1.05 * len(end) * missing / max(1, count))
         while length < WHOLE * len(content):
             cut = _word_end(content, len(content) - math.ceil(length))
-            if wish.count_tokens(_slice(content, cut, None)) >= missing:
+            if wish.count(_slice(content, cut, None)) >= missing:
                 halves = [_slice(content, 0, cut), _slice(content, cut, None)]
                 return [*contents[:number], *halves, *contents[number + 1 :]], number + 1
             length *= 1.1
