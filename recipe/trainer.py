@@ -85,7 +85,8 @@ class PretrainTrainer(Trainer):
         self.skips.settle(self.optimizer, self.lr_scheduler)
         self.guards.begin_save(self.control)
         if not all(gather_all(is_finite(self.model, self.optimizer))):
-            logger.error("step %d | no checkpoint: weights or optimizer state are not finite", step)
+            if self.is_world_process_zero():
+                logger.error("step %d | no checkpoint: weights or optimizer state are not finite", step)
             return
         staged = checkpoints.staging_of(Path(self.args.output_dir), step)
         problem = failure_of(self._write_files, staged, model, trial)
@@ -122,8 +123,10 @@ class PretrainTrainer(Trainer):
     def _commit(self, staged: Path, position: dict) -> None:
         state = {**self.stream.belongs_to, "position": position, "skipped_steps": self.skips.num_skipped}
         write_json(staged / checkpoints.STREAM_STATE, state)
-        checkpoints.commit(staged, self.lineage, versions())
-        checkpoints.rotate(staged.parent.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        target = checkpoints.commit(staged, self.lineage, versions())
+        known = (target.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if (problem := failure_of(checkpoints.rotate, *known)) is not None:
+            logger.warning("%s is saved, but an older one could not be deleted: %s", target.name, problem)
 
     def _finalize_training(self, *args):
         # With a limit of 1 Trainer would delete the newest checkpoint where another one is the best.

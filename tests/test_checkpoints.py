@@ -337,6 +337,16 @@ def test_a_disk_that_is_full_costs_one_checkpoint(config, tmp_path, monkeypatch,
     assert not list((tmp_path / "run/.unfinished").iterdir())
 
 
+def test_an_old_one_that_cannot_be_deleted_costs_nothing(config, tmp_path, monkeypatch, caplog):
+    def read_only(*arguments):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("recipe.checkpoints.rotate", read_only)
+    assert run(["train", config, "--save_total_limit", "1"]) == 0
+    assert len(names_in(tmp_path / "run")) == 6
+    assert "checkpoint-2 is saved, but an older one could not be deleted: [Errno 30]" in caplog.text
+
+
 def test_one_command_for_jobs_that_are_killed(config, tmp_path, monkeypatch):
     auto = ["train", config, "--resume_from_checkpoint", "auto"]
     assert run([*auto, "--output_dir", str(tmp_path / "whole")]) == 0
@@ -354,6 +364,26 @@ def test_one_command_for_jobs_that_are_killed(config, tmp_path, monkeypatch):
     assert run(auto) == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_a_stop_that_is_heard_while_saving_saves_no_second_time(config, tmp_path, monkeypatch):
+    from recipe.guards import RegressionCallback
+
+    committed, begin = [], RegressionCallback.begin_save
+
+    def heard(self, control):
+        begin(self, control)
+        if self._trainer.state.global_step == 3:
+            control.should_save = control.should_training_stop = True
+
+    def count(staged, *facts):
+        committed.append(staged.name)
+        return commit(staged, *facts)
+
+    monkeypatch.setattr(RegressionCallback, "begin_save", heard)
+    monkeypatch.setattr("recipe.checkpoints.commit", count)
+    assert run(["train", config]) == 0
+    assert committed == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
 def test_the_best_checkpoint_is_named_by_its_final_place(write_config, tmp_path):
