@@ -111,7 +111,7 @@ def assemble(config: Config, output_dir: Path) -> Assembled:
             allow_change=config.data.allow_change,
         )
     guards = build_guards(config)
-    guards.name_documents = data.loader.documents_of
+    guards.documents_of = data.loader.documents_of
     stream = StreamCallback(data.loader, {"identity": data.identity, **settings}, guards)
     trainer, signals = build_trainer(config, data, model, guards, stream)
     if checkpoint is not None:

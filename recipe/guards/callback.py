@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from recipe.guards.attach import Wrapping, find_trainer, make_visible
-from recipe.guards.checkpoint import read_session, warn_damaged
+from recipe.guards.checkpoint import restore_findings
 from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable
 from recipe.guards.ranks import Ranks
 from recipe.guards.records import StepRecord, append_line, keep_until, read_steps
@@ -67,10 +67,10 @@ class RegressionCallback(TrainerCallback):
         self.trajectory, self.on_regression, self.disabled = trajectory, on_regression, frozenset(disabled_guards)
         self.only_check = self.must_write = self.is_saved_by_trainer = False
         self.reporter = Reporter(self.guards, self.disabled, self._act)
-        self.name_documents: Callable[[int], list[str]] | None = None  # of a micro-batch, counted from 0
+        self.documents_of: Callable[[int], list[str]] | None = None  # of a micro-batch, from 0
         self.stopped_by: Finding | None = None
         self.session: Session | None = None  # of the training that goes on, or the last one
-        self._given_facts, self._given_trainer = dict(facts or {}), trainer
+        self._facts, self._given_trainer = dict(facts or {}), trainer
         self._history: list[StepRecord] = []
         self._trainer: Trainer | None = None
         self._checkpoint: Path | None = None
@@ -116,7 +116,7 @@ class RegressionCallback(TrainerCallback):
 
     @property
     def facts(self) -> dict:
-        return self.session.run.facts if self.session and self.session.run else self._given_facts
+        return self.session.run.facts if self.session and self.session.run else self._facts
 
     @property
     def reference(self) -> Reference | None:
@@ -148,10 +148,9 @@ class RegressionCallback(TrainerCallback):
         if self._trainer is None:
             self._give_up("no Trainer among the callers of on_train_begin; pass RegressionCallback(trainer=trainer)")
             return
-        known = (self.guards, self.trajectory, self._given_facts, self.only_check, self.must_write)
-        options = Options(*known, self.name_documents)
+        given = Options(self.guards, self.trajectory, self._facts, self.only_check, self.must_write, self.documents_of)
         ranks = Ranks(args.world_size, self.is_main)
-        self.session = Session(self._trainer, options, self.reporter, ranks, self.output_dir)
+        self.session = Session(self._trainer, given, self.reporter, ranks, self.output_dir)
         self.session.history, self.session.failure = self._history, failure
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
         default = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -185,13 +184,12 @@ class RegressionCallback(TrainerCallback):
                 _stop(control)
 
     def on_save(self, args, state, control, **kwargs):
-        if not self.is_saved_by_trainer:
+        if not self.is_saved_by_trainer:  # else it calls the two itself
             self.begin_save(control)
             self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         control.should_save = False  # where a stop has been heard of just now: it is saved
 
-    def begin_save(self, control) -> None:
-        """On every rank, before `save`. Trainers that call the two themselves set `is_saved_by_trainer`."""
+    def begin_save(self, control) -> None:  # on every rank, before `save`
         if self.session is not None:
             self.session.local.was_saved = True
             self._flush(control)  # a run killed after this checkpoint must find its last step's record
@@ -268,11 +266,8 @@ class RegressionCallback(TrainerCallback):
 
     def load(self, checkpoint: Path) -> None:
         """What was found before a checkpoint with which a training has nothing left to do. After `open_files`."""
-        if self.is_main and (saved := read_session(checkpoint)) is not None:
-            try:
-                self.reporter.load(saved.numbers["reporter"])
-            except Exception as error:
-                warn_damaged(checkpoint, f"{type(error).__name__}: {error}")
+        if self.is_main:
+            restore_findings(self.reporter, checkpoint)
 
     def open_files(self, args, state) -> None:
         """A new run starts new files; a resumed one keeps what was written up to its step, and its history with it."""

@@ -46,14 +46,14 @@ class PreflightDone(Exception):
 @dataclass(frozen=True)
 class Options:
     """Of the callback. `only_check`: stop after the probes, and let a fault of the guards be raised. `must_write`: a
-    file that cannot be written ends the training. `name_documents`: of a micro-batch, counted from 0."""
+    file that cannot be written ends the training. `documents_of`: of a micro-batch, counted from 0."""
 
     guards: tuple[type[Guard], ...]
     trajectory: str
     facts: dict
     only_check: bool
     must_write: bool
-    name_documents: Callable[[int], list[str]] | None = None
+    documents_of: Callable[[int], list[str]] | None = None
 
 
 def survives(method: Callable) -> Callable:
@@ -231,8 +231,7 @@ class Session:
 
     @survives
     def _read(self, pending: PendingStep) -> dict:
-        values = pending.read()
-        values["documents"] = documents_not_finite(values, pending.local, self.options.name_documents)
+        values = with_documents(pending.read(), pending.local, self.options.documents_of)
         return {**values, "payloads": self.runner.leave_out_unsendable(values["payloads"], self.run)}
 
     @survives
@@ -319,7 +318,8 @@ class Session:
         self.ranks.close()
 
 
-def documents_not_finite(values: dict, local: LocalStep, name_documents: Callable | None) -> list[str]:
-    bad = not_finite(values["losses"], values["grad_norm"]) if name_documents is not None else []
-    names = [name for number in bad for name in name_documents(local.first_micro_batch + number)]
-    return list(dict.fromkeys(names))
+def with_documents(values: dict, local: LocalStep, documents_of: Callable | None) -> dict:
+    """Those of the micro-batches that are not finite."""
+    bad = not_finite(values["losses"], values["grad_norm"]) if documents_of is not None else []
+    names = [name for number in bad for name in documents_of(local.first_micro_batch + number)]
+    return {**values, "documents": list(dict.fromkeys(names))}
