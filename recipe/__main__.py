@@ -4,14 +4,13 @@ import argparse
 import atexit
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
-from recipe.errors import DataError, UserError, exit_code_of, message_of
+from recipe.errors import DataError, UserError, exit_code_of, handle_endings, is_disk_error, message_of
 from recipe.key_names import check_names
 from recipe.plain_json import dumps
-from recipe.rundir import write_exit
+from recipe.rundir import ended_on_purpose_before, write_exit
 
 USAGE = """usage: python -m recipe COMMAND ...
 
@@ -34,6 +33,8 @@ def train(arguments: list[str]) -> int:
     from recipe.train import run_training
 
     outcome = run_training(config)
+    if not outcome.is_main:
+        write_exit(outcome.code, outcome.result["verdict"], None)  # on another machine nobody else does
     if options.json and outcome.is_main:
         print(dumps(outcome.result))
     return outcome.code
@@ -170,15 +171,9 @@ def run(arguments: list[str]) -> int:
     except SystemExit as stop:  # argparse
         return stop.code or GOOD
     except Exception as error:
-        if not _is_disk_error(error):
+        if not is_disk_error(error):
             raise
         return _fail(DataError.exit_code, f"the disk is full or read-only: {error}")
-
-
-def _is_disk_error(error: Exception) -> bool:
-    """A full or read-only disk, as Python, safetensors or torch report it."""
-    words = ("No space left on device", "Disk quota exceeded", "Read-only file system", "PytorchStreamWriter failed")
-    return any(word in str(error) for word in words)
 
 
 def _fail(code: int, reason: str) -> int:
@@ -189,7 +184,7 @@ def _fail(code: int, reason: str) -> int:
 
 
 def _terminate(number, frame):
-    raise KeyboardInterrupt("SIGTERM")
+    raise KeyboardInterrupt(number)
 
 
 def main() -> None:
@@ -199,7 +194,9 @@ def main() -> None:
     for name in ("httpx", "filelock", "fsspec", "datasets", "torch", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides retries; a final failure is logged once
-    signal.signal(signal.SIGTERM, _terminate)  # while the training runs, its own handler saves a checkpoint
+    handle_endings(_terminate)  # while the training runs, its own handler saves a checkpoint
+    if ended_on_purpose_before():
+        os._exit(GOOD)  # torchrun would start it again; run_clm.sh returns the code that was reported
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt as interrupt:

@@ -70,6 +70,7 @@ class DataArguments:
     num_lanes: int | Literal["auto"] = "auto"  # sub-streams of the canonical order; 32, or fewer for a small source
     # When a checkpoint was made on another stream: refuse, keep its position, or start again.
     on_changed_stream: Literal["refuse", "continue", "restart"] = "refuse"
+    allow_change: list[str] = field(default_factory=list)  # settings that may differ from those of the checkpoint
 
     @property
     def sources(self) -> list[SourceArguments]:

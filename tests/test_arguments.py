@@ -471,6 +471,7 @@ def test_names_of_ours_are_frozen():
         DataArguments: [
             "source", "text_column", "block_size", "train_tokens", "train_skip", "train_seed", "eval_skip",
             "eval_seed", "eval_documents", "document_masking", "num_lanes", "on_changed_stream",
+                "allow_change",
         ],
         GuardArguments: ["trajectory", "on_regression", "disabled_guards"],
     }  # fmt: skip

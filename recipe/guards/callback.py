@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from recipe.guards.attach import Wrapping, find_trainer, make_visible
-from recipe.guards.checkpoint import read_session, warn_damaged
+from recipe.guards.checkpoint import restore_findings
 from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable
 from recipe.guards.ranks import Ranks
 from recipe.guards.records import StepRecord, append_line, keep_until, read_steps
@@ -65,11 +65,12 @@ class RegressionCallback(TrainerCallback):
         if trajectory not in ("auto", "none"):
             load_reference(trajectory)  # a bad file is refused now
         self.trajectory, self.on_regression, self.disabled = trajectory, on_regression, frozenset(disabled_guards)
-        self.only_check = self.must_write = False
+        self.only_check = self.must_write = self.is_saved_by_trainer = False
         self.reporter = Reporter(self.guards, self.disabled, self._act)
+        self.documents_of: Callable[[int], list[str]] | None = None  # of a micro-batch, from 0
         self.stopped_by: Finding | None = None
         self.session: Session | None = None  # of the training that goes on, or the last one
-        self._given_facts, self._given_trainer = dict(facts or {}), trainer
+        self._facts, self._given_trainer = dict(facts or {}), trainer
         self._history: list[StepRecord] = []
         self._trainer: Trainer | None = None
         self._checkpoint: Path | None = None
@@ -115,17 +116,11 @@ class RegressionCallback(TrainerCallback):
 
     @property
     def facts(self) -> dict:
-        return self.session.run.facts if self.session and self.session.run else self._given_facts
+        return self.session.run.facts if self.session and self.session.run else self._facts
 
     @property
     def reference(self) -> Reference | None:
         return self.session.run.reference if self.session and self.session.run else None
-
-    def ask_to_stop(self) -> None:
-        """Save a checkpoint and end the training after the current step (on several ranks the one after, when all have
-        been told)."""
-        if self.session is not None:
-            self.session.stop_asked = True
 
     def begin_pass(self, tokens_in_pass: int | None, source: str, message: str) -> None:
         """A declared further pass over a source: repetition of earlier passes is no fault, and n-gram counts no longer
@@ -153,9 +148,10 @@ class RegressionCallback(TrainerCallback):
         if self._trainer is None:
             self._give_up("no Trainer among the callers of on_train_begin; pass RegressionCallback(trainer=trainer)")
             return
-        options = Options(self.guards, self.trajectory, self._given_facts, self.only_check, self.must_write)
-        ranks = Ranks(args.world_size, self.is_main)
-        self.session = Session(self._trainer, options, self.reporter, ranks, self.output_dir)
+        given = Options(self.guards, self.trajectory, self._facts, self.only_check, self.must_write, self.documents_of)
+        self.session = Session(
+            self._trainer, given, self.reporter, Ranks(args.world_size, self.is_main), self.output_dir
+        )
         self.session.history, self.session.failure = self._history, failure
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
         default = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -189,11 +185,20 @@ class RegressionCallback(TrainerCallback):
                 _stop(control)
 
     def on_save(self, args, state, control, **kwargs):
+        if not self.is_saved_by_trainer:  # else it calls the two itself
+            self.begin_save(control)
+            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        control.should_save = False  # where a stop has been heard of just now: it is saved
+
+    def begin_save(self, control) -> None:  # on every rank, before `save`
         if self.session is not None:
             self.session.local.was_saved = True
             self._flush(control)  # a run killed after this checkpoint must find its last step's record
+
+    def save(self, checkpoint: Path) -> None:
+        if self.session is not None:
             if self._is_set_up:
-                self.session.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+                self.session.save(checkpoint)
             self.session.last_end = time.perf_counter()
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -242,10 +247,10 @@ class RegressionCallback(TrainerCallback):
             _stop(control)
 
     def _act(self, finding: Finding) -> None:
-        """On a warning or an error."""
+        """On a warning or an error. On several ranks the training ends a step later, when all have been told."""
         if self.on_regression == "stop" and self.stopped_by is None:
             self.stopped_by = finding
-            self.ask_to_stop()
+            self.session.stop_asked = True
             if self._trainer is not None and self._trainer.args.world_size == 1:
                 _stop(self._trainer.control)
 
@@ -262,11 +267,8 @@ class RegressionCallback(TrainerCallback):
 
     def load(self, checkpoint: Path) -> None:
         """What was found before a checkpoint with which a training has nothing left to do. After `open_files`."""
-        if self.is_main and (saved := read_session(checkpoint)) is not None:
-            try:
-                self.reporter.load(saved.numbers["reporter"])
-            except Exception as error:
-                warn_damaged(checkpoint, f"{type(error).__name__}: {error}")
+        if self.is_main:
+            restore_findings(self.reporter, checkpoint)
 
     def open_files(self, args, state) -> None:
         """A new run starts new files; a resumed one keeps what was written up to its step, and its history with it."""

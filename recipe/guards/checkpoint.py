@@ -91,5 +91,14 @@ def restore(session, saved: Saved) -> tuple[list[str], bool]:
         return [f"{type(error).__name__}: {error}"], False
 
 
+def restore_findings(reporter, checkpoint: Path) -> None:
+    """Without a session."""
+    if (saved := read_session(checkpoint)) is not None:
+        try:
+            reporter.load(saved.numbers["reporter"])
+        except Exception as error:
+            warn_damaged(checkpoint, f"{type(error).__name__}: {error}")
+
+
 def warn_damaged(checkpoint: Path, problem: str) -> None:
     logger.warning("%s: the guards' state cannot be restored, they start fresh: %s", checkpoint, problem)

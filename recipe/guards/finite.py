@@ -1,11 +1,18 @@
 """Losses and gradients that are not finite, and batches of which nothing is scored."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from recipe.guards.guard import Finding, Guard, NotApplicable, Skip, Verdict
 
 NOT_FINITE, UNSCORED = "loss_not_finite", "nothing_scored"
+
+
+def not_finite(losses: Sequence[float], grad_norm: float | None) -> list[int]:
+    """Micro-batches of a step: those whose loss is not finite; all of them where only the gradients are not."""
+    bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+    return bad or ([] if grad_norm is None or math.isfinite(grad_norm) else list(range(len(losses))))
 
 
 class LossNotFinite(Guard):
@@ -15,7 +22,7 @@ class LossNotFinite(Guard):
     Measured (loss_not_finite): the loss of each micro-batch of every rank, before Trainer's log shows NaN as 0.0. The
         norm of all gradients before clipping. And the gradient of one small parameter: not finite in a micro-batch and
         finite at the step means that it was dropped. Whether that parameter's step was finite says whether the weights
-        are lost.
+        are lost. The recipe's own trainer does not apply such a step: a warning then, which names the documents.
     Measured (nothing_scored): a step without a scored label whose loss is NaN or 0.0, or a micro-batch without one
         whose loss is NaN. Or over 50 % of the last 64 rows have no scored label, while others have one; from 10 % on
         it is information.
@@ -39,6 +46,7 @@ class LossNotFinite(Guard):
 
     def setup(self, run) -> None:
         self.world_size, self.is_scaled = run.world_size, run.is_loss_scaled
+        self.is_skipped = getattr(run.trainer, "skips", None) is not None
         if run.has_tokens:  # it judges without them, too
             self.taps = (*self.taps, "tokens")
         self.state = {"unscored": []}  # of the last rows: whether nothing of it is scored
@@ -56,6 +64,8 @@ class LossNotFinite(Guard):
             yield self.judge_scored(step.losses, scored, norm) or self.clear(UNSCORED, "batches")
             yield self._observe_rows(step) or self.clear(UNSCORED)
         finding = self.judge(step.losses, norm, scored, self.world_size, is_kept, not step.run.is_next_token)
+        if finding is not None and self.is_skipped and not_finite(step.losses, norm):
+            finding = self.not_applied(finding, step.documents)
         for gradient in gradients:
             finding = finding or self.judge_dropped(gradient.total, gradient.before, gradient.now)
         yield finding or self.clear(NOT_FINITE)
@@ -98,6 +108,18 @@ class LossNotFinite(Guard):
             causes = ("every label masked (-100)", "an empty batch")
         action = _advice(grad_norm, is_kept) if not is_zero else "look at the labels of this batch"
         return cls.finding("error", found, "finite, above 0", causes, action, evidence, NOT_FINITE)
+
+    @classmethod
+    def not_applied(cls, finding: Finding, documents: list[str]) -> Finding:
+        more = f" and {len(documents) - 3} more" if len(documents) > 3 else ""
+        named = ", ".join(documents[:3]) + more
+        return replace(
+            finding,
+            severity="warning",
+            found=f"{finding.found}, step not applied" + (f"; documents {named}" if named else ""),
+            action="weights, moments and schedule are as before the step; look at the documents that evidence names",
+            evidence={**finding.evidence, "documents": documents},
+        )
 
     @classmethod
     def judge_dropped(cls, total: float, before: float, now: float) -> Finding | None:

@@ -15,6 +15,7 @@ import torch
 from transformers import Trainer
 
 from recipe.guards.checkpoint import part_of_ranks, read_session, restore, warn_damaged, write_session
+from recipe.guards.finite import not_finite
 from recipe.guards.guard import CannotJudge, Finding, Guard
 from recipe.guards.ngrams import TRAINED_BEFORE
 from recipe.guards.ranks import Ranks
@@ -45,13 +46,14 @@ class PreflightDone(Exception):
 @dataclass(frozen=True)
 class Options:
     """Of the callback. `only_check`: stop after the probes, and let a fault of the guards be raised. `must_write`: a
-    file that cannot be written ends the training."""
+    file that cannot be written ends the training. `documents_of`: of a micro-batch, counted from 0."""
 
     guards: tuple[type[Guard], ...]
     trajectory: str
     facts: dict
     only_check: bool
     must_write: bool
+    documents_of: Callable[[int], list[str]] | None = None
 
 
 def survives(method: Callable) -> Callable:
@@ -186,7 +188,7 @@ class Session:
     def end_step(self, step: int) -> None:
         self._is_due = True
         self._pending = self._send(step) if self.local.losses and self.is_watching else None
-        self.local = LocalStep(step=step)
+        self.local = self.local.next(step, self.trainer.args.gradient_accumulation_steps)
 
     @survives
     def _send(self, step: int) -> PendingStep:
@@ -229,7 +231,7 @@ class Session:
 
     @survives
     def _read(self, pending: PendingStep) -> dict:
-        values = pending.read()
+        values = with_documents(pending.read(), pending.local, self.options.documents_of)
         return {**values, "payloads": self.runner.leave_out_unsendable(values["payloads"], self.run)}
 
     @survives
@@ -314,3 +316,10 @@ class Session:
         if self.taps is not None:
             self.taps.close()
         self.ranks.close()
+
+
+def with_documents(values: dict, local: LocalStep, documents_of: Callable | None) -> dict:
+    """Those of the micro-batches that are not finite."""
+    bad = not_finite(values["losses"], values["grad_norm"]) if documents_of is not None else []
+    names = [name for number in bad for name in documents_of(local.first_micro_batch + number)]
+    return {**values, "documents": list(dict.fromkeys(names))}

@@ -1,6 +1,7 @@
-"""`python -m tests.benchmarks stream|guards [--only NAME]`: measures, and writes RESULTS.md.
+"""`python -m tests.benchmarks stream|guards|checkpoints [--only NAME]`: measures, and writes RESULTS.md.
 
-`stream` takes `--corpus PATH_OR_GLOB` too; `guards` measures what the guards cost on the demo and on the 180M.
+`stream` takes `--corpus PATH_OR_GLOB` too; `guards` measures what the guards cost on the demo and on the 180M;
+`checkpoints` how long a commit takes. `python -m tests.benchmarks.faults` is a command of its own.
 """
 
 import argparse
@@ -11,11 +12,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from recipe.data.docstrings import build_docstring_corpus
-from tests.benchmarks import guards, stream
+from tests.benchmarks import checkpoints, guards, stream
 from tests.benchmarks.results import RESULTS, format_section, write_section
 from tests.benchmarks.stream import Options
 
-SUITES = {"stream": stream.BENCHMARKS, "guards": guards.BENCHMARKS}
+SUITES = {"stream": stream.BENCHMARKS, "guards": guards.BENCHMARKS, "checkpoints": checkpoints.BENCHMARKS}
 QUICK = {"rows": 130_000, "repeats": 1, "rounds": 1, "index_megabytes": 10}
 
 
@@ -40,7 +41,9 @@ def main() -> None:
             write_section(name, section, RESULTS)
 
 
-def build_options(folder: Path, arguments: argparse.Namespace) -> Options | guards.Options:
+def build_options(folder: Path, arguments: argparse.Namespace) -> Options | guards.Options | Path:
+    if arguments.suite == "checkpoints":
+        return folder
     if arguments.suite == "guards":
         return guards.Options(steps=120, block=10, with_180m=False) if arguments.quick else guards.Options()
     source = arguments.corpus
@@ -67,8 +70,8 @@ def describe(corpus: str, files: list[str]) -> str:
 
 
 def command_of(name: str, arguments: argparse.Namespace) -> str:
-    if arguments.suite == "guards":
-        return f"python -m tests.benchmarks guards --only {name}"
+    if arguments.suite != "stream":
+        return f"python -m tests.benchmarks {arguments.suite} --only {name}"
     corpus = "" if arguments.corpus == "docstrings" else " --corpus 'FOLDER/*.parquet'"
     minutes = f" --minutes {arguments.minutes:g}" if name == "memory" else ""
     return f"python -m tests.benchmarks stream --only {name}{corpus}{minutes}"
