@@ -32,8 +32,8 @@ class CountsAllPositions(transformers.LlamaForCausalLM):
 class SeesTheRow(transformers.LlamaForCausalLM):
     """A hundredth of the mean over the row in every logit: later tokens and other documents leak."""
 
-    def forward(self, input_ids=None, labels=None, **kwargs):
-        output = super().forward(input_ids=input_ids, **kwargs)
+    def forward(self, input_ids=None, labels=None, position_ids=None, **kwargs):
+        output = super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
         output.logits = output.logits + 0.01 * output.logits.mean(dim=1, keepdim=True)
         if labels is not None:
             shifted = labels[:, 1:].reshape(-1)

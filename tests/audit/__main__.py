@@ -5,12 +5,13 @@ Without --only it audits all classes, goes on where a killed run stopped, and wr
 
 import argparse
 import json
+import shutil
 import sys
 
 from tests.audit.classes import find_entries
 from tests.audit.faults import confirm
 from tests.audit.page import write_page
-from tests.audit.pool import audit_all
+from tests.audit.pool import PROGRESS, audit_all
 from tests.audit.results import summarize, write_results
 
 
@@ -28,6 +29,7 @@ def main() -> int:
     results = summarize(reports, confirm(reports), seconds)
     if not given.only:
         write_results(results)
+        shutil.rmtree(PROGRESS)
         write_page(results)
     if given.json:
         print(json.dumps(results, indent=1))

@@ -149,6 +149,7 @@ CHANGES: dict[str, dict] = {
         ),
         {"text_config": {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}},
     ),
+    "RecurrentGemmaForCausalLM": {"num_hidden_layers": 3},
     "UnlimitedOcrForConditionalGeneration": {"text_config": {"num_key_value_heads": 4}},
     "Step3p7ForConditionalGeneration": {"text_config": {"sliding_window": 8}},
     "Qwen4ExpForCausalLM": {
@@ -179,6 +180,7 @@ BY_DESIGN: dict[tuple[str, str], str] = {
         "label_leak",
     ): "only where the decoder's input is padding, which is not scored",
     ("SwitchTransformersForConditionalGeneration", "cache"): CAPACITY,
+    ("XLMWithLMHeadModel", "cache"): "generation appends a mask token and reads its logits",
     **{(f"ProphetNetFor{kind}", "loss"): NGRAMS for kind in ("CausalLM", "ConditionalGeneration")},
     **{("XLNetLMHeadModel", check): PERMUTED for check in ("loss", "causal", "cache", "trainer")},
     **{("CpmAntForCausalLM", check): PREFIX for check in ("causal", "cache", "padding")},

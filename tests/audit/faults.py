@@ -15,8 +15,8 @@ ISSUES = "https://github.com/huggingface/transformers/"
 
 @dataclass(frozen=True)
 class Fault:
-    """`name`: of the script in `confirm/`. `short`: in README. `check`, `pattern`: the result that a class must have in
-    the audit. `upstream`: a public thread that describes it. `report`: the text to be filed where there is none."""
+    """`name`: of the script in `confirm/`. `short`: in README. `check`, `pattern`: the result that a class must have
+    in the audit. `upstream`: a public thread that describes it. `report`: the text to file where there is none."""
 
     name: str
     short: str

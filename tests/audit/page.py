@@ -72,8 +72,8 @@ def format_page(results: dict) -> str:
 def _environment(results: dict) -> str:
     names = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     return (
-        f"{results['date']}, {names}, {results['cpus']} CPU cores: {results['minutes']:.0f} minutes, of them "
-        f"{results['processor_minutes']:.0f} of processor time."
+        f"{results['date']}, {names}, {results['cpus']} CPU cores with a load average of {results['load']}: "
+        f"{results['minutes']:.0f} minutes, and {results['processor_minutes']:.0f} minutes of processor time."
     )
 
 

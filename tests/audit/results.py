@@ -24,6 +24,7 @@ def summarize(reports: list[dict], confirmed: dict[str, dict[str, str]], seconds
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
         "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[2], 1),
         "minutes": round(seconds / 60, 1),
         "processor_minutes": round(sum(report["seconds"] for report in reports) / 60, 1),
         "summary": count(classes, faults),
