@@ -2,7 +2,7 @@
 
 from recipe.guards.attention import find_documents, probe_attention
 from recipe.guards.guard import CannotJudge, Finding
-from recipe.guards.head import recover_loss_targets
+from recipe.guards.recording import recover_loss_targets
 from recipe.guards.targets import LossTarget
 from tests.audit.checks import FAULT, LIMIT, PASS, Result
 from tests.audit.subject import Subject, make_batch
