@@ -41,7 +41,7 @@ class Fault:
 FAULTS = (
     Fault(
         "labels_not_shifted",
-        "labels are not shifted",
+        "labels not shifted",
         "Labels that equal the input are scored on the token that is seen",
         "loss",
         "at shift 0",
@@ -54,7 +54,7 @@ FAULTS = (
     ),
     Fault(
         "num_items_ignored",
-        "the loss is multiplied by the accumulation steps",
+        "loss times accumulation steps",
         "The loss is multiplied by gradient_accumulation_steps under Trainer",
         "num_items",
         "4 times the scored labels",
@@ -65,7 +65,7 @@ FAULTS = (
     ),
     Fault(
         "labels_counted_unshifted",
-        "the loss is divided by one label too many in a row",
+        "one label too many counted in each row",
         "Trainer divides by one label too many in each row",
         "trainer",
         r"counted 58 labels, 57 are scored",
@@ -84,7 +84,7 @@ Expected: the Trainer asks for the loss that is used, `model.loss_function is Fo
     ),
     Fault(
         "generation_positions",
-        "`generate` uses other positions than training",
+        "other positions in `generate`",
         "generate uses other positions than the forward pass",
         "cache",
         "from new token 0 on",
@@ -104,7 +104,7 @@ Expected: generation uses the positions of training, `padding_idx + 1 + n`.""",
     ),
     Fault(
         "compressed_keys_of_other_documents",
-        "packed documents see the compressed keys of another",
+        "packed documents see another's keys",
         "Packed documents see the compressed keys of another document",
         "documents",
         "masks are told",
@@ -125,7 +125,7 @@ Expected: entries of other documents are masked and thresholds count from the do
     ),
     Fault(
         "window_only_in_generation",
-        "only `generate` applies the sliding window",
+        "a sliding window in `generate` only",
         "The forward pass ignores the sliding window that generation applies",
         "cache",
         "from new token 1 on",
@@ -161,7 +161,7 @@ Expected: scores, index and view in one order, `[batch, ngram, heads, sequence]`
     ),
     Fault(
         "sdpa_without_mask_not_causal",
-        "sdpa is not causal where eager is",
+        "sdpa not causal where eager is",
         "Text without token types is bidirectional under sdpa and causal under eager",
         "causal",
         "logits move with later tokens",
@@ -180,7 +180,7 @@ Expected: the same attention in all implementations (`allow_is_causal_skip=False
     ),
     Fault(
         "rows_mixed_in_single_steps",
-        "`generate` mixes the rows of a batch",
+        "rows mixed in `generate`",
         "Generation in batches mixes the rows",
         "cache",
         "from new token 1 on",
@@ -198,7 +198,7 @@ Expected: `shifted = state[1][:, :, self.layer_id].unsqueeze(1)`.""",
     ),
     Fault(
         "decoder_input_from_source",
-        "the decoder reads the source instead of the labels",
+        "a decoder that reads the source",
         "Called with labels alone, the decoder reads the source",
         "label_leak",
         "no teacher forcing",

@@ -43,15 +43,14 @@ def format_summary(results: dict) -> str:
     """The sentences of README."""
     summary, version = results["summary"], results["versions"]["transformers"]
     shorts = {fault.name: fault.short for fault in FAULTS}
-    parts = [
-        f"{shorts[each['name']]} ({len(each['classes'])}, {'known' if each['upstream'] else 'new'})"
-        for each in results["faults"]
-    ]
+    told = {True: [], False: []}
+    for each in results["faults"]:
+        number = len(each["classes"])
+        told[bool(each["upstream"])].append(shorts[each["name"]] + (f" ({number} classes)" if number > 1 else ""))
     return (
-        f"Of the {summary['classes']} classes of transformers {version} for text generation, "
-        f"{summary['classes'] - summary['not audited']} run as tiny models on texts, and {summary['fault']} of these "
-        f"have a fault that a script confirms, by number of classes: {'; '.join(parts)}. "
-        f"{summary['documents']['kept apart']} keep documents apart that are packed by `position_ids`."
+        f"{summary['classes'] - summary['not audited']} of {summary['classes']} classes of transformers {version} run "
+        f"as tiny models on texts; {summary['fault']} have faults that scripts confirm. Known: "
+        f"{'; '.join(told[True])}. New: {'; '.join(told[False])}."
     )
 
 
