@@ -70,7 +70,15 @@ TOWERS = ("vision", "audio", "speech", "vq", "tokenizer", "codec", "image", "qfo
 def shrink(config_class: type, changes: dict[str, Any], only_texts: bool = False) -> PreTrainedConfig:
     """`changes`: fields of the config; those of a part by its name, `{"text_config": {...}}`; with a name that begins
     with `=`, a field without which there is no default config. `only_texts`: towers lose depth alone."""
-    return _shrunk(config_class, changes, dict(SPECIAL_TOKENS), only_texts, False)
+    return without_cache(_shrunk(config_class, changes, dict(SPECIAL_TOKENS), only_texts, False))
+
+
+def without_cache(config: PreTrainedConfig) -> PreTrainedConfig:
+    """As stock Trainer sets it: with a cache, masks are not told of packed documents."""
+    for part in [config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))]:
+        if hasattr(part, "use_cache"):
+            part.use_cache = False
+    return config
 
 
 def _shrunk(config_class, changes: dict, specials: dict, only_texts: bool, is_tower: bool):
