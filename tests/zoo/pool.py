@@ -24,10 +24,11 @@ ENVIRONMENT = {
 
 
 class Task(NamedTuple):
-    """A setting, with a bug or healthy. Whatever has the same key is the same run."""
+    """A setting, with a bug or healthy. Whatever has the same key is the same run. `with_others`: see `execute`."""
 
     setting: Setting
     bug: Bug | None = None
+    with_others: bool = True
 
     @property
     def key(self) -> str:
@@ -100,8 +101,8 @@ def _child(connection: Connection, task: Task, rank: int, folder: str) -> None:
     apply: Callable | None = task.bug.apply if task.bug else None
     try:
         if task.setting.ranks > 1:
-            connection.send(execute_rank(task.setting, apply, rank, folder))
+            connection.send(execute_rank(task.setting, apply, rank, folder, task.with_others))
         else:
-            connection.send(execute(task.setting, apply, folder=folder))
+            connection.send(execute(task.setting, apply, folder=folder, with_others=task.with_others))
     except BaseException:
         connection.send({"error": traceback.format_exc()})

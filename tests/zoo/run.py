@@ -313,7 +313,7 @@ def learned_loss(model, setting: Setting) -> float | None:
 # --- several ranks
 
 
-def execute_rank(setting: Setting, bug, rank: int, folder: str) -> dict:
+def execute_rank(setting: Setting, bug, rank: int, folder: str, with_others: bool = True) -> dict:
     """One of several gloo processes, which meet in a file."""
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": setting.ranks, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in here.items()}, MASTER_PORT="29500")
@@ -321,6 +321,6 @@ def execute_rank(setting: Setting, bug, rank: int, folder: str) -> dict:
     torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=setting.ranks)
     np.random.seed(0)
     try:
-        return execute(setting, bug, rank, folder)
+        return execute(setting, bug, rank, folder, with_others)
     finally:
         torch.distributed.destroy_process_group()
