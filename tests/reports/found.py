@@ -269,6 +269,7 @@ REPORTS = [
         template_with_generation,
         ("nothing_scored",),
         Setting(steps=20, vocabulary=4096),
+        missed="without a label in the first batch the objective is not known, and NaN is all that is judged.",
     ),
     Report(
         "eos_masked_as_padding",
@@ -287,6 +288,7 @@ REPORTS = [
         prompts_masked,
         (),
         PROMPTS,
+        missed="a batch does not say which of its tokens were meant to be scored.",
     ),
     Report(
         "mean_of_each_micro_batch",
@@ -305,6 +307,7 @@ REPORTS = [
         distillation_divided,
         ("accumulation_mismatch",),
         ACCUMULATED,
+        missed="a micro-batch's weight is read from the gradient of a cross entropy, which this loss is not.",
     ),
     Report(
         "adapters_frozen",
@@ -314,6 +317,7 @@ REPORTS = [
         adapters_trained,
         ("frozen_parameters",),
         UNTIED,
+        missed="what PEFT freezes is taken to be frozen on purpose, also where nothing is left to train.",
     ),
     Report(
         "lora_checkpointed",
@@ -341,6 +345,7 @@ REPORTS = [
         embedding_rate_used,
         (),
         UNTIED,
+        missed="nothing in a run says which rate was meant.",
     ),
     Report(
         "workers_repeat",

@@ -18,7 +18,7 @@ class Report:
 
     `names`: the ids that name the fault. With a fault in `run`, `beside` is its healthy twin. With `healthy`, `run` is
     right and must be silent, and `beside` is the same training with a fault, which shows that silence is not for want
-    of judging. `missed`: why the fault stays unseen, where it does.
+    of judging. `missed`: why it is not judged right, where it is not.
     """
 
     name: str
