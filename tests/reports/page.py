@@ -33,7 +33,7 @@ COLUMNS = "| report | what was run | said | beside it | said | judgement |\n|---
 def format_page(results: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     when = f"Run on {results['date']} at commit {results['commit']} in {results['minutes']:.0f} minutes"
-    parts = [HEAD, f"{when}, with {versions}.\n"]
+    parts = [HEAD, f"{when}, with\n{versions}.\n"]
     for part, title in TITLES.items():
         rows = results[part]
         if rows:
