@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from recipe.errors import DataError, UserError, exit_code_of, message_of
+from recipe.errors import DataError, UserError, exit_code_of, is_disk_error, message_of
 from recipe.plain_json import dumps
 from recipe.rundir import write_exit
 
@@ -157,15 +157,9 @@ def run(arguments: list[str]) -> int:
     except SystemExit as stop:  # argparse
         return stop.code or GOOD
     except Exception as error:
-        if not _is_disk_error(error):
+        if not is_disk_error(error):
             raise
         return _fail(DataError.exit_code, f"the disk is full or read-only: {error}")
-
-
-def _is_disk_error(error: Exception) -> bool:
-    """A full or read-only disk, as Python, safetensors or torch report it."""
-    words = ("No space left on device", "Disk quota exceeded", "Read-only file system", "PytorchStreamWriter failed")
-    return any(word in str(error) for word in words)
 
 
 def _fail(code: int, reason: str) -> int:

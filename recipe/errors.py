@@ -24,3 +24,9 @@ def message_of(error: BaseException) -> str:
     """The error's own message, without the traceback in which a DataLoader worker wraps it."""
     text = str(error).strip()
     return text.splitlines()[-1].split(": ", 1)[-1] if "Original Traceback" in text else text or type(error).__name__
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """A full or read-only disk, as Python, safetensors or torch report it."""
+    words = ("No space left on device", "Disk quota exceeded", "Read-only file system", "PytorchStreamWriter failed")
+    return any(word in str(error) for word in words)

@@ -35,7 +35,9 @@ class Outcome:
     is_main: bool
 
 
-def describe_run(config: Config, output_dir: Path, data: Data, model, checkpoint: Path | None) -> None:
+def describe_run(
+    config: Config, output_dir: Path, data: Data, model, checkpoint: Path | None, lineage: list[dict]
+) -> None:
     """Log what will run, and store it in `run.json`."""
     training = config.training
     kernels = describe_kernels(model, training)
@@ -61,6 +63,7 @@ def describe_run(config: Config, output_dir: Path, data: Data, model, checkpoint
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "finished": None,
             "resumed_from": str(checkpoint) if checkpoint else None,
+            "lineage": lineage,
             "config_path": str(config.path),
             "arguments": config.to_dict(),
             **rundir.describe_environment(),

@@ -1,4 +1,4 @@
-"""The run directory: which one, what is written into it, which checkpoint to resume from."""
+"""The run directory: which one, and what is written into it."""
 
 import contextlib
 import itertools
@@ -12,12 +12,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from recipe.checkpoints import list_checkpoints
 from recipe.errors import UserError
 from recipe.plain_json import dumps
 
-STREAM_STATE = "stream_state.json"
-CONSEQUENCES = (1, 130, 143)  # exit codes that another rank's failure causes in this one
-CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", STREAM_STATE)
+CONSEQUENCES = (1, 129, 130, 138, 143)  # exit codes that another rank's failure causes in this one
 PACKAGES = (
     "torch", "transformers", "datasets", "accelerate", "tokenizers", "sentencepiece", "evaluate", "pyarrow", "numpy",
 )  # fmt: skip
@@ -41,7 +40,7 @@ def choose_output_dir(output_dir: str, is_default: bool, resume_from_checkpoint:
     Otherwise the default name gets a number; a name that the user chose is refused with `UserError`.
     """
     path = Path(output_dir)
-    if not holds_run(path) or resume_from_checkpoint == "latest":
+    if not holds_run(path) or resume_from_checkpoint in ("latest", "auto"):
         return path
     if resume_from_checkpoint is not None:
         home = Path(resume_from_checkpoint).resolve().parent
@@ -58,59 +57,7 @@ def choose_output_dir(output_dir: str, is_default: bool, resume_from_checkpoint:
 
 
 def holds_run(path: Path) -> bool:
-    return (path / "run.json").exists() or any(step_of(found) >= 0 for found in path.glob("checkpoint-*"))
-
-
-def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to resume from, None for a new run.
-
-    `latest` is the newest complete one in `output_dir`. Checkpoints are written in place, `stream_state.json` last, so
-    a run that is killed while it saves leaves one without this file. Raises `UserError` where there is none, or where
-    files are missing: Trainer would silently resume without the optimizer's state.
-    """
-    if resume_from_checkpoint is None:
-        return None
-    if resume_from_checkpoint == "latest":
-        if newest := newest_checkpoint(output_dir):
-            return newest
-        count = len(list(output_dir.glob("checkpoint-*")))
-        problem = f"{output_dir} holds {f'{count} checkpoints, none complete' if count else 'no checkpoint'}"
-        fix = "leave the key out to start a new run"
-    else:
-        path = Path(resume_from_checkpoint)
-        missing = _missing_files(path)
-        if not missing:
-            return path
-        problem, fix = f"not a complete checkpoint, {', '.join(missing)} missing", "give another, or latest"
-    raise UserError(f"resume_from_checkpoint {resume_from_checkpoint}: {problem}; {fix}")
-
-
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The complete checkpoint with the highest step."""
-    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=step_of, reverse=True)
-    return next((path for path in checkpoints if not _missing_files(path)), None)
-
-
-def read_stream_state(checkpoint: Path) -> dict | None:
-    """The stream's state in a checkpoint; None where the file is damaged."""
-    try:
-        state = json.loads((checkpoint / STREAM_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    parts = ("identity", "settings", "position")
-    return state if isinstance(state, dict) and all(isinstance(state.get(part), dict) for part in parts) else None
-
-
-def step_of(path: Path) -> int:
-    number = path.name.rsplit("-", 1)[-1]
-    return int(number) if number.isdigit() else -1
-
-
-def _missing_files(path: Path) -> list[str]:
-    missing = [name for name in CHECKPOINT_FILES if not (path / name).is_file()]
-    if STREAM_STATE not in missing and read_stream_state(path) is None:
-        missing.append(f"{STREAM_STATE} (it is damaged)")
-    return missing if any(path.glob("*.safetensors")) else [*missing, "model.safetensors"]
+    return (path / "run.json").exists() or bool(list_checkpoints(path))
 
 
 def write_exit(code: int, reason: str, output_dir: Path | None) -> None:

@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import is_liger_kernel_available
 from transformers.utils.logging import disable_progress_bar
 
-from recipe import rundir
+from recipe import checkpoints, rundir
 from recipe.arguments import Config
 from recipe.data.pipeline import Data, build_data
 from recipe.data.stream import HeldOutRows
@@ -24,13 +24,14 @@ from recipe.internals import load_weights
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
 from recipe.model import agree_on_tf32, build_model, choose_attention, why_not_compile
 from recipe.results import Outcome, conclude, describe_run
+from recipe.resume import load_position
 from recipe.trainer import (
     PretrainTrainer,
     ProgressBarCallback,
     SampleCallback,
     SignalCallback,
     StreamCallback,
-    load_position,
+    gather_all,
 )
 
 logger = logging.getLogger(__name__)
@@ -46,14 +47,21 @@ def run_training(config: Config) -> Outcome:
 
 
 def run_claimed(config: Config, output_dir: Path) -> Outcome:
+    is_main = config.training.process_index == 0
+    if is_main and (left := checkpoints.clean(output_dir)):
+        logger.warning("removed what a killed run left half written or half deleted: %s", ", ".join(left))
     run = assemble(config, output_dir)
     data, guards, trainer = run.data, run.guards, run.trainer
-    describe_run(config, output_dir, data, trainer.model, run.checkpoint)
+    trainer.lineage = checkpoints.begin_part(run.checkpoint)
+    describe_run(config, output_dir, data, trainer.model, run.checkpoint, trainer.lineage)
+    first = trainer.lineage[-1]["step"]
+    if is_main and (moved := checkpoints.abandon(output_dir, first)):
+        logger.warning("the run goes on from step %d; its later checkpoints are now %s", first, ", ".join(moved))
     try:
         seconds = train(trainer, guards, run.checkpoint)
         return conclude(config, output_dir, data, trainer, guards, run.signals, seconds)
     except BaseException as error:
-        if isinstance(error, DataError) and (last := rundir.newest_checkpoint(output_dir)):
+        if isinstance(error, DataError) and (last := checkpoints.newest_whole(output_dir)):
             error.args = (f"{message_of(error)}; --resume_from_checkpoint latest then continues from {last.name}",)
         rundir.write_failure(exit_code_of(error), message_of(error), output_dir)
         raise
@@ -72,7 +80,7 @@ class Assembled:
 
 def assemble(config: Config, output_dir: Path) -> Assembled:
     """Data, model, guards and trainer, at the position of the checkpoint if there is one."""
-    checkpoint = rundir.find_checkpoint(config.training.resume_from_checkpoint, output_dir)
+    checkpoint = choose_checkpoint(config, output_dir)
     disable_progress_bar()
     set_seed(config.training.seed)
     attention = choose_attention(config.model.attn_implementation, config.data.document_masking)
@@ -96,6 +104,20 @@ def assemble(config: Config, output_dir: Path) -> Assembled:
     guards = build_guards(config)
     trainer, signals = build_trainer(config, data, model, guards)
     return Assembled(data, guards, trainer, signals, checkpoint)
+
+
+def choose_checkpoint(config: Config, output_dir: Path) -> Path | None:
+    """As rank 0 does, which alone reads the files."""
+    chosen = problem = None
+    if config.training.process_index == 0:
+        try:
+            chosen = checkpoints.choose(config.training.resume_from_checkpoint, output_dir)
+        except UserError as error:
+            problem = str(error)
+    chosen, problem = gather_all((chosen, problem))[0]
+    if problem is not None:
+        raise UserError(problem)
+    return chosen
 
 
 # --- the run directory
@@ -166,7 +188,7 @@ def build_guards(config: Config) -> RegressionCallback:
             "train_tokens": config.max_steps * config.tokens_per_step,
         },
     )
-    guards.must_write = True
+    guards.must_write = guards.is_saved_by_trainer = True
     return guards
 
 
@@ -183,10 +205,13 @@ def build_trainer(config: Config, data: Data, model, guards: RegressionCallback)
     metrics = NextTokenMetrics(token_byte_lengths(data.tokenizer))
     signals = SignalCallback(guards)
     prompts = choose_prompts(data.eval_rows, data.tokenizer)
+    stream = StreamCallback(data.loader, data.identity, restored_settings(config, model), guards)
     trainer = PretrainTrainer(
         model=model,
         args=config.training,
         train_loader=data.loader,
+        guards=guards,
+        stream=stream,
         data_collator=data.collator,
         eval_dataset=data.eval_rows,
         processing_class=data.tokenizer,
@@ -194,7 +219,7 @@ def build_trainer(config: Config, data: Data, model, guards: RegressionCallback)
         preprocess_logits_for_metrics=metrics.preprocess_logits,
         callbacks=[
             guards,
-            StreamCallback(data.loader, data.identity, restored_settings(config, model), guards),
+            stream,
             SampleCallback(prompts, data.tokenizer, data.sources, guards),
             signals,
             ProgressBarCallback(guards),
@@ -212,10 +237,10 @@ def train(trainer: PretrainTrainer, guards: RegressionCallback, checkpoint: Path
     take one more step.
     """
     start = time.perf_counter()
-    if checkpoint is not None and rundir.step_of(checkpoint) >= trainer.args.max_steps:
+    if checkpoint is not None and checkpoints.step_of(checkpoint) >= trainer.args.max_steps:
         logger.info("%s is at the last step: nothing left to train", checkpoint)
         load_weights(trainer, str(checkpoint))
-        trainer.state.global_step = rundir.step_of(checkpoint)
+        trainer.state.global_step = checkpoints.step_of(checkpoint)
         guards.open_files(trainer.args, trainer.state)
         guards.load(checkpoint)
     else:

@@ -2,76 +2,154 @@
 samples, progress."""
 
 import contextlib
-import json
 import logging
 import re
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 
+from recipe import checkpoints
+from recipe.data.files import first_line
 from recipe.data.loader import BatchLoader, merge_positions
 from recipe.data.source import Source
-from recipe.errors import UserError
+from recipe.errors import is_disk_error
 from recipe.guards import RegressionCallback
 from recipe.guards.records import append_line, keep_until
-from recipe.rundir import STREAM_STATE, read_stream_state, write_json
+from recipe.rundir import describe_environment, write_json
 
 logger = logging.getLogger(__name__)
 
 
 class PretrainTrainer(Trainer):
-    """Trainer that reads the recipe's loader directly: the stream, not accelerate, divides the rows over ranks."""
+    """Trainer that reads the recipe's loader directly: the stream, not accelerate, divides the rows over ranks. It
+    commits checkpoints whole (`recipe.checkpoints`), with the states of `guards` and `stream` inside.
 
-    def __init__(self, *args, train_loader: BatchLoader, **kwargs):
+    `lineage`: the parts of the run, for the manifests. `last_saved`: the last checkpoint of this part, which exists.
+    """
+
+    def __init__(
+        self, *args, train_loader: BatchLoader, guards: RegressionCallback, stream: "StreamCallback", **kwargs
+    ):
         super().__init__(*args, train_dataset=train_loader.dataset, **kwargs)
-        self.train_loader = train_loader
+        self.train_loader, self.guards, self.stream = train_loader, guards, stream
+        self.lineage: list[dict] = []
+        self.last_saved: Path | None = None
+        self._saved_step = -1
+        self._staging: Path | None = None
 
     def get_train_dataloader(self) -> BatchLoader:
         return self.train_loader
 
     def _save_checkpoint(self, model, trial):
-        # Trainer would delete older checkpoints now; `StreamCallback` does so once this one is complete.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        """On every rank. A disk that fails costs this checkpoint and no other; the training goes on."""
+        step = self.state.global_step
+        if step == self._saved_step:  # whoever asks again in the same step, such as a stop that is heard while saving
+            return
+        self._saved_step = step
+        self.guards.begin_save(self.control)
+        if not all(gather_all(is_finite(self.model, self.optimizer))):
+            logger.error("step %d | no checkpoint: weights or optimizer state are not finite", step)
+            return
+        staged = checkpoints.staging_of(Path(self.args.output_dir), step)
+        problem = failure_of(self._write_files, staged, model, trial)
+        problems, positions = zip(*gather_all((problem, self.train_loader.position)), strict=True)
+        position = self.stream.agree(positions)
+        problem = next(filter(None, problems), None)
+        if self.is_world_process_zero():
+            problem = problem or failure_of(self._commit, staged, position)
+            if problem is not None:
+                logger.warning("step %d | no checkpoint, training goes on: %s", step, problem)
+                shutil.rmtree(staged, ignore_errors=True)
+        if gather_all(problem)[0] is None:
+            self.last_saved = Path(self.args.output_dir) / staged.name
+
+    def _write_files(self, staged: Path, model, trial) -> None:
+        staged.mkdir(parents=True, exist_ok=True)
+        # Trainer would look for the best checkpoint beside the staged one.
+        best, self.state.best_global_step = self.state.best_global_step, None
+        self._staging = staged.parent
         try:
             super()._save_checkpoint(model, trial)
         finally:
+            self._staging, self.state.best_global_step = None, best
+        best_checkpoint = Path(self.args.output_dir) / f"checkpoint-{best}"
+        if best and (best == self.state.global_step or best_checkpoint.is_dir()):
+            self.state.best_model_checkpoint = str(best_checkpoint)
+        if self.is_world_process_zero():
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+        self.guards.save(staged)
+
+    def _get_output_dir(self, trial):
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _commit(self, staged: Path, position: dict) -> None:
+        write_json(staged / checkpoints.STREAM_STATE, {**self.stream.belongs_to, "position": position})
+        checkpoints.commit(staged, self.lineage, describe_environment()["versions"])
+        checkpoints.rotate(staged.parent.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _finalize_training(self, *args):
+        # With a limit of 1 Trainer would delete the newest checkpoint where another one is the best.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args)
+        finally:
             self.args.save_total_limit = limit
+
+
+def gather_all(value) -> list:
+    """The value of each rank, on every rank."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def is_finite(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all weights and the optimizer's state on this rank are. Waits for the device."""
+    tensors = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
+    tensors = [value.detach() for value in tensors if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    tensors = [value.to_local() if isinstance(value, DTensor) else value for value in tensors]
+    return bool(torch.stack([value.isfinite().all().to(tensors[0].device) for value in tensors]).all())
+
+
+def failure_of(write: Callable, *arguments) -> str | None:
+    """What the disk said; other errors are raised."""
+    try:
+        write(*arguments)
+        return None
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_disk_error(error):
+            raise
+        return first_line(error)
 
 
 # --- the stream's position
 
 
 class StreamCallback(TrainerCallback):
-    """Saves the stream's position as the last file of each checkpoint, then deletes those over `save_total_limit`.
-
-    Announces the end of each source's first pass once: when a lane of this rank wraps, or at the next checkpoint if it
-    was a lane of another rank.
-    """
+    """The stream's position for checkpoints. Announces the end of each source's first pass once: when a lane of this
+    rank wraps, or at the next checkpoint if it was a lane of another rank."""
 
     def __init__(self, loader: BatchLoader, identity: dict, settings: dict, guards: RegressionCallback):
         self.loader = loader
         self.belongs_to = {"identity": identity, "settings": settings}
         self.guards = guards
 
-    def on_save(self, args, state, control, **kwargs):
-        position = self.loader.position
-        if args.world_size > 1:
-            positions = [None] * args.world_size
-            torch.distributed.all_gather_object(positions, position)
-            position = merge_positions(positions, args.world_size)
+    def agree(self, positions: Sequence[dict]) -> dict:
+        """One position from those of all ranks."""
+        position = merge_positions(positions, len(positions)) if len(positions) > 1 else positions[0]
         self._announce(position)
-        if state.is_world_process_zero:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(checkpoint / STREAM_STATE, {**self.belongs_to, "position": position})
-            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+        return position
 
     def on_step_end(self, args, state, control, **kwargs):
         self._announce(self.loader.position)
@@ -91,66 +169,6 @@ class StreamCallback(TrainerCallback):
             f"{source.name}: pass 2 begins after {tokens:,} tokens, since the first lane has read its share of "
             f"{source.num_documents:,} documents; documents repeat from here on, in a new order",
         )
-
-
-def load_position(checkpoint: Path, identity: dict, settings: dict, start: dict, on_changed_stream: str) -> dict:
-    """The position to resume from: the one saved in a checkpoint, or `start` for `on_changed_stream` "restart".
-
-    Raises `UserError` with the differences where it belongs to another stream and `on_changed_stream` is "refuse", or
-    where settings differ that the checkpoint restores.
-    """
-    saved = read_stream_state(checkpoint)
-    if saved is None or saved["position"].keys() != start.keys():
-        raise UserError(f"{checkpoint / STREAM_STATE} is damaged; resume from another checkpoint, or latest")
-    if differences := _differences(saved["settings"], settings):
-        raise UserError(
-            f"{checkpoint} restores these settings, so other values would be ignored:{differences}\n  restore the old "
-            f"values, or start a new run from its weights: --model_name_or_path {checkpoint}"
-        )
-    position, differences = saved["position"], _differences(saved["identity"], identity)
-    touched = [line for line in differences.splitlines() if ".modified:" in line]
-    if touched and len(touched) == differences.count("\n"):  # copied, or touched
-        logger.warning("files have another date than in %s; size and what was hashed are the same", checkpoint)
-        return position
-    if not differences:
-        return position
-    if on_changed_stream == "refuse":
-        raise UserError(
-            f"{checkpoint} was made on another stream, so its position is not valid here:{differences}\n  undo the "
-            "change; or add --on_changed_stream continue (keep the position) or restart (from the new stream's start)"
-        )
-    logger.warning("%s was made on another stream:%s\n  %s", checkpoint, differences, CHANGED[on_changed_stream])
-    if on_changed_stream == "restart":
-        return start
-    shapes = [[len(lanes) for lanes in where["lanes"]] for where in (position, start)]
-    if shapes[0] != shapes[1]:
-        raise UserError(
-            f"{checkpoint} has {shapes[0]} lanes by source, the config {shapes[1]}: no position can be kept; use "
-            "--on_changed_stream restart"
-        )
-    return position
-
-
-CHANGED = {
-    "continue": "continuing at its position anyway: documents may be missed or read twice",
-    "restart": "reading the new stream from its start",
-}
-
-
-def _differences(saved: dict, wanted: dict, inside: str = "") -> str:
-    """A line for each value that differs, named by the keys that lead to it."""
-    lines = ""
-    for name in dict.fromkeys([*saved, *wanted]):
-        before, after = saved.get(name), wanted.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += _differences(before, after, f"{inside}{name}.")
-        elif before != after:
-            lines += f"\n  {inside}{name}: checkpoint {_shown(before)}, config {_shown(after)}"
-    return lines
-
-
-def _shown(value) -> str:
-    return "none" if value is None else json.dumps(value) if isinstance(value, (dict, list)) else str(value)
 
 
 # --- samples

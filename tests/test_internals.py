@@ -16,7 +16,7 @@ RECIPE = Path(internals.__file__).parent
 # Of Python itself, methods that the recipe overrides or that are documented in spite of their name, and buffers and
 # parameters of modules, which torch documents for `Module.__setattr__`.
 DOCUMENTED = {"_getframe", "_exit", "_run_exitfuncs", "_save_checkpoint", "_replace", "_fields", "_asdict", "_C"}
-DOCUMENTED |= {"_buffers", "_parameters", "_python_dispatch"}
+DOCUMENTED |= {"_buffers", "_parameters", "_python_dispatch", "_get_output_dir", "_finalize_training"}
 
 
 def make_trainer(tiny_model, tmp_path, **arguments) -> Trainer:

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from recipe.__main__ import run
 from recipe.arguments import parse_config
+from recipe.checkpoints import choose, commit, step_of
 from recipe.data.pipeline import build_data
 from recipe.data.source import Source
 from recipe.errors import DataError
 from recipe.guards.records import read_lines
-from recipe.rundir import find_checkpoint
 from recipe.trainer import StreamCallback
 
 
@@ -195,16 +195,13 @@ def test_another_runs_checkpoint_is_not_written_into_this_one(write_config, tmp_
 
 def test_a_checkpoint_comes_with_the_record_of_its_step(write_config, tmp_path, monkeypatch):
     """A run killed right after it saved must not lose a step: records are written a step late, but before a save."""
-    from recipe.trainer import StreamCallback
-
     seen = []
-    on_save = StreamCallback.on_save
 
-    def look(self, args, state, control, **kwargs):
-        on_save(self, args, state, control, **kwargs)
-        seen.append((state.global_step, read_lines(tmp_path / "run/steps.jsonl")[-1]["step"]))
+    def look(staged, *facts):
+        seen.append((step_of(staged), read_lines(tmp_path / "run/steps.jsonl")[-1]["step"]))
+        return commit(staged, *facts)
 
-    monkeypatch.setattr(StreamCallback, "on_save", look)
+    monkeypatch.setattr("recipe.checkpoints.commit", look)
     assert run(["train", write_config()]) == 0
     assert seen == [(3, 3), (6, 6)]
 
@@ -488,36 +485,20 @@ def test_when_the_data_fails_the_last_checkpoint_is_named(write_config, tmp_path
 
 def test_an_older_checkpoint_goes_when_the_new_one_is_complete(write_config, tmp_path, monkeypatch):
     """With one checkpoint kept, a run killed between Trainer's saving and the stream's must still have the last."""
-    whole = StreamCallback.on_save
 
-    def killed(self, args, state, control, **kwargs):
-        if state.global_step == 6:
+    def killed(staged, *facts):
+        if step_of(staged) == 6:
             raise KeyboardInterrupt
-        whole(self, args, state, control, **kwargs)
+        return commit(staged, *facts)
 
-    monkeypatch.setattr(StreamCallback, "on_save", killed)
+    monkeypatch.setattr("recipe.checkpoints.commit", killed)
     with pytest.raises(KeyboardInterrupt):
         run(["train", write_config(save_total_limit=1)])
     monkeypatch.undo()
-    assert find_checkpoint("latest", tmp_path / "run").name == "checkpoint-3"
+    assert choose("latest", tmp_path / "run").name == "checkpoint-3"
     resume = ["--resume_from_checkpoint", "latest"]
     assert run(["train", write_config(save_total_limit=1), *resume]) == 0
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
-
-
-@pytest.mark.parametrize("damaged", ["", "{}", "[]", '{"identity": {}, "sett'])
-def test_a_damaged_stream_state_is_no_checkpoint(trained, tmp_path, capsys, damaged):
-    (tmp_path / "run/checkpoint-6/stream_state.json").write_text(damaged)
-    assert find_checkpoint("latest", tmp_path / "run").name == "checkpoint-3"
-    assert run(["train", trained, "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-6")]) == 2
-    assert "stream_state.json (it is damaged) missing" in capsys.readouterr().err
-
-
-def test_a_position_without_its_parts_is_damaged_too(trained, tmp_path, capsys):
-    file = tmp_path / "run/checkpoint-3/stream_state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "position": {"rows": 12}}))
-    assert run(["train", trained, "--resume_from_checkpoint", str(file.parent)]) == 2
-    assert "stream_state.json is damaged; resume from another" in capsys.readouterr().err
 
 
 def test_a_killed_worker_is_a_data_error(write_config, tmp_path, capsys, monkeypatch):

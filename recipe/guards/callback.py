@@ -65,7 +65,7 @@ class RegressionCallback(TrainerCallback):
         if trajectory not in ("auto", "none"):
             load_reference(trajectory)  # a bad file is refused now
         self.trajectory, self.on_regression, self.disabled = trajectory, on_regression, frozenset(disabled_guards)
-        self.only_check = self.must_write = False
+        self.only_check = self.must_write = self.is_saved_by_trainer = False
         self.reporter = Reporter(self.guards, self.disabled, self._act)
         self.stopped_by: Finding | None = None
         self.session: Session | None = None  # of the training that goes on, or the last one
@@ -185,11 +185,22 @@ class RegressionCallback(TrainerCallback):
                 _stop(control)
 
     def on_save(self, args, state, control, **kwargs):
+        if not self.is_saved_by_trainer:
+            self.begin_save(control)
+            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        control.should_save = False  # where a stop has been heard of just now: it is saved
+
+    def begin_save(self, control) -> None:
+        """On every rank, before `save`. Trainers that call the two themselves set `is_saved_by_trainer`."""
         if self.session is not None:
             self.session.local.was_saved = True
             self._flush(control)  # a run killed after this checkpoint must find its last step's record
+
+    def save(self, checkpoint: Path) -> None:
+        """On every rank, after `begin_save`."""
+        if self.session is not None:
             if self._is_set_up:
-                self.session.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+                self.session.save(checkpoint)
             self.session.last_end = time.perf_counter()
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):

@@ -1,0 +1,363 @@
+"""Checkpoints: committed whole or not at all, verified before they are loaded, on the lineage of the run."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from recipe import checkpoints
+from recipe.__main__ import run
+from recipe.checkpoints import choose, clean, commit, list_checkpoints, problems_of, read_manifest, rotate
+from recipe.errors import UserError
+from recipe.guards.records import read_lines
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = (
+    "model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "stream_state.json",
+)
+LINEAGE = [{"part": "a", "began_from": None, "step": 0}]
+
+
+def write_files(output_dir: Path, step: int) -> Path:
+    staged = checkpoints.staging_of(output_dir, step)
+    (staged / "folder").mkdir(parents=True)
+    for number, name in enumerate((*FILES, "folder/shard.bin")):
+        (staged / name).write_bytes(bytes([step, number]) * 50)
+    return staged
+
+
+def make(output_dir: Path, step: int, lineage=LINEAGE) -> Path:
+    return commit(write_files(output_dir, step), lineage, {"torch": "2"})
+
+
+# --- committing
+
+
+def test_every_file_is_on_disk_before_the_manifest_and_the_manifest_before_the_name(tmp_path, monkeypatch):
+    calls = []
+    sync, rename = os.fsync, os.rename
+
+    def traced_sync(handle):
+        calls.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    def traced_rename(source, target):
+        calls.append("rename")
+        rename(source, target)
+
+    staged = write_files(tmp_path, 3)
+    monkeypatch.setattr(os, "fsync", traced_sync)
+    monkeypatch.setattr(os, "rename", traced_rename)
+    target = commit(staged, LINEAGE, {})
+    *files, manifest, folder, top, renamed, parent = calls
+    assert sorted(files) == sorted(str(staged / name) for name in (*FILES, "folder/shard.bin"))
+    assert manifest == str(staged / "manifest.json")
+    assert (folder, top, renamed, parent) == (str(staged / "folder"), str(staged), "rename", str(tmp_path))
+    assert target == tmp_path / "checkpoint-3" and problems_of(target, is_deep=True) == []
+
+
+def test_a_name_is_never_written_twice(tmp_path):
+    target = make(tmp_path, 3)
+    before = read_manifest(target)
+    with pytest.raises(FileExistsError):
+        make(tmp_path, 3, [{"part": "b", "began_from": None, "step": 0}])
+    assert read_manifest(target) == before and problems_of(target, is_deep=True) == []
+
+
+PHASES = {  # where the process ends -> whether checkpoint-3 is there afterwards, and what is left
+    "files": ("checkpoints._sync_and_hash = die", False, ["checkpoint-3"]),
+    "manifest": ("checkpoints._render = die", False, ["checkpoint-3"]),
+    "before rename": ("checkpoints.os.rename = die", False, ["checkpoint-3"]),
+    "after rename": ("rename = os.rename; checkpoints.os.rename = lambda *a: (rename(*a), die())", True, []),
+    "before deleting": ("checkpoints.rotate = die", True, []),
+    "deleting": ("checkpoints.shutil.rmtree = lambda p: (os.remove(p / 'optimizer.pt'), die())", True, ["deleted-checkpoint-1"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_in_any_phase_a_whole_checkpoint_is_found(tmp_path, phase):
+    how, is_committed, left = PHASES[phase]
+    for step in (1, 2):
+        make(tmp_path, step)
+    staged = write_files(tmp_path, 3)
+    script = f"""
+import os, pathlib, signal
+from recipe import checkpoints
+def die(*arguments): os.kill(os.getpid(), signal.SIGKILL)
+{how}
+checkpoints.commit(pathlib.Path({str(staged)!r}), {LINEAGE!r}, {{}})
+checkpoints.rotate(pathlib.Path({str(tmp_path)!r}), 2, None)
+"""
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == -9
+    assert choose("latest", tmp_path).name == ("checkpoint-3" if is_committed else "checkpoint-2")
+    assert get_last_checkpoint(str(tmp_path)) == str(choose("latest", tmp_path))  # a stock Trainer takes the same
+    assert clean(tmp_path) == left and not (tmp_path / ".unfinished").exists()
+    assert all(problems_of(path, is_deep=True) == [] for path in list_checkpoints(tmp_path))
+    make(tmp_path, 4)
+
+
+# --- rotating
+
+
+def names_in(output_dir: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(output_dir)][::-1]
+
+
+def test_the_oldest_go_but_never_the_newest_or_the_best(tmp_path):
+    for step in (1, 2, 3, 4):
+        make(tmp_path, step)
+    rotate(tmp_path, None, None)
+    assert len(names_in(tmp_path)) == 4
+    rotate(tmp_path, 3, str(tmp_path / "checkpoint-1"))
+    assert names_in(tmp_path) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    rotate(tmp_path, 1, str(tmp_path / "checkpoint-1"))
+    assert names_in(tmp_path) == ["checkpoint-1", "checkpoint-4"]
+    rotate(tmp_path, 1, None)
+    assert names_in(tmp_path) == ["checkpoint-4"]
+
+
+def test_what_is_not_whole_does_not_count(tmp_path):
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint-3/optimizer.pt").unlink()
+    (tmp_path / "checkpoint-9").mkdir()  # of another tool
+    rotate(tmp_path, 2, None)
+    assert names_in(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-9"]
+    rotate(tmp_path, 1, None)
+    assert names_in(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-9"]
+
+
+# --- verifying
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8 % len(data)] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "flipped bit": (lambda path: flip(path, 333), "is damaged"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes of"),
+    "longer": (lambda path: path.write_bytes(path.read_bytes() + b" "), "bytes of"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "missing": (Path.unlink, "missing"),
+    "renamed": (lambda path: path.rename(path.with_suffix(".x")), "missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_each_damage_of_each_file_is_found_and_the_older_one_taken(tmp_path, damage, caplog):
+    action, words = DAMAGES[damage]
+    whole, newest = make(tmp_path, 1), make(tmp_path, 2)
+    shutil.copytree(newest, tmp_path / "copy")
+    for name in (*FILES, "folder/shard.bin", "manifest.json"):
+        action(newest / name)
+        problems = problems_of(newest, is_deep=True)
+        expected = words if name != "manifest.json" or words == "missing" else "is damaged"
+        assert problems and any(name in problem and expected in problem for problem in problems)
+        caplog.clear()
+        assert choose("latest", tmp_path) == choose("auto", tmp_path) == whole
+        assert f"passed over {newest}" in caplog.text and name in caplog.text
+        with pytest.raises(UserError, match=name) as refused:
+            choose(str(newest), tmp_path)
+        assert len(str(refused.value).splitlines()) == 1
+        shutil.rmtree(newest)
+        shutil.copytree(tmp_path / "copy", newest)
+    assert problems_of(newest, is_deep=True) == []
+
+
+def test_every_bit_of_the_manifest_counts(tmp_path):
+    manifest = make(tmp_path, 1) / "manifest.json"
+    text = manifest.read_bytes()
+    for bit in range(8 * len(text)):
+        flip(manifest, bit)
+        assert read_manifest(manifest.parent) is None
+        manifest.write_bytes(text)
+    assert read_manifest(manifest.parent)["step"] == 1
+
+
+def test_foreign_files_another_name_and_no_manifest(tmp_path):
+    path = make(tmp_path, 1)
+    (path / "folder/more.bin").write_bytes(b"x")
+    assert problems_of(path) == ["folder/more.bin is foreign"]
+    (path / "folder/more.bin").unlink()
+    path.rename(tmp_path / "checkpoint-5")
+    assert problems_of(tmp_path / "checkpoint-5") == ["manifest.json is of step 1"]
+    assert problems_of(tmp_path) == ["manifest.json missing: the recipe did not commit it"]
+    assert problems_of(tmp_path / "nowhere") == ["no such folder"]
+
+
+def test_what_was_saved_without_the_optimizer_cannot_be_resumed(tmp_path):
+    staged = write_files(tmp_path, 1)
+    (staged / "optimizer.pt").unlink()
+    assert "optimizer was not saved" in problems_of(commit(staged, LINEAGE, {}))[0]
+
+
+# --- choosing
+
+
+def test_auto_begins_where_there_is_nothing_and_refuses_where_all_is_damaged(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    assert choose("auto", tmp_path / "new") is None and choose(None, tmp_path) is None
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        choose("latest", tmp_path)
+    path = make(tmp_path, 1)
+    assert choose("auto", tmp_path) == path and f"resuming from {path}, step 1" in caplog.text
+    (path / "scheduler.pt").unlink()
+    with pytest.raises(UserError, match="holds 1 checkpoints, none whole"):
+        choose("auto", tmp_path)
+
+
+def test_a_part_knows_those_before_it(tmp_path):
+    def begin(checkpoint):
+        lineage = checkpoints.begin_part(checkpoint)
+        (tmp_path / "run.json").write_text(json.dumps({"lineage": lineage}))
+        return lineage
+
+    first = begin(None)
+    for step in (8, 16, 24):
+        make(tmp_path, step, first)
+    second = begin(tmp_path / "checkpoint-16")  # rolled back; killed before it could move 24 aside
+    assert [(each["began_from"], each["step"]) for each in second] == [(None, 0), ("checkpoint-16", 16)]
+    assert choose("latest", tmp_path).name == "checkpoint-16"
+    assert checkpoints.abandon(tmp_path, 16) == ["abandoned/checkpoint-24"]
+    make(tmp_path, 24, second)
+    third = begin(tmp_path / "checkpoint-24")
+    make(tmp_path, 32, third)
+    assert choose("latest", tmp_path).name == "checkpoint-32"
+    make(tmp_path, 40, checkpoints.begin_part(None))  # copied here from another run
+    assert choose("latest", tmp_path).name == "checkpoint-32"
+    begin(tmp_path / "checkpoint-8")
+    assert choose("latest", tmp_path).name == "checkpoint-8"
+    assert checkpoints.abandon(tmp_path, 8)[-1] == "abandoned/checkpoint-16"
+    assert sorted(path.name for path in (tmp_path / "abandoned").iterdir()) == [
+        "checkpoint-16", "checkpoint-24", "checkpoint-24-again-2", "checkpoint-32", "checkpoint-40",
+    ]  # fmt: skip
+
+
+# --- whole runs
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    monkeypatch.setattr("recipe.trainer.SampleCallback.__init__.__defaults__", (4,))
+
+
+@pytest.fixture
+def config(write_config) -> str:
+    return write_config(eval_strategy="no", eval_steps=None, save_steps=1)
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in read_lines(run_dir / "steps.jsonl")]
+
+
+def weights(run_dir: Path) -> bytes:
+    return (run_dir / "final/model.safetensors").read_bytes()
+
+
+def test_rolled_back_and_killed_it_goes_on_from_where_it_was_rolled_back_to(config, tmp_path, monkeypatch, caplog):
+    assert run(["train", config]) == 0
+    whole, final = losses(tmp_path / "run"), weights(tmp_path / "run")
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recipe.checkpoints.commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(["train", config, "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-2")])
+    assert names_in(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
+    assert run(["train", config, "--resume_from_checkpoint", "latest"]) == 0
+    assert "removed what a killed run left half written or half deleted: checkpoint-3" in caplog.text
+    assert json.loads((tmp_path / "run/run.json").read_text())["resumed_from"].endswith("checkpoint-2")
+    assert losses(tmp_path / "run") == whole and weights(tmp_path / "run") == final
+    assert (tmp_path / "run/abandoned/checkpoint-6").is_dir()
+    lineage = read_manifest(tmp_path / "run/checkpoint-6")["lineage"]
+    assert [each["began_from"] for each in lineage] == [None, "checkpoint-2"]
+
+
+def test_a_stock_trainer_resumes_from_it(config, tmp_path):
+    assert run(["train", config]) == 0
+    checkpoint = tmp_path / "run/checkpoint-3"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    rows = [{"input_ids": torch.arange(16), "labels": torch.arange(16)}] * 4
+    arguments = TrainingArguments(str(tmp_path / "stock"), max_steps=5, use_cpu=True, report_to=[], disable_tqdm=True)
+    arguments.ignore_data_skip = True
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 5
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {5}
+
+
+def test_weights_that_are_not_finite_are_never_committed(config, tmp_path, monkeypatch, caplog):
+    from recipe.trainer import StreamCallback
+
+    def break_weights(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 4:
+            with torch.no_grad():
+                next(model.parameters()).view(-1)[0] = float("nan")
+
+    monkeypatch.setattr(StreamCallback, "on_step_end", break_weights)
+    run(["train", config, "--save_total_limit", "2"])
+    assert names_in(tmp_path / "run") == ["checkpoint-2", "checkpoint-3"]
+    assert "step 4 | no checkpoint: weights or optimizer state are not finite" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["recipe.checkpoints.commit", "recipe.guards.session.write_session"])
+def test_a_disk_that_is_full_costs_one_checkpoint(config, tmp_path, monkeypatch, caplog, place):
+    from recipe.guards import session
+
+    real = {"recipe.checkpoints.commit": commit, "recipe.guards.session.write_session": session.write_session}[place]
+
+    def full(folder, *facts):
+        if folder.name == "checkpoint-3":
+            raise OSError(28, "No space left on device")
+        return real(folder, *facts)
+
+    monkeypatch.setattr(place, full)
+    assert run(["train", config]) == 0
+    assert "step 3 | no checkpoint, training goes on: [Errno 28] No space left on device" in caplog.text
+    assert names_in(tmp_path / "run") == [f"checkpoint-{step}" for step in (1, 2, 4, 5, 6)]
+    assert not list((tmp_path / "run/.unfinished").iterdir())
+
+
+def test_one_command_for_jobs_that_are_killed(config, tmp_path, monkeypatch):
+    auto = ["train", config, "--resume_from_checkpoint", "auto"]
+    assert run([*auto, "--output_dir", str(tmp_path / "whole")]) == 0
+
+    def killed(staged, *facts):
+        if staged.name == killed.at:
+            raise KeyboardInterrupt
+        return commit(staged, *facts)
+
+    monkeypatch.setattr("recipe.checkpoints.commit", killed)
+    for killed.at in ("checkpoint-1", "checkpoint-3", "checkpoint-5"):
+        with pytest.raises(KeyboardInterrupt):
+            run(auto)
+    killed.at = None
+    assert run(auto) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_the_best_checkpoint_is_named_by_its_final_place(write_config, tmp_path):
+    best = ["--load_best_model_at_end", "true", "--metric_for_best_model", "loss", "--save_total_limit", "1"]
+    assert run(["train", write_config(), *best]) == 0
+    state = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "run/checkpoint-6") and state["best_global_step"] == 6
+    assert names_in(tmp_path / "run") == ["checkpoint-6"]
