@@ -1,7 +1,7 @@
 # Sourced by run_clm.sh and tests/run.sh, which set `repo` (absolute) and run under `set -euo pipefail`. bash 3.2 is enough.
 #
 #   bootstrap [EXTRA ...]    sets env_python to a Python with all of pyproject.toml and its EXTRAs installed; exits 2 or 4 on failure
-#   run_child COMMAND ...    runs COMMAND, forwarding INT and TERM to it exactly once; sets child_code
+#   run_child COMMAND ...    runs COMMAND, forwarding INT, TERM, HUP and USR1 to it exactly once; sets child_code
 #   count_nvidia_gpus        prints how many GPUs nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide
 #
 # All messages go to stderr. State is kept inside the environment: .recipe-stamp (what is installed), .recipe-making and
@@ -35,7 +35,9 @@ on_signal() {
 run_child() {
   pending_signal='' last_signal=''
   trap 'on_signal INT' INT
-  trap 'on_signal TERM' TERM HUP # closing the terminal also means stop
+  trap 'on_signal TERM' TERM
+  trap 'on_signal HUP' HUP   # the terminal was closed
+  trap 'on_signal USR1' USR1 # Slurm's warning
   # `set -m` gives the child its own process group, so the terminal's Ctrl-C reaches it only through on_signal, not twice.
   # Without it, bash also starts background children with SIGINT ignored.
   set -m
@@ -49,7 +51,7 @@ run_child() {
     wait "$child" 2>/dev/null || child_code=$?
   done
   child=''
-  trap - INT TERM HUP
+  trap - INT TERM HUP USR1
 }
 
 # --- which environment, which Python --------------------------------------------------------------------------------------------
@@ -188,6 +190,8 @@ run_logged() {
   case $last_signal in
     INT) fail 130 "interrupted; the next start continues the installation" ;;
     TERM) fail 143 "interrupted; the next start continues the installation" ;;
+    HUP) fail 129 "interrupted; the next start continues the installation" ;;
+    USR1) fail 138 "interrupted; the next start continues the installation" ;;
   esac
   return "$child_code"
 }

@@ -29,7 +29,7 @@ All GPUs are used, by torch.distributed.run. Environment variables:
   TORCH_INDEX_URL        package index to install torch from, for example the one with the small CPU builds
 
 Exit codes: 0 good, 1 unexpected, 2 your input, 3 a guard stopped the run, 4 data, disk or network,
-130 / 143 interrupted, with a checkpoint saved if it was training.
+129 / 130 / 138 / 143 ended by SIGHUP / SIGINT / SIGUSR1 / SIGTERM, with a checkpoint saved if it was training.
 USAGE
 }
 
@@ -85,6 +85,8 @@ train() {
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / processes > 1 ? cores / processes : 1))}"
   # torchrun kills its children 30 s after a signal, which is too early for a large checkpoint on a slow disk.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
+  # Without this it leaves SIGUSR1 to its default, which kills it.
+  export TORCHELASTIC_SIGNALS_TO_HANDLE="${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
   run_child "$env_python" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m recipe train "$config" "$@"
 }
 

@@ -4,11 +4,10 @@ import argparse
 import atexit
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
-from recipe.errors import DataError, UserError, exit_code_of, is_disk_error, message_of
+from recipe.errors import DataError, UserError, exit_code_of, handle_endings, is_disk_error, message_of
 from recipe.plain_json import dumps
 from recipe.rundir import write_exit
 
@@ -170,7 +169,7 @@ def _fail(code: int, reason: str) -> int:
 
 
 def _terminate(number, frame):
-    raise KeyboardInterrupt("SIGTERM")
+    raise KeyboardInterrupt(number)
 
 
 def main() -> None:
@@ -180,7 +179,7 @@ def main() -> None:
     for name in ("httpx", "filelock", "fsspec", "datasets", "torch", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides retries; a final failure is logged once
-    signal.signal(signal.SIGTERM, _terminate)  # while the training runs, its own handler saves a checkpoint
+    handle_endings(_terminate)  # while the training runs, its own handler saves a checkpoint
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt as interrupt:

@@ -68,6 +68,7 @@ class DataArguments:
     num_lanes: int = 32  # sub-streams of the canonical order; a power of two
     # When a checkpoint was made on another stream: refuse, keep its position, or start again.
     on_changed_stream: Literal["refuse", "continue", "restart"] = "refuse"
+    allow_change: list[str] = field(default_factory=list)  # settings that may differ from those of the checkpoint
 
     @property
     def sources(self) -> list[SourceArguments]:

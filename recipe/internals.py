@@ -24,6 +24,11 @@ def load_weights(trainer, checkpoint: str) -> None:
     trainer._load_from_checkpoint(checkpoint)
 
 
+def reset_logged_loss(trainer) -> None:
+    """The sum of the losses that are not logged yet. Trainer subtracts it from itself, which leaves NaN a NaN."""
+    trainer._tr_loss.zero_()
+
+
 def attention_of(model) -> str | None:
     """The attention implementation in force: `eager`, `sdpa`, `flash_attention_2`, ..."""
     return getattr(model.config, "_attn_implementation", None)
@@ -43,6 +48,16 @@ def original_forward(model: torch.nn.Module) -> Callable | None:
 def is_compiled_module(module: torch.nn.Module) -> bool:
     """By `torch.compile(module)` or `module.compile()`."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step does nothing where its attribute `found_inf`, a tensor on the device, is 1."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def set_last_rates(scheduler, rates: list[float]) -> None:
+    """What `get_last_lr` returns."""
+    scheduler._last_lr = rates
 
 
 def has_step_post_hooks(optimizer: torch.optim.Optimizer) -> bool:

@@ -13,12 +13,14 @@ import torch
 
 from recipe import rundir
 from recipe.arguments import Config, format_config
+from recipe.checkpoints import step_of
 from recipe.data.pipeline import Data, unigram_entropy
 from recipe.guards import GUARDS, RegressionCallback
 from recipe.model import count_flops_per_token, describe_kernels
 from recipe.model_card import write_model_card
 from recipe.report import write_report
-from recipe.trainer import PretrainTrainer, SignalCallback, format_seconds
+from recipe.signals import SignalCallback
+from recipe.trainer import PretrainTrainer, format_seconds
 from recipe.verdict import Learned, Verdict, final_loss, judge_run
 
 logger = logging.getLogger(__name__)
@@ -122,19 +124,21 @@ def conclude(
     seconds: float,
 ) -> Outcome:
     """Evaluate, save the model, write report and verdict. An interrupted or stopped run only keeps its checkpoint."""
-    is_whole = signals.received is None and guards.stopped_by is None
+    is_hopeless = trainer.skips.is_hopeless
+    is_whole = signals.agreed is None and guards.stopped_by is None and not is_hopeless
     metrics = final_evaluation(trainer) if is_whole else {}
     entropy = unigram_entropy(data.eval_rows)
     if is_whole:
         trainer.save_model(str(output_dir / "final"))
-    judged = verdict(guards, signals.received, metrics.get("eval_loss"), entropy)
-    code = GOOD if is_whole else 128 + signals.received if signals.received else STOPPED_BY_GUARD
+    judged = verdict(guards, signals.agreed, metrics.get("eval_loss"), entropy)
+    code = GOOD if is_whole else 128 + signals.agreed if signals.agreed else STOPPED_BY_GUARD
     result = {
         "verdict": judged.text,
         "verdict_kind": judged.kind,
         "exit_code": code,
         "steps": trainer.state.global_step,
         "tokens_seen": guards.tokens_seen,
+        "skipped_steps": trainer.skips.num_skipped,
         "train_seconds": round(seconds, 1),
         "passes": 1 + max(data.loader.passes(number) for number in range(len(data.sources))),
         "tokens_by_source": {
@@ -152,6 +156,10 @@ def conclude(
         },
     }
     if trainer.is_world_process_zero():
+        saved = trainer.last_saved
+        if not is_whole:
+            is_of_this_step = saved is not None and step_of(saved) == result["steps"]
+            say_how_to_continue(config, output_dir, saved if is_of_this_step else None)
         write_results(config, output_dir, data, guards, result, is_whole)
     if config.training.world_size > 1:
         torch.distributed.barrier()  # if a rank exits with 3, torchrun kills rank 0 while it writes the results
@@ -214,9 +222,6 @@ def write_results(
             f"eval loss {result['eval_loss']:.4f} nats per token | unigram entropy of the same tokens "
             f"{result['unigram_entropy']:.4f} | bits per byte {result['eval_bits_per_byte']:.4f}"
         )
-    if not is_whole:
-        again = f"bash run_clm.sh {config.path}{_repeated(config.overrides)} --output_dir {output_dir}"
-        logger.info(f"a checkpoint is saved; to continue: {again} --resume_from_checkpoint latest")
     curves = {name for guard in GUARDS if guard.judges_curve for name in guard.ids}
     is_judged = curves & set(result["guards"]["judged"])
     unjudged = "" if is_judged else " (the loss curve was not judged)"
@@ -227,6 +232,15 @@ def write_results(
         f"{counts['error']} errors, {counts['warning']} warnings, {counts['info']} info | "
         f"{guards.tokens_seen:,} tokens in {format_seconds(result['train_seconds'])} | {report}"
     )
+
+
+def say_how_to_continue(config: Config, output_dir: Path, checkpoint: Path | None) -> None:
+    """`checkpoint`: of the last step, None where it could not be saved."""
+    if checkpoint is None:
+        logger.warning("no checkpoint of the last step could be saved; the last one before it is still there")
+    again = f"bash run_clm.sh {config.path}{_repeated(config.overrides)} --output_dir {output_dir}"
+    name = f"{checkpoint.name} is saved; " if checkpoint else ""
+    logger.info(f"{name}to continue: {again} --resume_from_checkpoint latest")
 
 
 def _repeated(overrides: tuple[str, ...]) -> str:

@@ -105,10 +105,13 @@ def write_failure(code: int, reason: str, output_dir: Path) -> None:
 
 def describe_environment() -> dict:
     """Versions, and the commit of the recipe where it runs from a checkout."""
-    versions = {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}}
     commit = _git("rev-parse", "HEAD")
     is_dirty = None if commit is None else bool(_git("status", "--porcelain"))
-    return {"versions": versions, "commit": commit, "is_dirty": is_dirty}
+    return {"versions": versions(), "commit": commit, "is_dirty": is_dirty}
+
+
+def versions() -> dict[str, str]:
+    return {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}}
 
 
 def _git(*arguments: str) -> str | None:

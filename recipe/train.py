@@ -24,12 +24,13 @@ from recipe.internals import load_weights
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
 from recipe.model import agree_on_tf32, build_model, choose_attention, why_not_compile
 from recipe.results import Outcome, conclude, describe_run
-from recipe.resume import load_position
+from recipe.resume import check_settings, load_position, read_stream_state, settings_of
+from recipe.signals import SignalCallback
+from recipe.skipping import SkipCallback
 from recipe.trainer import (
     PretrainTrainer,
     ProgressBarCallback,
     SampleCallback,
-    SignalCallback,
     StreamCallback,
     gather_all,
 )
@@ -93,16 +94,22 @@ def assemble(config: Config, output_dir: Path) -> Assembled:
         attn_implementation=config.model.attn_implementation,
         document_masking=config.data.document_masking,
     )
+    settings = settings_of(config, model, data.tokenizer)
     if checkpoint is not None:
+        check_settings(checkpoint, settings, config.data.allow_change)
         data.loader.position = load_position(
             checkpoint,
             data.identity,
-            restored_settings(config, model),
             start=data.loader.dataset.start(),
             on_changed_stream=config.data.on_changed_stream,
+            allow_change=config.data.allow_change,
         )
     guards = build_guards(config)
-    trainer, signals = build_trainer(config, data, model, guards)
+    guards.name_documents = data.loader.documents_of
+    stream = StreamCallback(data.loader, {"identity": data.identity, **settings}, guards)
+    trainer, signals = build_trainer(config, data, model, guards, stream)
+    if checkpoint is not None:
+        trainer.skips.num_skipped = read_stream_state(checkpoint)["skipped_steps"]
     return Assembled(data, guards, trainer, signals, checkpoint)
 
 
@@ -192,20 +199,10 @@ def build_guards(config: Config) -> RegressionCallback:
     return guards
 
 
-def restored_settings(config: Config, model) -> dict:
-    """Settings that a checkpoint restores with optimizer, scheduler and generators: other values in the config would
-    silently be ignored."""
-    names = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1")
-    resolved = config.to_dict()
-    settings = {name: resolved[name] for name in (*names, "adam_beta2", "adam_epsilon", "seed")}
-    return {**settings, "parameters": model.num_parameters()}
-
-
-def build_trainer(config: Config, data: Data, model, guards: RegressionCallback):
+def build_trainer(config: Config, data: Data, model, guards: RegressionCallback, stream: StreamCallback):
     metrics = NextTokenMetrics(token_byte_lengths(data.tokenizer))
-    signals = SignalCallback(guards)
+    signals = SignalCallback()
     prompts = choose_prompts(data.eval_rows, data.tokenizer)
-    stream = StreamCallback(data.loader, data.identity, restored_settings(config, model), guards)
     trainer = PretrainTrainer(
         model=model,
         args=config.training,
@@ -218,6 +215,7 @@ def build_trainer(config: Config, data: Data, model, guards: RegressionCallback)
         compute_metrics=metrics,
         preprocess_logits_for_metrics=metrics.preprocess_logits,
         callbacks=[
+            SkipCallback(),
             guards,
             stream,
             SampleCallback(prompts, data.tokenizer, data.sources, guards),

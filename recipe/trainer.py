@@ -3,9 +3,9 @@ samples, progress."""
 
 import contextlib
 import logging
+import math
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +24,10 @@ from recipe.data.source import Source
 from recipe.errors import is_disk_error
 from recipe.guards import RegressionCallback
 from recipe.guards.records import append_line, keep_until
-from recipe.rundir import describe_environment, write_json
+from recipe.internals import reset_logged_loss
+from recipe.resume import keep_configured
+from recipe.rundir import versions, write_json
+from recipe.skipping import SkipCallback
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +44,37 @@ class PretrainTrainer(Trainer):
     ):
         super().__init__(*args, train_dataset=train_loader.dataset, **kwargs)
         self.train_loader, self.guards, self.stream = train_loader, guards, stream
+        self.skips = next(each for each in self.callback_handler.callbacks if isinstance(each, SkipCallback))
+        train_loader.remember(3 * self.args.gradient_accumulation_steps)  # two steps, one of them being prefetched
         self.lineage: list[dict] = []
         self.last_saved: Path | None = None
         self._saved_step = -1
+        self._loss_sum: torch.Tensor | None = None  # of the micro-batches of this step
         self._staging: Path | None = None
 
     def get_train_dataloader(self) -> BatchLoader:
         return self.train_loader
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.skips.total, self._loss_sum = self._loss_sum + norm, None
+        return norm
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        configured = [dict(group) for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            keep_configured(self.optimizer, self.lr_scheduler, configured, self.state.global_step)
+
+    def log(self, logs, *args, **kwargs):
+        super().log(logs, *args, **kwargs)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            reset_logged_loss(self)
 
     def _save_checkpoint(self, model, trial):
         """On every rank. A disk that fails costs this checkpoint and no other; the training goes on."""
@@ -55,6 +82,7 @@ class PretrainTrainer(Trainer):
         if step == self._saved_step:  # whoever asks again in the same step, such as a stop that is heard while saving
             return
         self._saved_step = step
+        self.skips.settle(self.optimizer, self.lr_scheduler)
         self.guards.begin_save(self.control)
         if not all(gather_all(is_finite(self.model, self.optimizer))):
             logger.error("step %d | no checkpoint: weights or optimizer state are not finite", step)
@@ -92,8 +120,9 @@ class PretrainTrainer(Trainer):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _commit(self, staged: Path, position: dict) -> None:
-        write_json(staged / checkpoints.STREAM_STATE, {**self.stream.belongs_to, "position": position})
-        checkpoints.commit(staged, self.lineage, describe_environment()["versions"])
+        state = {**self.stream.belongs_to, "position": position, "skipped_steps": self.skips.num_skipped}
+        write_json(staged / checkpoints.STREAM_STATE, state)
+        checkpoints.commit(staged, self.lineage, versions())
         checkpoints.rotate(staged.parent.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _finalize_training(self, *args):
@@ -140,9 +169,9 @@ class StreamCallback(TrainerCallback):
     """The stream's position for checkpoints. Announces the end of each source's first pass once: when a lane of this
     rank wraps, or at the next checkpoint if it was a lane of another rank."""
 
-    def __init__(self, loader: BatchLoader, identity: dict, settings: dict, guards: RegressionCallback):
+    def __init__(self, loader: BatchLoader, belongs_to: dict, guards: RegressionCallback):
         self.loader = loader
-        self.belongs_to = {"identity": identity, "settings": settings}
+        self.belongs_to = belongs_to  # what is saved with the position, for `recipe.resume`
         self.guards = guards
 
     def agree(self, positions: Sequence[dict]) -> dict:
@@ -274,32 +303,7 @@ def share_of_known_words(text: str, known: set[str]) -> float | None:
     return sum(word in known for word in words) / len(words) if words else None
 
 
-# --- signals and progress
-
-
-class SignalCallback(TrainerCallback):
-    """SIGINT and SIGTERM end the training after this step, with a checkpoint; a second one ends it immediately."""
-
-    def __init__(self, guards: RegressionCallback):
-        self.guards = guards
-        self.received: int | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_train_end(self, args, state, control, **kwargs):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame):
-        if self.received is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received = number
-        logger.warning(
-            "%s: saving a checkpoint after this step; repeat it to end immediately", signal.Signals(number).name
-        )
-        self.guards.ask_to_stop()
+# --- progress
 
 
 class ProgressBarCallback(TrainerCallback):

@@ -77,13 +77,14 @@ def test_a_name_is_never_written_twice(tmp_path):
     assert read_manifest(target) == before and problems_of(target, is_deep=True) == []
 
 
+DELETED = ["deleted-checkpoint-1"]
 PHASES = {  # where the process ends -> whether checkpoint-3 is there afterwards, and what is left
     "files": ("checkpoints._sync_and_hash = die", False, ["checkpoint-3"]),
     "manifest": ("checkpoints._render = die", False, ["checkpoint-3"]),
     "before rename": ("checkpoints.os.rename = die", False, ["checkpoint-3"]),
     "after rename": ("rename = os.rename; checkpoints.os.rename = lambda *a: (rename(*a), die())", True, []),
     "before deleting": ("checkpoints.rotate = die", True, []),
-    "deleting": ("checkpoints.shutil.rmtree = lambda p: (os.remove(p / 'optimizer.pt'), die())", True, ["deleted-checkpoint-1"]),
+    "deleting": ("checkpoints.shutil.rmtree = lambda p: (os.remove(p / 'optimizer.pt'), die())", True, DELETED),
 }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ RECIPE = Path(internals.__file__).parent
 # Of Python itself, methods that the recipe overrides or that are documented in spite of their name, and buffers and
 # parameters of modules, which torch documents for `Module.__setattr__`.
 DOCUMENTED = {"_getframe", "_exit", "_run_exitfuncs", "_save_checkpoint", "_replace", "_fields", "_asdict", "_C"}
-DOCUMENTED |= {"_buffers", "_parameters", "_python_dispatch", "_get_output_dir", "_finalize_training"}
+DOCUMENTED |= {"_buffers", "_parameters", "_python_dispatch"}
+DOCUMENTED |= {"_get_output_dir", "_finalize_training", "_get_grad_norm", "_load_optimizer_and_scheduler"}
 
 
 def make_trainer(tiny_model, tmp_path, **arguments) -> Trainer:
@@ -61,6 +62,27 @@ def test_transformers_saves_through_the_method_that_the_recipe_overrides(tiny_mo
     trainer.__class__ = Saving
     trainer.train()
     assert called == [1] and (tmp_path / "checkpoint-1").is_dir()
+
+
+def test_transformers_reset_logged_loss(tiny_model, tmp_path):
+    trainer = make_trainer(tiny_model, tmp_path, logging_steps=5)
+    trainer.train()
+    trainer._tr_loss.fill_(float("nan"))
+    internals.reset_logged_loss(trainer)
+    assert trainer._tr_loss.item() == 0.0
+
+
+def test_torch_takes_found_inf_and_set_last_rates():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    assert internals.takes_found_inf(optimizer)
+    assert not internals.takes_found_inf(torch.optim.AdamW([parameter], foreach=False))
+    parameter.grad, optimizer.found_inf = torch.ones(2), torch.ones(())
+    optimizer.step()
+    assert parameter.tolist() == [1.0, 1.0] and optimizer.state[parameter]["step"] == 0
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    internals.set_last_rates(scheduler, [0.5])
+    assert scheduler.get_last_lr() == [0.5]
 
 
 def test_transformers_attention_of(tiny_model):

@@ -54,7 +54,7 @@ HANG = """
 import json, os, signal
 directory = os.environ["FAKE_DIR"]
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "started with SIGINT ignored"
-stops = {signal.SIGINT, signal.SIGTERM}
+stops = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 signal.pthread_sigmask(signal.SIG_BLOCK, stops)
 with open(f"{directory}/ready", "w") as ready:
     ready.write(f"{os.getpid()}")
@@ -283,7 +283,7 @@ def test_without_a_report_torchruns_code_is_returned(checkout):
 
 
 @pytest.mark.parametrize("nproc", ["1", "2"])
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_reaches_the_run_once_and_its_code_comes_back(checkout, sent, code, nproc):
     process = checkout.start(NPROC=nproc, FAKE_HANG="train")
     checkout.wait_until_hanging()
@@ -301,13 +301,13 @@ def sighup():
     signal.signal(signal.SIGHUP, before)
 
 
-def test_a_closed_terminal_stops_the_run_as_sigterm_does(checkout, sighup):
+def test_a_closed_terminal_stops_the_run(checkout, sighup):
     process = checkout.start(FAKE_HANG="train")
     checkout.wait_until_hanging()
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=60)
-    assert (checkout.state / "signals").read_text() == "SIGTERM"
-    assert process.returncode == 143
+    assert (checkout.state / "signals").read_text() == "SIGHUP"
+    assert process.returncode == 129
 
 
 def test_a_run_killed_from_outside_returns_the_shells_code(checkout):

@@ -4,6 +4,7 @@ import copy
 import ctypes
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -34,9 +35,25 @@ class BatchLoader:
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.position = stream.start()
+        self._recent: deque = deque(maxlen=0)
+        self._num_batches = 0
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return (self.collator(rows) for rows in self.batches())
+        for rows in self.batches():
+            self._recent.append([(row.source, row.documents) for row in rows])
+            self._num_batches += 1
+            yield self.collator(rows)
+
+    def remember(self, num_batches: int) -> None:
+        """Keep the documents of so many batches, for `documents_of`."""
+        self._recent = deque(maxlen=num_batches)
+
+    def documents_of(self, number: int) -> list[str]:
+        """Of a batch, counted from 0 in this process: `name[index]` of each; empty where it is too long ago."""
+        place = number - self._num_batches + len(self._recent)
+        rows = self._recent[place] if 0 <= place < len(self._recent) else []
+        names = [part.source.name.rsplit("/", 1)[-1] for part in self.dataset.parts]
+        return list(dict.fromkeys(f"{names[source]}[{index}]" for source, indices in rows for index in indices))
 
     def batches(self) -> Iterator[list[Row]]:
         """The same rows, not yet collated."""
@@ -80,7 +97,8 @@ def _as_is(row):
 def _begin_worker(worker_id: int) -> None:
     """Leave signals to the main process, and end with it: workers of a killed parent would wait forever to deliver
     their rows."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

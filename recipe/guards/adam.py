@@ -113,14 +113,15 @@ class OptimizerOff(Guard):
             return
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self._left = [[each.clone() for each in _moments(optimizer, parameter)] for parameter in self._watched]
-        rows = []
+        rows, is_applied = [], 1 - getattr(optimizer, "found_inf", torch.zeros(()))  # as loss scaling says it
         for number, parameter in enumerate(self._watched):
             if parameter.grad is None or id(parameter) not in group_of or parameter not in optimizer.state:
                 rows.append(torch.zeros(3, 3, device=parameter.device))
                 continue
             if self._counts[number] is not None:
-                self._counts[number] += 1
-            rows.append(self._compare(number, group_of[id(parameter)], optimizer.state[parameter]["step"]))
+                self._counts[number] = self._counts[number] + is_applied
+            measured = self._compare(number, group_of[id(parameter)], optimizer.state[parameter]["step"])
+            rows.append(torch.where(is_applied.to(measured.device) > 0, measured, 0))
         self._measured = torch.stack([row.to(rows[0].device) for row in rows])
 
     def _compare(self, number: int, group: dict, own_count: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,7 @@ class RegressionCallback(TrainerCallback):
         self.trajectory, self.on_regression, self.disabled = trajectory, on_regression, frozenset(disabled_guards)
         self.only_check = self.must_write = self.is_saved_by_trainer = False
         self.reporter = Reporter(self.guards, self.disabled, self._act)
+        self.name_documents: Callable[[int], list[str]] | None = None  # of a micro-batch, counted from 0
         self.stopped_by: Finding | None = None
         self.session: Session | None = None  # of the training that goes on, or the last one
         self._given_facts, self._given_trainer = dict(facts or {}), trainer
@@ -153,6 +154,7 @@ class RegressionCallback(TrainerCallback):
         ranks = Ranks(args.world_size, self.is_main)
         self.session = Session(self._trainer, options, self.reporter, ranks, self.output_dir)
         self.session.history, self.session.failure = self._history, failure
+        self.session.name_documents = self.name_documents
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
         default = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._checkpoint = Path(checkpoint or default) if state.global_step else None

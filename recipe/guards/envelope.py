@@ -55,7 +55,7 @@ class LossBelowEnvelope(Guard):
     def judge(cls, losses: list[float], floors: list[float]) -> Finding | None:
         """One entry a step, the last one is now. Silent until the window is full, and while values are not finite."""
         losses, floors = losses[-cls.WINDOW :], floors[-cls.WINDOW :]
-        if len(losses) < cls.WINDOW or not np.isfinite([*losses, *floors]).all():
+        if len(losses) < cls.WINDOW or not np.isfinite(np.array([*losses, *floors], float)).all():
             return None
         loss, floor = fmean(losses), fmean(floors)
         if loss >= floor - cls.MARGIN:

@@ -1,9 +1,18 @@
 """Losses and gradients that are not finite."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from recipe.guards.guard import Finding, Guard, Verdict
+
+SHOWN = 3
+
+
+def not_finite(losses: Sequence[float], grad_norm: float | None) -> list[int]:
+    """Micro-batches of a step: those whose loss is not finite; all of them where only the gradients are not."""
+    bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+    return bad or ([] if grad_norm is None or math.isfinite(grad_norm) else list(range(len(losses))))
 
 
 class LossNotFinite(Guard):
@@ -12,7 +21,8 @@ class LossNotFinite(Guard):
     When: at every step.
     Measured: the loss of each micro-batch of every rank, before Trainer's log shows NaN as 0.0; a micro-batch without
         a scored token may have a loss of 0.0. The norm of all gradients before clipping. And the gradient of one small
-        parameter: not finite in a micro-batch and finite at the step means that it was dropped.
+        parameter: not finite in a micro-batch and finite at the step means that it was dropped. The recipe's own
+        trainer does not apply such a step: a warning then, which names the documents.
     Try: the last checkpoint with a lower learning rate, or fp32. Exactly 0.0: every label is masked.
     Cannot see: gradients under fp16 loss scaling, whose scaler skips steps that are not finite.
     """
@@ -23,12 +33,15 @@ class LossNotFinite(Guard):
 
     def setup(self, run) -> None:
         self.world_size, self.is_scaled = run.world_size, run.is_loss_scaled
+        self.is_skipped = getattr(run.trainer, "skips", None) is not None
         if run.has_tokens:  # it judges without them, too
             self.taps = (*self.taps, "tokens")
 
     def observe(self, step) -> Iterator[Verdict]:
         norm = None if self.is_scaled else step.record["grad_norm"]  # the scaler skips steps that are not finite
         finding = self.judge(step.losses, norm, step.scored, self.world_size)
+        if finding is not None and self.is_skipped and not_finite(step.losses, norm):
+            finding = self.not_applied(finding, step.documents)
         for gradient in step.gradients if not self.is_scaled else []:
             finding = finding or self.judge_dropped(gradient.total, gradient.before, gradient.now)
         yield finding or self.clear()
@@ -57,6 +70,18 @@ class LossNotFinite(Guard):
         if is_zero:
             causes, action = ("every label masked (-100)", "an empty batch"), "look at the labels of this batch"
         return cls.finding("error", found, "finite, above 0", causes, action, evidence)
+
+    @classmethod
+    def not_applied(cls, finding: Finding, documents: list[str]) -> Finding:
+        more = f" and {len(documents) - SHOWN} more" if len(documents) > SHOWN else ""
+        named = ", ".join(documents[:SHOWN]) + more
+        return replace(
+            finding,
+            severity="warning",
+            found=f"{finding.found}, step not applied" + (f"; documents {named}" if named else ""),
+            action="weights, moments and schedule are as before the step; look at the documents that evidence names",
+            evidence={**finding.evidence, "documents": documents},
+        )
 
     @classmethod
     def judge_dropped(cls, total: float, before: float, now: float) -> Finding | None:

@@ -45,13 +45,19 @@ class LearningRate(Guard):
         if finding := self.judge_groups(run.named_parameters, run.optimizer):
             yield finding
 
+    def measure(self, local) -> int:
+        """Steps before that were not applied, and did not advance the schedule."""
+        skips = getattr(self.run.trainer, "skips", None)
+        return skips.num_skipped if skips is not None else 0
+
     def observe(self, step) -> Iterator[Verdict]:
         if isinstance(self.schedule, CannotJudge):
             finding = self.judge_scheduled(step.learning_rates, step.scheduled_rates)
         else:
             asked_for = self.run.args.learning_rate if self.state["is_asked_for"] else None
             speeds = (self.run.world_size, self.run.args.gradient_accumulation_steps)
-            finding = self.judge(step.number - 1, step.learning_rates, self.schedule, asked_for, *speeds)
+            updates = step.number - 1 - (step.payload(self) or 0)
+            finding = self.judge(updates, step.learning_rates, self.schedule, asked_for, *speeds)
         self.state["off_steps"] = self.state["off_steps"] + 1 if finding else 0
         is_off = self.state["off_steps"] >= self.MIN_STEPS
         if isinstance(self.schedule, CannotJudge):

@@ -15,6 +15,7 @@ import torch
 from transformers import Trainer
 
 from recipe.guards.checkpoint import part_of_ranks, read_session, restore, warn_damaged, write_session
+from recipe.guards.finite import not_finite
 from recipe.guards.guard import CannotJudge, Finding, Guard
 from recipe.guards.ngrams import TRAINED_BEFORE
 from recipe.guards.ranks import Ranks
@@ -78,6 +79,7 @@ class Session:
         self.runner: Runner | None = None
         self.taps: Taps | None = None
         self.local = LocalStep(step=trainer.state.global_step)
+        self.name_documents: Callable[[int], list[str]] | None = None  # see the callback
         self._announced: set[str] = set()  # sources whose second pass has begun
         self._passes: list[tuple[str, int | None, str]] = []  # noticed on this rank, not sent yet
         self._is_due = self._is_closed = False  # due: a step has ended and is not judged yet
@@ -184,7 +186,8 @@ class Session:
     def end_step(self, step: int) -> None:
         self._is_due = True
         self._pending = self._send(step) if self.local.losses and self.is_watching else None
-        self.local = LocalStep(step=step)
+        first = self.local.first_micro_batch + self.trainer.args.gradient_accumulation_steps
+        self.local = LocalStep(step=step, first_micro_batch=first)
 
     @survives
     def _send(self, step: int) -> PendingStep:
@@ -228,6 +231,10 @@ class Session:
     @survives
     def _read(self, pending: PendingStep) -> dict:
         values = pending.read()
+        if self.name_documents is not None and (bad := not_finite(values["losses"], values["grad_norm"])):
+            first = pending.local.first_micro_batch
+            names = [name for number in bad for name in self.name_documents(first + number)]
+            values["documents"] = list(dict.fromkeys(names))
         return {**values, "payloads": self.runner.leave_out_unsendable(values["payloads"], self.run)}
 
     @survives

@@ -45,12 +45,14 @@ def is_checked(step: int) -> bool:
 
 @dataclass
 class LocalStep:
-    """One optimizer step on this rank. `step`: optimizer steps before it. `learning_rates`: `(lr, initial_lr)` of each
+    """One optimizer step on this rank. `step`: optimizer steps before it; `first_micro_batch`: micro-batches of this
+    training. `learning_rates`: `(lr, initial_lr)` of each
     parameter group; `scheduled_rates`: what the scheduler says they are. `grad_norm`: before clipping, None where
     nothing is clipped; `clipped_norm`: of all gradients after clipping, where it was measured. `was_saved`: or
     evaluated, since the step before. `weights_before`, `weights_after`: see `updates.sample_once`."""
 
     step: int = 0
+    first_micro_batch: int = 0
     losses: list[torch.Tensor] = field(default_factory=list)
     tokens: list[PendingTokens] = field(default_factory=list)
     head: list[SampledRows] = field(default_factory=list)
@@ -134,7 +136,8 @@ def _read(value):
 class Step:
     """One step of all ranks. `tokens`, `head`: `(rank, micro_step, ...)`. `losses`: of each micro-batch, rank after
     rank. `gradients`, `clipped_norm`, `num_items`: of the main process. `history`: the last steps' records, this one's
-    the last. `passes`: over the data, 1 in the first. `payloads`: by guard, one entry for each rank."""
+    the last. `passes`: over the data, 1 in the first. `documents`: of micro-batches that are not finite, where the
+    callback can name them. `payloads`: by guard, one entry for each rank."""
 
     run: Run
     record: StepRecord
@@ -149,6 +152,7 @@ class Step:
     clipped_norm: float | None
     num_items: float | None
     was_saved: bool
+    documents: list[str]
     payloads: dict[str, list[Any]]
     ngrams: NgramTap | None
 
@@ -170,6 +174,7 @@ class Step:
             clipped_norm=first["clipped_norm"],
             num_items=first["num_items"],
             was_saved=local.was_saved,
+            documents=[name for payload in ranks for name in payload.get("documents", [])],
             payloads={name: [payload["payloads"].get(name) for payload in ranks] for name in names},
             ngrams=taps.ngrams,
         )

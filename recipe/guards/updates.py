@@ -103,7 +103,7 @@ def count_small(before: Samples, after: Samples, gradients: Samples, rates: dict
     counts = [torch.zeros(2, dtype=torch.int64, device=next(iter(before.values())).device)]
     for name, gradient in gradients.items():
         if rate := rates[name]:
-            judged = gradient != 0
+            judged = (gradient != 0) & gradient.isfinite()  # such a step may not be applied
             small = judged & ((before[name] - after[name]) * gradient.sign() < SMALL_UPDATE * rate)
             counts.append(torch.stack([small.sum(), judged.sum()]))
     return stack(counts).sum(0)
