@@ -1,0 +1,249 @@
+"""A tiny run in a process of its own, which a fault ends or disturbs at a given moment."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+STEPS, ROWS = 8, 4
+TIMEOUT = 120.0  # seconds; more is a hang
+PHASES = ("forward", "backward", "optimizer", "write", "commit", "rename", "rotation", "evaluation")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`step`: in which it comes, from 1. `share`: where inside the phase, 0 to 1. `action`: `kill` (SIGKILL), `full`
+    (no space left on the device) or `nan`. `rank`: of several."""
+
+    phase: str
+    step: int
+    share: float = 0.0
+    action: str = "kill"
+    rank: int = 0
+
+    def strike(self) -> None:
+        if self.action == "full":
+            raise OSError(28, "No space left on device")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_setting(folder: Path) -> None:
+    """Data, tokenizer, model and configuration of the tiny run."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import TokenizersBackend
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    TokenizersBackend(tokenizer_object=backend, eos_token="</s>").save_pretrained(folder / "tokenizer")
+    words = random.Random(0)
+    texts = [f"<{i}> " + " ".join(f"w{words.randrange(97)}" for _ in range(3 + i * 5 % 23)) for i in range(300)]
+    pq.write_table(pa.table({"text": texts}), folder / "data.parquet", row_group_size=10)
+    model = {"model_type": "llama", "vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2}
+    model |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    model |= {"max_position_embeddings": 64, "tie_word_embeddings": True, "eos_token_id": 256, "bos_token_id": None}
+    (folder / "model.json").write_text(json.dumps(model))
+    config = {"model_config": str(folder / "model.json"), "tokenizer": str(folder / "tokenizer"), "block_size": 32}
+    config |= {"source": str(folder / "data.parquet"), "max_steps": STEPS, "eval_skip": 280, "eval_documents": 10}
+    config |= {"num_lanes": 4, "per_device_train_batch_size": ROWS, "learning_rate": 0.003, "save_steps": 2}
+    config |= {"eval_strategy": "steps", "eval_steps": 4, "dataloader_num_workers": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def in_child(action: Callable[[], int | None], log: Path) -> int | None:
+    """Run `action` in a forked process, so that nothing is imported again. Returns its exit code, negative for a
+    signal; None where it hung and was killed."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            code = action() or 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    start = time.monotonic()
+    while time.monotonic() - start < TIMEOUT:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def train(words: list[str], fault: Fault | None, rows: Path) -> int:
+    """The command, in this process. Each batch that is read is added to `rows`."""
+    import logging
+    import sys
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s | %(message)s")
+    record_rows(rows)
+    if fault is not None and fault.rank == int(os.environ.get("RANK", "0")):
+        install(fault)
+    from recipe.__main__ import run
+
+    return run(["train", *words])
+
+
+def record_rows(path: Path) -> None:
+    from recipe.data.loader import BatchLoader
+
+    advance, file = BatchLoader._advance, []
+
+    def advance_and_record(self, batch):
+        if not file:
+            file.append(path.open("a"))
+            file[0].write(f"begin {self.position['rows']}\n")
+        file[0].write(" ".join(str(row.number) for row in batch) + "\n")
+        file[0].flush()
+        advance(self, batch)
+
+    BatchLoader._advance = advance_and_record
+
+
+def install(fault: Fault) -> None:
+    """Replace, in this process, what the phase runs through."""
+    from recipe import checkpoints
+    from recipe.trainer import PretrainTrainer, SampleCallback
+
+    SampleCallback.on_evaluate = lambda *arguments, **known: None
+    now = {"step": 0, "calls": 0}
+    compute = PretrainTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *arguments, **known):
+        loss = compute(self, model, inputs, *arguments, **known)
+        if not (model.training and "training_step" in vars(self)):  # the guards' probes run on a copy
+            return loss
+        now["step"] = self.state.global_step + 1
+        if now["step"] == fault.step and fault.phase == "forward":
+            if fault.action == "nan":
+                return loss * float("nan")
+            fault.strike()
+        if now["step"] == fault.step and fault.phase == "backward":
+            loss.register_hook(lambda gradient: fault.strike())
+        return loss
+
+    PretrainTrainer.compute_loss = compute_loss
+    {
+        "optimizer": _in_optimizer,
+        "write": _in_write,
+        "commit": _in_commit,
+        "rename": _in_rename,
+        "rotation": _in_rotation,
+        "evaluation": _in_evaluation,
+    }.get(fault.phase, lambda *known: None)(fault, now, checkpoints)
+
+
+def _in_optimizer(fault: Fault, now: dict, checkpoints) -> None:
+    from torch.optim import optimizer
+
+    register = (
+        optimizer.register_optimizer_step_pre_hook
+        if fault.share < 0.5
+        else optimizer.register_optimizer_step_post_hook
+    )
+    register(lambda *arguments: fault.strike() if now["step"] == fault.step else None)
+
+
+def _in_write(fault: Fault, now: dict, checkpoints) -> None:
+    """Half of one of the files that torch writes: arguments, optimizer, scheduler or generators."""
+    import torch
+
+    save = torch.save
+
+    def torch_save(value, path, *arguments, **known):
+        save(value, path, *arguments, **known)
+        if now["step"] >= fault.step:
+            now["calls"] += 1
+            if now["calls"] == 1 + int(4 * fault.share):
+                os.truncate(path, os.path.getsize(path) // 2)
+                fault.strike()
+
+    torch.save = torch_save
+
+
+def _in_commit(fault: Fault, now: dict, checkpoints) -> None:
+    sync = checkpoints._sync
+
+    def sync_and_strike(path):
+        sync(path)
+        if now["step"] >= fault.step:
+            now["calls"] += 1
+            if now["calls"] == 1 + int(15 * fault.share):
+                fault.strike()
+
+    checkpoints._sync = sync_and_strike
+
+
+def _in_rename(fault: Fault, now: dict, checkpoints) -> None:
+    rename = os.rename
+
+    def rename_and_strike(source, target):
+        is_hit = now["step"] >= fault.step and not now["calls"]
+        now["calls"] += is_hit
+        if is_hit and (fault.share < 0.5 or fault.action == "full"):
+            fault.strike()
+        rename(source, target)
+        if is_hit:
+            fault.strike()
+
+    checkpoints.os.rename = rename_and_strike
+
+
+def _in_rotation(fault: Fault, now: dict, checkpoints) -> None:
+    remove = checkpoints.shutil.rmtree
+
+    def strike_while_deleting(path, *arguments, **known):
+        if now["step"] < fault.step:
+            return remove(path, *arguments, **known)
+        names = sorted(each for each in Path(path).rglob("*") if each.is_file())
+        for name in names[: int(fault.share * len(names))]:
+            name.unlink()
+        fault.strike()
+
+    checkpoints.shutil.rmtree = strike_while_deleting
+
+
+def _in_evaluation(fault: Fault, now: dict, checkpoints) -> None:
+    from recipe.trainer import PretrainTrainer
+
+    predict = PretrainTrainer.prediction_step
+
+    def prediction_step(self, *arguments, **known):
+        now["calls"] += now["step"] >= fault.step
+        if now["calls"] == 1 + int(2 * fault.share):
+            fault.strike()
+        return predict(self, *arguments, **known)
+
+    PretrainTrainer.prediction_step = prediction_step
+
+
+def wrong_rows(rows: Path, steps: int = STEPS, rows_per_step: int = ROWS) -> int:
+    """Rows that the steps of the finished run did not train on in the canonical order: lost, repeated or displaced.
+    Of a process that was killed, what came after the checkpoint that the next one began from does not count."""
+    parts: list[tuple[int, list[int]]] = []
+    for line in rows.read_text().splitlines():
+        if line.startswith("begin "):
+            parts.append((int(line.split()[1]), []))
+        else:
+            parts[-1][1].extend(map(int, line.split()))
+    history: list[int] = []
+    for begin, numbers in parts:
+        history = history[:begin] + numbers
+    expected = list(range(steps * rows_per_step))
+    return sum(a != b for a, b in zip(history, expected, strict=False)) + abs(len(history) - len(expected))
