@@ -24,6 +24,10 @@ recipe/configs/cpu_demo.json. --field value overrides any key of the config. The
 All GPUs are used, by torch.distributed.run. Environment variables:
   CUDA_VISIBLE_DEVICES   the GPUs to use; empty: none
   NPROC                  number of processes, also without a GPU (default: one per GPU)
+  NNODES, NODE_RANK      number of machines, and which one this is, from 0; start the same command on each
+  MASTER_ADDR, MASTER_PORT   of machine 0 (port: 29400 if unset); output_dir must be on a disk that all of them share
+  MAX_RESTARTS           how often the processes are started again when one of them is lost (default 0); the run then
+                         goes on from its last checkpoint. What a guard, your input or the data ended is not repeated
   RECIPE_PYTHON          the Python (3.11 or newer) that makes the environment
   RECIPE_VENV            folder of the environment (default: the active one, or .venv beside this script)
   TORCH_INDEX_URL        package index to install torch from, for example the one with the small CPU builds
@@ -76,18 +80,30 @@ count_processes() {
 }
 
 train() {
-  if [ "$processes" -eq 1 ]; then
+  if [ "$processes" -eq 1 ] && [ "$nodes" -eq 1 ] && [ "$restarts" -eq 0 ]; then
     run_child "$env_python" -m recipe train "$config" "$@"
     return
   fi
+  local rendezvous=(--standalone)
+  if [ "$nodes" -gt 1 ]; then
+    rendezvous=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-recipe}" --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}")
+    rendezvous+=(--rdzv-conf "is_host=$([ "${NODE_RANK:-0}" -eq 0 ] && echo true || echo false)")
+  fi
+  case "$restarts $*" in
+    "0 "* | *--resume_from_checkpoint*) ;;
+    *) set -- "$@" --resume_from_checkpoint auto ;; # a process that is started again must not begin again
+  esac
   local cores
   cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null) || cores=$processes
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / processes > 1 ? cores / processes : 1))}"
   # torchrun kills its children 30 s after a signal, which is too early for a large checkpoint on a slow disk.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
+  # Processes that are started again would find the addresses of those that are gone, and wait for them (torch 2.13).
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   # Without this it leaves SIGUSR1 to its default, which kills it.
   export TORCHELASTIC_SIGNALS_TO_HANDLE="${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
-  run_child "$env_python" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m recipe train "$config" "$@"
+  run_child "$env_python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
+    -m recipe train "$config" "$@"
 }
 
 # torchrun turns its children's exit codes into 1, so rank 0 writes {"code": N, "reason": "..."} to RECIPE_EXIT_FILE.
@@ -96,6 +112,10 @@ reported_reason() { sed -n 's/.*"reason"[[:space:]]*:[[:space:]]*"\(.*\)".*/\1/p
 
 case ${1:-} in -h | --help) print_usage && exit 0 ;; esac
 case ${NPROC:-1} in 0* | *[!0-9]*) fail 2 "NPROC must be a whole number of at least 1, not '$NPROC'" ;; esac
+nodes=${NNODES:-1} restarts=${MAX_RESTARTS:-0}
+case $nodes in 0* | *[!0-9]*) fail 2 "NNODES must be a whole number of at least 1, not '$NNODES'" ;; esac
+case $restarts in '' | *[!0-9]*) fail 2 "MAX_RESTARTS must be a whole number, not '$MAX_RESTARTS'" ;; esac
+[ "$nodes" -eq 1 ] || [ -n "${MASTER_ADDR:-}" ] || fail 2 "NNODES is $nodes: set MASTER_ADDR to the address of machine 0"
 choose_given_config "$@"
 shift "$shift_config"
 bootstrap
@@ -114,5 +134,5 @@ train "$@"
 code=$(reported_code)
 code=${code:-$child_code}
 # Repeats the run's message, which torchrun's own error report has scrolled off the screen.
-if [ "$processes" -gt 1 ] && [ "$code" != 0 ]; then say "exit code $code: $(printf '%b' "$(reported_reason)")"; fi
+if [ $((processes * nodes + restarts)) -gt 1 ] && [ "$code" != 0 ]; then say "exit code $code: $(printf '%b' "$(reported_reason)")"; fi
 exit "$code"

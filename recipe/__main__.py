@@ -9,7 +9,7 @@ from pathlib import Path
 
 from recipe.errors import DataError, UserError, exit_code_of, handle_endings, is_disk_error, message_of
 from recipe.plain_json import dumps
-from recipe.rundir import write_exit
+from recipe.rundir import ended_on_purpose_before, write_exit
 
 USAGE = """usage: python -m recipe COMMAND ...
 
@@ -31,6 +31,8 @@ def train(arguments: list[str]) -> int:
     from recipe.train import run_training
 
     outcome = run_training(config)
+    if not outcome.is_main:
+        write_exit(outcome.code, outcome.result["verdict"], None)  # on another machine nobody else does
     if options.json and outcome.is_main:
         print(dumps(outcome.result))
     return outcome.code
@@ -180,6 +182,8 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides retries; a final failure is logged once
     handle_endings(_terminate)  # while the training runs, its own handler saves a checkpoint
+    if ended_on_purpose_before():
+        os._exit(GOOD)  # torchrun would start it again; run_clm.sh returns the code that was reported
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt as interrupt:

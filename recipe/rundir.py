@@ -76,6 +76,19 @@ def write_exit(code: int, reason: str, output_dir: Path | None) -> None:
         write_json(Path(asked), entry)
 
 
+def ended_on_purpose_before() -> bool:
+    """Whether torchrun starts this process again although the run has ended with a code that asks for no restart: only
+    1, and ranks that were lost, do. Forgets what was reported otherwise."""
+    asked = os.environ.get("RECIPE_EXIT_FILE")
+    if not asked or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not Path(asked).exists():
+        return False
+    if json.loads(Path(asked).read_text(encoding="utf-8") or "{}").get("code", 1) != 1:
+        return True
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(asked).write_text("", encoding="utf-8")
+    return False
+
+
 @contextlib.contextmanager
 def claim(output_dir: Path, rank: int) -> Iterator[None]:
     """Make the directory and lock it for this run, on rank 0. Raises `UserError` if that fails."""

@@ -122,12 +122,6 @@ class RegressionCallback(TrainerCallback):
     def reference(self) -> Reference | None:
         return self.session.run.reference if self.session and self.session.run else None
 
-    def ask_to_stop(self) -> None:
-        """Save a checkpoint and end the training after the current step (on several ranks the one after, when all have
-        been told)."""
-        if self.session is not None:
-            self.session.stop_asked = True
-
     def begin_pass(self, tokens_in_pass: int | None, source: str, message: str) -> None:
         """A declared further pass over a source: repetition of earlier passes is no fault, and n-gram counts no longer
         tell what a model may know. Any rank may notice it first; `message` is logged once for each `source`."""
@@ -150,11 +144,11 @@ class RegressionCallback(TrainerCallback):
         if self._trainer is None:
             self._give_up("no Trainer among the callers of on_train_begin; pass RegressionCallback(trainer=trainer)")
             return
-        options = Options(self.guards, self.trajectory, self._given_facts, self.only_check, self.must_write)
+        known = (self.guards, self.trajectory, self._given_facts, self.only_check, self.must_write)
+        options = Options(*known, self.name_documents)
         ranks = Ranks(args.world_size, self.is_main)
         self.session = Session(self._trainer, options, self.reporter, ranks, self.output_dir)
         self.session.history, self.session.failure = self._history, failure
-        self.session.name_documents = self.name_documents
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
         default = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._checkpoint = Path(checkpoint or default) if state.global_step else None
@@ -199,7 +193,6 @@ class RegressionCallback(TrainerCallback):
             self._flush(control)  # a run killed after this checkpoint must find its last step's record
 
     def save(self, checkpoint: Path) -> None:
-        """On every rank, after `begin_save`."""
         if self.session is not None:
             if self._is_set_up:
                 self.session.save(checkpoint)
@@ -249,10 +242,10 @@ class RegressionCallback(TrainerCallback):
             _stop(control)
 
     def _act(self, finding: Finding) -> None:
-        """On a warning or an error."""
+        """On a warning or an error. On several ranks the training ends a step later, when all have been told."""
         if self.on_regression == "stop" and self.stopped_by is None:
             self.stopped_by = finding
-            self.ask_to_stop()
+            self.session.stop_asked = True
             if self._trainer is not None and self._trainer.args.world_size == 1:
                 _stop(self._trainer.control)
 

@@ -43,13 +43,14 @@ class PreflightDone(Exception):
 @dataclass(frozen=True)
 class Options:
     """Of the callback. `only_check`: stop after the probes, and let a fault of the guards be raised. `must_write`: a
-    file that cannot be written ends the training."""
+    file that cannot be written ends the training. `name_documents`: of a micro-batch, counted from 0."""
 
     guards: tuple[type[Guard], ...]
     trajectory: str
     facts: dict
     only_check: bool
     must_write: bool
+    name_documents: Callable[[int], list[str]] | None = None
 
 
 def survives(method: Callable) -> Callable:
@@ -73,13 +74,11 @@ class Session:
         self.history: list[StepRecord] = []
         self.tokens_seen, self.passes, self.learning_rate_sum = 0, 1, 0.0
         self.failure: str | None = None
-        self.is_over = False  # every rank knows of the failure
-        self.stop_asked = False
+        self.is_over = self.stop_asked = False  # over: every rank knows of the failure
         self.run: Run | None = None
         self.runner: Runner | None = None
         self.taps: Taps | None = None
         self.local = LocalStep(step=trainer.state.global_step)
-        self.name_documents: Callable[[int], list[str]] | None = None  # see the callback
         self._announced: set[str] = set()  # sources whose second pass has begun
         self._passes: list[tuple[str, int | None, str]] = []  # noticed on this rank, not sent yet
         self._is_due = self._is_closed = False  # due: a step has ended and is not judged yet
@@ -186,8 +185,7 @@ class Session:
     def end_step(self, step: int) -> None:
         self._is_due = True
         self._pending = self._send(step) if self.local.losses and self.is_watching else None
-        first = self.local.first_micro_batch + self.trainer.args.gradient_accumulation_steps
-        self.local = LocalStep(step=step, first_micro_batch=first)
+        self.local = self.local.next(step, self.trainer.args.gradient_accumulation_steps)
 
     @survives
     def _send(self, step: int) -> PendingStep:
@@ -231,10 +229,7 @@ class Session:
     @survives
     def _read(self, pending: PendingStep) -> dict:
         values = pending.read()
-        if self.name_documents is not None and (bad := not_finite(values["losses"], values["grad_norm"])):
-            first = pending.local.first_micro_batch
-            names = [name for number in bad for name in self.name_documents(first + number)]
-            values["documents"] = list(dict.fromkeys(names))
+        values["documents"] = documents_not_finite(values, pending.local, self.options.name_documents)
         return {**values, "payloads": self.runner.leave_out_unsendable(values["payloads"], self.run)}
 
     @survives
@@ -318,3 +313,9 @@ class Session:
         if self.taps is not None:
             self.taps.close()
         self.ranks.close()
+
+
+def documents_not_finite(values: dict, local: LocalStep, name_documents: Callable | None) -> list[str]:
+    bad = not_finite(values["losses"], values["grad_norm"]) if name_documents is not None else []
+    names = [name for number in bad for name in name_documents(local.first_micro_batch + number)]
+    return list(dict.fromkeys(names))

@@ -71,6 +71,9 @@ class LocalStep:
     def learning_rate(self) -> float:
         return self.learning_rates[0][0] or 0.0
 
+    def next(self, step: int, num_micro_batches: int) -> "LocalStep":
+        return LocalStep(step=step, first_micro_batch=self.first_micro_batch + num_micro_batches)
+
 
 class PendingStep:
     """A step whose numbers are being copied to the host. `record`: what the host knew of it at once. `payloads`: by

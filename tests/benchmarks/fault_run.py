@@ -17,7 +17,7 @@ PHASES = ("forward", "backward", "optimizer", "write", "commit", "rename", "rota
 @dataclass(frozen=True)
 class Fault:
     """`step`: in which it comes, from 1. `share`: where inside the phase, 0 to 1. `action`: `kill` (SIGKILL), `full`
-    (no space left on the device) or `nan`. `rank`: of several."""
+    (no space left on the device), `nan`, or the name of a signal. `rank`: of several, the first time that they run."""
 
     phase: str
     step: int
@@ -28,7 +28,7 @@ class Fault:
     def strike(self) -> None:
         if self.action == "full":
             raise OSError(28, "No space left on device")
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL if self.action == "kill" else signal.Signals[self.action])
 
 
 def write_setting(folder: Path) -> None:
@@ -247,3 +247,19 @@ def wrong_rows(rows: Path, steps: int = STEPS, rows_per_step: int = ROWS) -> int
         history = history[:begin] + numbers
     expected = list(range(steps * rows_per_step))
     return sum(a != b for a, b in zip(history, expected, strict=False)) + abs(len(history) - len(expected))
+
+
+def main() -> None:
+    """`FAULT='{"phase": ...}' python -m tests.benchmarks.fault_run train CONFIG ...`, also under torchrun: the
+    recipe's command, with a fault on one rank, the first time that it runs."""
+    fault = Fault(**json.loads(os.environ["FAULT"]))
+    is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if is_first and fault.rank == int(os.environ.get("RANK", "0")):
+        install(fault)
+    from recipe.__main__ import main as recipe_main
+
+    recipe_main()
+
+
+if __name__ == "__main__":
+    main()
