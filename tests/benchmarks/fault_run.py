@@ -28,6 +28,8 @@ class Fault:
     def strike(self) -> None:
         if self.action == "full":
             raise OSError(28, "No space left on device")
+        if "STRUCK" in os.environ:
+            Path(os.environ["STRUCK"]).touch()
         os.kill(os.getpid(), signal.SIGKILL if self.action == "kill" else signal.Signals[self.action])
 
 
@@ -233,9 +235,10 @@ def _in_evaluation(fault: Fault, now: dict, checkpoints) -> None:
     PretrainTrainer.prediction_step = prediction_step
 
 
-def wrong_rows(rows: Path, steps: int = STEPS, rows_per_step: int = ROWS) -> int:
-    """Rows that the steps of the finished run did not train on in the canonical order: lost, repeated or displaced.
-    Of a process that was killed, what came after the checkpoint that the next one began from does not count."""
+def wrong_rows(rows: Path, steps: int = STEPS, rows_per_step: int = ROWS, rank: int = 0, ranks: int = 1) -> int:
+    """Of one rank, rows that the steps of the finished run did not train on in the canonical order: lost, repeated or
+    displaced. Of a process that was killed, what came after the checkpoint that the next one began from does not
+    count."""
     parts: list[tuple[int, list[int]]] = []
     for line in rows.read_text().splitlines():
         if line.startswith("begin "):
@@ -244,8 +247,8 @@ def wrong_rows(rows: Path, steps: int = STEPS, rows_per_step: int = ROWS) -> int
             parts[-1][1].extend(map(int, line.split()))
     history: list[int] = []
     for begin, numbers in parts:
-        history = history[:begin] + numbers
-    expected = list(range(steps * rows_per_step))
+        history = history[: begin // ranks] + numbers
+    expected = list(range(rank, steps * rows_per_step, ranks))
     return sum(a != b for a, b in zip(history, expected, strict=False)) + abs(len(history) - len(expected))
 
 
@@ -253,6 +256,8 @@ def main() -> None:
     """`FAULT='{"phase": ...}' python -m tests.benchmarks.fault_run train CONFIG ...`, also under torchrun: the
     recipe's command, with a fault on one rank, the first time that it runs."""
     fault = Fault(**json.loads(os.environ["FAULT"]))
+    if "ROWS" in os.environ:
+        record_rows(Path(f"{os.environ['ROWS']}-{os.environ.get('RANK', '0')}"))
     is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if is_first and fault.rank == int(os.environ.get("RANK", "0")):
         install(fault)

@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.faults [--rounds N] [--json]`: kills, damages, full disks, NaNs and rollbacks of a run.
+"""`python -m tests.benchmarks.faults [--rounds N] [--json]`: kills, damages, NaNs, rollbacks, ... of a tiny run.
 
 Each case ends or disturbs a run, lets `--resume_from_checkpoint auto` finish it, and compares it with one that nothing
 disturbed: final weights bit for bit, and every row that was trained on. Writes its section of RESULTS.md.
@@ -6,23 +6,28 @@ disturbed: final weights bit for bit, and every row that was trained on. Writes 
 
 import argparse
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 from tests.benchmarks import fault_run
-from tests.benchmarks.fault_run import PHASES, ROWS, STEPS, Fault, in_child, train, wrong_rows
+from tests.benchmarks.fault_run import PHASES, ROWS, STEPS, TIMEOUT, Fault, in_child, train, wrong_rows
 from tests.benchmarks.results import RESULTS, Result, format_section, write_section
 
 # Cases of one round, by kind.
 COUNTS = {f"kill: {phase}": 13 for phase in PHASES} | {"flipped bit": 60, "cut, emptied or deleted": 40}
-COUNTS |= {"full disk": 10, "NaN": 10, "rollback": 10}
-QUICK = {kind: 1 for kind in COUNTS} | {"flipped bit": 2, "cut, emptied or deleted": 2}
+COUNTS |= {"full disk": 10, "NaN": 10, "rollback": 10, "lost rank": 10}
+QUICK = {kind: 1 for kind in COUNTS} | {"flipped bit": 2, "cut, emptied or deleted": 2, "lost rank": 0}
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Case:
     is_equal: bool = False
     has_hung: bool = False
     damage_accepted: bool = False
+    seconds_to_end: float = 0.0
     note: str = ""
 
 
@@ -47,6 +53,7 @@ class Bench:
     chance: random.Random
     num_cases: int = 0
     reference: Path = field(default_factory=Path)
+    of_two: Path | None = None
 
     def begin(self) -> None:
         (self.folder / "setting").mkdir()
@@ -66,6 +73,27 @@ class Bench:
         command = [config, "--output_dir", str(run_dir), "--resume_from_checkpoint", resume, "--use_cpu", "true"]
         command, folder = [*command, *words], run_dir.parent
         return in_child(lambda: train(command, fault, folder / "rows"), folder / "log")
+
+    def run_two(self, run_dir: Path, fault: Fault) -> int | None:
+        """On two ranks. The exit code that rank 0 reports, -9 where it could not; None where it hung."""
+        folder, exit_file = run_dir.parent, run_dir.parent / "exit.json"
+        exit_file.write_text("")
+        files = {"ROWS": folder / "rows", "STRUCK": folder / "struck", "RECIPE_EXIT_FILE": exit_file}
+        known = {
+            "FAULT": json.dumps(vars(fault)),
+            "OMP_NUM_THREADS": "1",
+            **{key: str(at) for key, at in files.items()},
+        }
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += ["-m", "tests.benchmarks.fault_run", "train", str(self.folder / "setting/config.json")]
+        command += ["--output_dir", str(run_dir), "--resume_from_checkpoint", "auto", "--use_cpu", "true"]
+        command += ["--per_device_train_batch_size", str(ROWS // 2)]
+        with (folder / "log").open("a") as log:
+            try:
+                subprocess.run(command, env=os.environ | known, stdout=log, stderr=log, timeout=TIMEOUT)
+            except subprocess.TimeoutExpired:
+                return None
+        return json.loads(exit_file.read_text() or '{"code": -9}')["code"]
 
     def finish(self, case: Case, run_dir: Path) -> Case:
         """Let it go on, and compare."""
@@ -184,14 +212,37 @@ def rollback(bench: Bench) -> Case:
     return case
 
 
+def lost_rank(bench: Bench) -> Case:
+    """Of two, SIGKILL to one; then `auto` finishes it. Held against a run of two ranks that nothing disturbed."""
+    if bench.of_two is None:
+        bench.of_two = bench.new_folder() / "run"
+        assert bench.run_two(bench.of_two, Fault("none", 0)) == 0
+    run_dir = bench.new_folder() / "run"
+    phase = bench.chance.choice(["forward", "backward", "optimizer", "write", "evaluation"])
+    step = bench.chance.randrange(1, 5) if phase == "evaluation" else bench.chance.randrange(1, STEPS)
+    rank = 0 if phase == "write" else bench.chance.randrange(2)
+    fault = Fault(phase, step, bench.chance.random() / 2, rank=rank)
+    case = Case("lost rank", has_hung=bench.run_two(run_dir, fault) is None)
+    case.seconds_to_end = time.time() - (run_dir.parent / "struck").stat().st_mtime
+    code = bench.run_two(run_dir, Fault("none", 0))
+    case.has_hung |= code is None
+    case.survived = code == 0
+    case.wrong_rows = sum(wrong_rows(run_dir.parent / f"rows-{rank}", rank=rank, ranks=2) for rank in range(2))
+    case.is_equal = code == 0 and weights(run_dir) == weights(bench.of_two)
+    case.note = "" if case.survived else f"{fault} {(run_dir.parent / 'log').read_text()[-1500:]}"
+    return case
+
+
 def make_cases(bench: Bench, counts: dict[str, int]) -> Iterator[Case]:
     actions: dict[str, Callable[[], Case]] = {f"kill: {phase}": lambda p=phase: kill(bench, p) for phase in PHASES}
     actions |= {kind: lambda k=kind: damage(bench, k) for kind in ("flipped bit", "cut, emptied or deleted")}
     actions |= {"full disk": lambda: full_disk(bench), "NaN": lambda: not_finite(bench)}
-    actions |= {"rollback": lambda: rollback(bench)}
+    actions |= {"rollback": lambda: rollback(bench), "lost rank": lambda: lost_rank(bench)}
     for kind, count in counts.items():
         for _ in range(count):
-            yield actions[kind]()
+            case = actions[kind]()
+            print(json.dumps(vars(case)), file=sys.stderr, flush=True)
+            yield case
 
 
 # --- the report
@@ -213,6 +264,7 @@ def summarize(cases: list[Case]) -> list[dict]:
             "hangs": sum(case.has_hung for case in each),
             "steps trained again, mean": sum(case.steps_lost for case in each) / len(each),
             "most": max(case.steps_lost for case in each),
+            "seconds to end, most": max(case.seconds_to_end for case in each) or None,
         }
         for kind, each in kinds.items()
     ]
@@ -228,13 +280,22 @@ def measure(counts: dict[str, int], seed: int = 0) -> list[Case]:
         return list(make_cases(bench, counts))
 
 
+def measure_in_parallel(counts: dict[str, int], rounds: int, jobs: int) -> list[Case]:
+    shares = [{kind: count // jobs + (job < count % jobs) for kind, count in counts.items()} for job in range(jobs)]
+    seeds = [1000 * number + job for number in range(rounds) for job in range(jobs)]
+    with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
+        cases = [case for part in pool.map(measure, shares * rounds, seeds) for case in part]
+    return sorted(cases, key=lambda case: [*counts].index(case.kind))
+
+
 MEASURED = (
     f"A run of {STEPS} steps with a checkpoint every two and two evaluations; each case in forked processes, with "
     "`auto` to finish it. Kills are SIGKILL in the phase that is named, at a random step and place in it; write, "
     "commit (syncs and hashes), rename and rotation are parts of a save. Damages: one file of the newest checkpoint, "
     "a random bit or length. Full disk: the error of a full device is injected into a save, and the run goes on "
     "without this checkpoint. NaN: the loss of one step; bit-equal are the weights before and after it. Rollback: to "
-    "an older checkpoint, then killed. Survived: ended well, without a traceback. Rows: against the canonical order. "
+    "an older checkpoint, then killed. Lost rank: SIGKILL to one of two gloo ranks; seconds until torchrun ended. "
+    "Survived: ended well, without a traceback. Rows: against the canonical order. "
     "Steps trained again: from the checkpoint to the step in which the run ended."
 )
 
@@ -242,12 +303,13 @@ MEASURED = (
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.faults", description=__doc__)
     parser.add_argument("--rounds", type=int, default=1, help="each of all cases, with other random places")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that share the cases")
     parser.add_argument("--json", action="store_true", help="print every case")
     parser.add_argument("--quick", action="store_true", help="one or two of each kind; writes nothing")
     arguments = parser.parse_args()
     begin = time.monotonic()
     counts = QUICK if arguments.quick else COUNTS
-    cases = [case for seed in range(arguments.rounds) for case in measure(counts, seed)]
+    cases = measure_in_parallel(counts, arguments.rounds, arguments.jobs)
     rows, minutes = summarize(cases), (time.monotonic() - begin) / 60
     command = f"python -m tests.benchmarks.faults --rounds {arguments.rounds}"
     result = Result("kills, damages, full disks, NaNs and rollbacks", MEASURED, rows, f"{minutes:.0f} minutes.")
