@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import shutil
 import sysconfig
 from pathlib import Path
@@ -89,14 +90,20 @@ def build_model(
         check_fit(config, tokenizer, block_size, model_config)
         if attn_implementation == "auto" and attention == "sdpa" and not document_masking:
             attention = CAUSAL_SDPA
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+        )
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path)
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
         check_fit(config, tokenizer, block_size, model_name_or_path)
         return AutoModelForCausalLM.from_pretrained(
-            model_name_or_path, config=config, attn_implementation=attention, dtype=torch.float32
+            model_name_or_path,
+            config=config,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model_name_or_path {model_name_or_path!r}: cannot be loaded ({reason})") from error
 

@@ -5,11 +5,14 @@ so it can be sent to workers, and every iteration opens its files again.
 """
 
 import hashlib
+import itertools
 import json
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,12 +20,18 @@ import pyarrow as pa
 from recipe.data import formats
 from recipe.data.docstrings import build_docstring_corpus, corpus_info, default_cache_dir
 from recipe.data.files import FileFacts, facts_of, find_files, first_line, format_of, is_remote, with_retries
-from recipe.data.formats import Chunk, Content, FileIndex
+from recipe.data.formats import BadDocument, Chunk, Content, FileIndex, refuse
 from recipe.errors import DataError, UserError
+from recipe.redact import redact
 
+logger = logging.getLogger(__name__)
 INDEX = {"parquet": formats.index_parquet, "jsonl": formats.index_jsonl, "text": formats.index_text}
 READ = {"parquet": formats.read_parquet_chunk, "jsonl": formats.read_jsonl_chunk, "text": formats.read_text_chunk}
 INDEX_VERSION = 1  # increase it when an index would differ
+LOGGED = 20  # bad documents that a process logs one by one; later ones at each power of two
+
+_num_bad = itertools.count(1)
+_other_dates: dict[FileFacts, set[str]] = {}  # of files that were touched, by the facts at the start of the run
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,8 @@ class Source:
     """Documents by index. `fingerprint` changes when the content of the files changes.
 
     `can_be_cut`: a chunk may be read in parts. `tokenizer`: hash of the one that made the token ids, for a token
-    cache of the recipe.
+    cache of the recipe. `files` are those that identify the source, `opened` those that are read: the files of a token
+    cache stand for those of the text. `on_bad_data`: `stop` or `skip`.
     """
 
     name: str
@@ -41,6 +51,8 @@ class Source:
     fingerprint: str
     can_be_cut: bool
     tokenizer: str | None = None
+    opened: tuple[FileFacts, ...] = ()
+    on_bad_data: str = "stop"
 
     @property
     def num_documents(self) -> int:
@@ -53,23 +65,33 @@ class Source:
     def read_chunk(self, chunk: Chunk) -> list[Content]:
         """The chunk's documents in file order; null rows are empty strings, so that indices do not shift.
 
-        Network errors are retried for half a minute. Raises `DataError` for chunks that cannot be read.
+        Any failure of a network is retried for half a minute. Raises `DataError` where the chunk cannot be read, or
+        the file has changed since it was opened. With `on_bad_data` "skip" a `BadDocument` stands for each document
+        whose bytes came but cannot be decoded.
         """
+        skips = self.on_bad_data == "skip"
 
         def read() -> list[Content]:
             try:
-                return READ[self.format](chunk, self.text_column)
+                documents = READ[self.format](chunk, self.text_column, _skip if skips else refuse)
             except Exception:
                 formats.close_parquet()
+                if not is_remote(chunk.path):
+                    self._check_unchanged(chunk.path)
                 raise
+            self._check_unchanged(chunk.path)
+            return documents
 
         try:
-            documents = with_retries(read, chunk.path)
+            documents = with_retries(read, chunk.path, was_read=True)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(
+            failure = DataError(
                 f"{chunk.path}: cannot read documents {chunk.first_document} to {chunk.stop_document - 1} "
                 f"({first_line(error)}); replace the file, or leave it out of `source`"
-            ) from error
+            )
+            if not (skips and self._is_corrupt(chunk.path, error)):
+                raise failure from error
+            return [_skip(failure)] * chunk.num_documents
         if len(documents) != chunk.num_documents:
             raise DataError(
                 f"{chunk.path}: {len(documents)} documents where {chunk.num_documents} were counted at the start of "
@@ -77,8 +99,45 @@ class Source:
             )
         return documents
 
+    @cached_property
+    def _facts(self) -> dict[str, FileFacts]:
+        return {facts.path: facts for facts in self.opened}
 
-def open_source(source: str, text_column: str = "text") -> Source:
+    def _is_corrupt(self, path: str, error: BaseException) -> bool:
+        """Whether the bytes came but pyarrow cannot decode them, in a file whose footer is the one that was opened. A
+        failing disk or network has an error number or a class of its own, or gives another footer or none."""
+        error = error.__cause__ or error
+        if not (isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)):
+            return False
+        try:
+            return INDEX[self.format](path, self.text_column).content == self._facts[path].content
+        except Exception:
+            return False
+
+    def _check_unchanged(self, path: str) -> None:
+        """Raise `DataError` if the file is not the one that was opened. Another date alone costs a second look at what
+        identifies its content."""
+        then, now = self._facts[path], facts_of(path)
+        dates = _other_dates.setdefault(then, {then.modified})
+        if now.num_bytes == then.num_bytes and now.modified in dates:
+            return
+        if now.num_bytes != then.num_bytes or INDEX[self.format](path, self.text_column).content != then.content:
+            raise DataError(
+                f"{path}: the file changed while it was read ({then.num_bytes:,} bytes at the start of the run, now "
+                f"{now.num_bytes:,}); restore it, or resume with --on_changed_stream continue or restart"
+            )
+        dates.add(now.modified)
+        logger.warning("%s has another date than at the start of the run, and the same content", path)
+
+
+def _skip(error: Exception) -> BadDocument:
+    number = next(_num_bad)
+    if number <= LOGGED or number & (number - 1) == 0:
+        logger.warning("skipped, as on_bad_data says: %s (skip %d of this process)", error, number)
+    return BadDocument()
+
+
+def open_source(source: str, text_column: str = "text", on_bad_data: str = "stop") -> Source:
     """Find the files behind `source` and count their documents, from metadata where the format has it.
 
     `source`: `docstrings`; `hf://owner/name[/config]`; or a path, glob or fsspec URL of parquet, jsonl or text files.
@@ -88,7 +147,7 @@ def open_source(source: str, text_column: str = "text") -> Source:
     if source == "docstrings":
         path = build_docstring_corpus()
         return replace(_index_files(source, [str(path)], "text"), fingerprint=corpus_info(path)["content_hash"])
-    return _index_files(source, find_files(source), text_column)
+    return replace(_index_files(source, find_files(source), text_column), on_bad_data=on_bad_data)
 
 
 def cut_chunks(chunks: list[Chunk], at_least: int) -> list[Chunk]:
@@ -138,7 +197,9 @@ def _index_files(name: str, paths: list[str], text_column: str) -> Source:
         raise UserError(f"source {name!r}: {len(paths)} files without a single document")
     files = tuple(replace(facts, content=index.content) for facts, index in found)
     fingerprint = _fingerprint(text_column, files)
-    source = Source(name, kind, text_column, tuple(chunks), files, fingerprint, can_be_cut=kind == "parquet")
+    source = Source(
+        redact(name), kind, text_column, tuple(chunks), files, fingerprint, kind == "parquet", opened=files
+    )
     return _as_the_text_was(source, [index.token_cache for _, index in found])
 
 
@@ -164,7 +225,9 @@ def _as_the_text_was(source: Source, token_caches: list[str | None]) -> Source:
 
 
 def _fingerprint(text_column: str, files: tuple[FileFacts, ...]) -> str:
-    facts = [(Path(file.path).name, file.num_bytes, file.content) for file in files]
+    # A signed URL has another query each time.
+    paths = [file.path.partition("?")[0] if is_remote(file.path) else file.path for file in files]
+    facts = [(Path(path).name, file.num_bytes, file.content) for path, file in zip(paths, files, strict=True)]
     return hashlib.sha256(json.dumps([text_column, facts]).encode()).hexdigest()[:16]
 
 
