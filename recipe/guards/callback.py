@@ -65,7 +65,7 @@ class RegressionCallback(TrainerCallback):
         if trajectory not in ("auto", "none"):
             load_reference(trajectory)  # a bad file is refused now
         self.trajectory, self.on_regression, self.disabled = trajectory, on_regression, frozenset(disabled_guards)
-        self.only_check = self.must_write = self.is_saved_by_trainer = False
+        self.only_check = self.is_saved_by_trainer = False
         self.reporter = Reporter(self.guards, self.disabled, self._act)
         self.name_documents: Callable[[int], list[str]] | None = None  # of a micro-batch, counted from 0
         self.stopped_by: Finding | None = None
@@ -140,15 +140,15 @@ class RegressionCallback(TrainerCallback):
             self._give_up("another RegressionCallback watches this Trainer")
             self._trainer, self.reporter.is_main = None, False  # two would write every line of the files twice
             return
-        failure = _write(self.must_write, self.open_files, args, state)
+        self.open_files(args, state)
         if self._trainer is None:
             self._give_up("no Trainer among the callers of on_train_begin; pass RegressionCallback(trainer=trainer)")
             return
-        known = (self.guards, self.trajectory, self._given_facts, self.only_check, self.must_write)
+        known = (self.guards, self.trajectory, self._given_facts, self.only_check)
         options = Options(*known, self.name_documents)
         ranks = Ranks(args.world_size, self.is_main)
         self.session = Session(self._trainer, options, self.reporter, ranks, self.output_dir)
-        self.session.history, self.session.failure = self._history, failure
+        self.session.history = self._history
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
         default = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._checkpoint = Path(checkpoint or default) if state.global_step else None
@@ -208,7 +208,7 @@ class RegressionCallback(TrainerCallback):
         if self.is_main and metrics:
             values = {name: value for name, value in metrics.items() if name.startswith("eval_")}
             record = {"step": state.global_step, "tokens_seen": self.tokens_seen, **values}
-            _write(self.must_write, append_line, self.output_dir / "evals.jsonl", record)
+            append_line(self.output_dir / "evals.jsonl", record)
 
     def on_predict(self, args, state, control, **kwargs):
         if self._is_watching:
@@ -272,13 +272,16 @@ class RegressionCallback(TrainerCallback):
         """A new run starts new files; a resumed one keeps what was written up to its step, and its history with it."""
         self.output_dir, is_main = Path(args.output_dir), state.is_world_process_zero
         until = state.global_step or -1
-        self._history = read_steps(self.output_dir / "steps.jsonl", until)[-HISTORY:]
+        self._history = read_steps(self.output_dir / "steps.jsonl", until, HISTORY)
         self.reporter.begin(self.output_dir / "findings.jsonl", is_main, until)
         if is_main:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            for name in FILES:
-                keep_until(self.output_dir / name, until)
-            (self.output_dir / "findings.jsonl").touch()
+            try:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                for name in FILES:
+                    keep_until(self.output_dir / name, until)
+                (self.output_dir / "findings.jsonl").touch()
+            except OSError as error:
+                logger.warning("the guards cannot prepare their files; the training goes on: %s", error)
 
 
 def _first_callback(trainer: Trainer) -> RegressionCallback:
@@ -291,18 +294,6 @@ def _scheduled_rates(scheduler) -> list[float | None]:
         return [plain_rate(rate) for rate in scheduler.get_last_lr()]
     except (AttributeError, NotImplementedError):
         return []
-
-
-def _write(must: bool, action: Callable, *arguments) -> str | None:
-    """Why it failed. A full disk ends the recipe's own run (`must_write`), and no other training."""
-    try:
-        action(*arguments)
-        return None
-    except OSError as error:
-        if must:
-            raise
-        logger.error("the guards cannot write their files; the training goes on: %s", error)
-        return f"the guards cannot write their files: {error}"
 
 
 def _stop(control) -> None:
