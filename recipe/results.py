@@ -149,13 +149,7 @@ def conclude(
         "bad_documents_skipped": count_bad(whole_position(data.loader.position, config.training.world_size)),
         "unigram_entropy": entropy,
         **metrics,
-        "guards": {
-            "judged": sorted(guards.judged - guards.disabled),
-            "judged_steps": dict(guards.judged_steps),
-            "cannot_judge": guards.cannot_judge,
-            "not_applicable": guards.not_applicable,
-            "disabled": sorted(guards.disabled),
-        },
+        "guards": describe_guards(guards),
     }
     if trainer.is_world_process_zero():
         saved = trainer.last_saved
@@ -168,6 +162,16 @@ def conclude(
     if config.training.world_size > 1:
         torch.distributed.barrier()  # if a rank exits with 3, torchrun kills rank 0 while it writes the results
     return Outcome(code, {"run_dir": str(output_dir), **result}, trainer.is_world_process_zero())
+
+
+def describe_guards(guards: RegressionCallback) -> dict:
+    return {
+        "judged": sorted(guards.judged - guards.disabled),
+        "judged_steps": dict(guards.judged_steps),
+        "cannot_judge": guards.cannot_judge,
+        "not_applicable": guards.not_applicable,
+        "disabled": sorted(guards.disabled),
+    }
 
 
 def final_evaluation(trainer: PretrainTrainer) -> dict:

@@ -19,7 +19,7 @@ from recipe.guards.attach import Wrapping, find_trainer, make_visible
 from recipe.guards.checkpoint import read_session, warn_damaged
 from recipe.guards.guard import Finding, Guard
 from recipe.guards.ranks import Ranks
-from recipe.guards.records import StepRecord, append_line, keep_until, read_steps
+from recipe.guards.records import StepRecord, append_line, prepare_files, read_steps
 from recipe.guards.reporter import Reporter
 from recipe.guards.run import plain_rate
 from recipe.guards.session import HISTORY, Options, Session
@@ -275,13 +275,7 @@ class RegressionCallback(TrainerCallback):
         self._history = read_steps(self.output_dir / "steps.jsonl", until, HISTORY)
         self.reporter.begin(self.output_dir / "findings.jsonl", is_main, until)
         if is_main:
-            try:
-                self.output_dir.mkdir(parents=True, exist_ok=True)
-                for name in FILES:
-                    keep_until(self.output_dir / name, until)
-                (self.output_dir / "findings.jsonl").touch()
-            except OSError as error:
-                logger.warning("the guards cannot prepare their files; the training goes on: %s", error)
+            prepare_files(self.output_dir, FILES, until)
 
 
 def _first_callback(trainer: Trainer) -> RegressionCallback:

@@ -110,6 +110,17 @@ def parse_object(text: str) -> dict | None:
     return record if isinstance(record, dict) else None
 
 
+def prepare_files(folder: Path, names: Sequence[str], step: int) -> None:
+    """As `keep_until` for each file. `findings.jsonl` exists afterwards: an empty one says that nothing was found."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            keep_until(folder / name, step)
+        (folder / "findings.jsonl").touch()
+    except OSError as error:
+        logger.warning("the guards cannot prepare their files; the training goes on: %s", error)
+
+
 def keep_until(path: Path, step: int) -> None:
     """Cut the file before the first record after `step`, which a resumed run will write again with all that follows,
     or the first line that is broken off."""

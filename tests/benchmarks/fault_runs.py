@@ -19,6 +19,7 @@ from transformers import TokenizersBackend
 
 from recipe import trainer
 from recipe.__main__ import run
+from recipe.data import packing
 from recipe.data.loader import BatchLoader
 from recipe.redact import configure_logging
 from recipe.trainer import SampleCallback
@@ -116,6 +117,8 @@ def quiet_and_short(folder: Path) -> Iterator[None]:
     """Short samples, no chatter, caches in `folder`."""
     configure_logging(logging.ERROR)
     before = SampleCallback.__init__.__defaults__, trainer.words_of_sources
+    limits = packing.FIRST_TOKENIZE_BYTES, packing.TOKENIZE_BYTES
+    packing.FIRST_TOKENIZE_BYTES = packing.TOKENIZE_BYTES = 1  # no reading ahead: faults begin at all steps
     cache = os.environ.get("RECIPE_CACHE")
     SampleCallback.__init__.__defaults__ = (4,)
     trainer.words_of_sources = lambda *_: set()  # it would read the whole source
@@ -124,6 +127,7 @@ def quiet_and_short(folder: Path) -> Iterator[None]:
         yield
     finally:
         SampleCallback.__init__.__defaults__, trainer.words_of_sources = before
+        packing.FIRST_TOKENIZE_BYTES, packing.TOKENIZE_BYTES = limits
         os.environ.pop("RECIPE_CACHE")
         if cache is not None:
             os.environ["RECIPE_CACHE"] = cache
