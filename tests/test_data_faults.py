@@ -262,6 +262,27 @@ def test_a_run_stops_at_a_bad_document_with_a_checkpoint_and_its_index(
     assert "Bad documents skipped" in (tmp_path / "run/report.html").read_text()
 
 
+def test_a_failure_on_one_of_two_ranks_stops_both_with_one_checkpoint(write_config, tmp_path):
+    """Only one of them reads the bad document. The other would wait for its gradients."""
+    file = write_with_bad(tmp_path / "a.jsonl", bad=(), repeat=15)
+    path = write_config(source=file, max_steps=4000, save_steps=10_000, eval_strategy="no", eval_steps=None)
+    lines = (tmp_path / "a.jsonl").read_bytes().split(b"\n")
+    for bad in range(100, 104):
+        lines[bad] = lines[bad][:15] + b"\xff" + lines[bad][16:]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    code = tmp_path / "exit.json"
+    words = ["--standalone", "--nproc-per-node", "2", "-m", "recipe", "train", path, "--use_cpu", "true"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        env={**os.environ, "RECIPE_EXIT_FILE": str(code), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode != 0 and json.loads(code.read_text())["code"] == 4, done.stderr
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1, done.stderr
+
+
 def test_a_row_group_that_cannot_be_read_is_skipped_whole_and_a_failing_server_is_not(tmp_path, server):
     path = tmp_path / "zstd.parquet"
     table = pa.table({"text": [document(i) for i in range(60)]})
