@@ -11,7 +11,7 @@ import io
 import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
@@ -56,6 +56,10 @@ class LoggedSource(Source):
         return contents
 
 
+def logged_source(source: Source, **logged) -> LoggedSource:
+    return LoggedSource(**{field.name: getattr(source, field.name) for field in fields(Source)}, **logged)
+
+
 def train(config_path: str, out_dir: Path, combination: str, model_config: dict) -> None:
     workers, rows, accumulation = combination.split("x")
     words = ["--dataloader_num_workers", workers, "--per_device_train_batch_size", rows]
@@ -64,7 +68,7 @@ def train(config_path: str, out_dir: Path, combination: str, model_config: dict)
     data = build_data(config)  # reads the hold-out, which is every rank's
     logged = {"out_dir": str(out_dir), "combination": combination}
     stream = data.loader.dataset
-    stream.parts = [replace(part, source=LoggedSource(**vars(part.source), **logged)) for part in stream.parts]
+    stream.parts = [replace(part, source=logged_source(part.source, **logged)) for part in stream.parts]
     formats.close_parquet()
     config.training.max_steps = STEPS
     set_seed(0)
