@@ -289,15 +289,7 @@ def test_a_file_that_cannot_be_written_does_not_end_a_training(name, config, unw
     (tmp_path / "run" / name).mkdir(parents=True)
     guards = RegressionCallback()
     assert_equal_weights(train(config, tmp_path / "run", guards), unwatched)
-    assert "cannot write their files" in guards.failure
-
-
-def test_the_recipes_own_run_ends_where_its_records_cannot_be_written(config, tmp_path):
-    (tmp_path / "run/steps.jsonl").mkdir(parents=True)
-    guards = RegressionCallback()
-    guards.must_write = True
-    with pytest.raises(OSError):
-        train(config, tmp_path / "run", guards)
+    assert guards.failure is None and guards.judged
 
 
 @of_each_guard

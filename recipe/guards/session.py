@@ -45,14 +45,13 @@ class PreflightDone(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """Of the callback. `only_check`: stop after the probes, and let a fault of the guards be raised. `must_write`: a
-    file that cannot be written ends the training. `documents_of`: of a micro-batch, counted from 0."""
+    """Of the callback. `only_check`: stop after the probes, and let a fault of the guards be raised.
+    `documents_of`: of a micro-batch, counted from 0."""
 
     guards: tuple[type[Guard], ...]
     trajectory: str
     facts: dict
     only_check: bool
-    must_write: bool
     documents_of: Callable[[int], list[str]] | None = None
 
 
@@ -101,7 +100,7 @@ class Session:
         except PreflightDone:
             raise
         except Exception as error:
-            if self.options.only_check or (self.options.must_write and isinstance(error, OSError)):
+            if self.options.only_check:
                 raise
             logger.error("the guards failed and are off; the training goes on without them", exc_info=error)
             self.failure = f"the guards failed with {type(error).__name__}: {error}"
