@@ -1,9 +1,11 @@
 """Data that fails while it is read: the network, files that change, documents that cannot be decoded, huge ones."""
 
+import gzip
 import itertools
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -23,7 +25,7 @@ from recipe.data.loader import BatchLoader, count_bad
 from recipe.data.packing import encode, load_tokenizer
 from recipe.data.source import open_source
 from recipe.data.stream import Part, RowStream
-from recipe.errors import DataError
+from recipe.errors import DataError, UserError
 from tests.range_server import RangeServer
 
 FAULTS = ["404", "401", "403", "429", "500", "503", "close", "reset", "short", "stall", "no range", "page"]
@@ -36,6 +38,8 @@ def settings(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "STALL_SECONDS", 0.2)
     monkeypatch.setattr("recipe.trainer.SampleCallback.__init__.__defaults__", (4,))  # short samples
     monkeypatch.setattr("recipe.trainer.words_of_sources", lambda *_: set())
+    monkeypatch.setattr("recipe.data.source._num_bad", itertools.count(1))
+    monkeypatch.setattr("recipe.data.source._logged", set())
     formats.close_parquet()
 
 
@@ -334,3 +338,113 @@ def test_a_hash_does_not_depend_on_how_many_words_are_hashed_at_once(monkeypatch
     whole = digest_of(text)
     monkeypatch.setattr("recipe.data.hold_out.WORDS_AT_ONCE", 7)
     assert digest_of(text) == whole == digest_of(" ".join(text.split()).upper())
+
+
+# --- files that are copied, mapped or held in memory
+
+
+def lines_with_bad(bad=BAD):
+    lines = [json.dumps({"text": document(i)}).encode() for i in range(300)]
+    for i in bad:
+        lines[i] = [b'{"text": "\xff\xfe"}', b'{"text": ', b'{"other": "x"}', b'{"text": "\\ud800"}'][i % 4]
+    return b"\n".join(lines)
+
+
+def array_with_bad():
+    items = [{"text": document(i)} if i not in BAD else {"text": i} for i in range(300)]
+    return json.dumps(items).encode()
+
+
+def csv_with_bad():
+    rows = [f"{i},".encode() + (b"\xff" if i in BAD else document(i).encode()) for i in range(300)]
+    return b"\n".join([b"id,text", *rows])
+
+
+COPIED = {
+    "a.jsonl.gz": lambda: gzip.compress(lines_with_bad()),
+    "a.json": array_with_bad,
+    "a.csv": csv_with_bad,
+}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_a_bad_document_of_a_copied_file_is_skipped_counted_and_logged_or_stops(tmp_path, tokenizer, name, caplog):
+    path = tmp_path / name
+    path.write_bytes(COPIED[name]())
+    with pytest.raises((DataError, UserError), match=rf"{name}: document 5\D"):
+        open_source(str(path))
+    with caplog.at_level(logging.WARNING):
+        contents = read_all(open_source(str(path), on_bad_data="skip"))
+    assert [i for i, content in enumerate(contents) if isinstance(content, BadDocument)] == [*BAD]
+    assert all(contents[i] == document(i) for i in range(300) if i not in BAD)
+    assert re.search(rf"skipped, as on_bad_data says: .*{name}: document 5\D", caplog.text)
+    with pytest.raises(DataError, match=rf"{name}: document 5\D"):  # the copy is there, and it stops nevertheless
+        read_all(open_source(str(path)))
+    loader = BatchLoader(RowStream([part_of(str(path))], tokenizer, 32, 4), DataCollatorForPackedRows(256), 1)
+    list(itertools.islice(loader, 160))
+    assert count_bad(loader.position) >= 3
+
+
+def test_a_copied_file_in_which_all_documents_are_bad(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": 1}] * 3))
+    assert read_all(open_source(str(tmp_path / "a.json"), on_bad_data="skip")) == ["", "", ""]
+
+
+def test_a_copy_that_changes_while_it_is_read_is_noticed(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(array_with_bad())
+    source = open_source(str(path), on_bad_data="skip")
+    read_all(source)
+    pq.write_table(pa.table({"text": ["x"] * 300}), source.chunks[0].path)
+    with pytest.raises(DataError, match="changed while it was read"):
+        read_all(source)
+
+
+def test_a_copy_is_not_named_after_the_credentials_of_its_url(tmp_path, server):
+    (tmp_path / "served/b.json").write_bytes(array_with_bad())
+    source = open_source(f"{server.url}/b.json?X-Amz-Signature=planted", on_bad_data="skip")
+    assert len(read_all(source)) == 300
+    assert not [file for file in (tmp_path / "cache").rglob("*") if "planted" in file.name]
+
+
+def write_arrow(path, texts):
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, pa.schema([("text", pa.string())])) as writer:
+        for start in range(0, len(texts), 10):
+            values = pa.array(texts[start : start + 10], pa.binary())
+            column = pa.StringArray.from_buffers(len(values), *values.buffers()[1:], values.buffers()[0])
+            writer.write_batch(pa.record_batch([column], ["text"]))
+
+
+def test_a_bad_document_of_an_arrow_file_is_skipped_or_stops(tmp_path):
+    texts = [document(i).encode() if i not in BAD else b"\xff" for i in range(300)]
+    write_arrow(tmp_path / "a.arrow", texts)
+    contents = read_all(open_source(str(tmp_path / "a.arrow"), on_bad_data="skip"))
+    assert [i for i, content in enumerate(contents) if isinstance(content, BadDocument)] == [*BAD]
+    with pytest.raises(DataError, match=r"a.arrow: document 5 is not UTF-8"):
+        read_all(open_source(str(tmp_path / "a.arrow")))
+
+
+@pytest.mark.parametrize("size", [0, None])
+def test_an_arrow_file_that_is_cut_or_rewritten_in_place_is_an_error(tmp_path, size):
+    """It is mapped into memory: reading where nothing is left would end the process by a signal."""
+    path = tmp_path / "a.arrow"
+    write_arrow(path, [document(i).encode() for i in range(300)])
+    source = open_source(str(path))
+    source.read_chunk(source.chunks[0])
+    with path.open("r+b") as file:
+        file.truncate(size) if size is not None else file.write(bytes(path.stat().st_size))
+    os.utime(path, (1, 1))
+    with pytest.raises(DataError, match=r"a.arrow: (the file changed while it was read|cannot read documents)"):
+        source.read_chunk(source.chunks[20])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_bad_documents_of_a_small_source_are_counted_too(write_config, tmp_path, name):
+    """Such a source is divided by position and held in memory."""
+    data = lines_with_bad(bad=range(1, 12, 3)).split(b"\n")[:12]
+    (tmp_path / name).write_bytes(gzip.compress(b"\n".join(data)) if name.endswith("gz") else b"\n".join(data))
+    automatic = {"eval_skip": "auto", "eval_documents": "auto", "num_lanes": "auto"}
+    path = write_config(source=str(tmp_path / name), max_steps=20, eval_strategy="no", eval_steps=None, **automatic)
+    assert run(["train", path, "--on_bad_data", "skip", "--save_strategy", "no"]) == 0
+    result = json.loads((tmp_path / "run/run.json").read_text())["result"]
+    assert result["bad_documents_skipped"] >= 1
