@@ -71,10 +71,12 @@ class PretrainTrainer(Trainer):
         return upload(self, Path(self.args.output_dir) / "final", commit_message, blocking)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the folder will be renamed while it is uploaded. `_save_checkpoint` pushes what is committed."""
+
+    def _push_saved(self) -> None:
         is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not is_busy):
-            message = f"Training in progress, step {self.state.global_step}"
-            job = upload(self, checkpoint_folder, message, blocking=False)
+            job = upload(self, self.last_saved, f"Training in progress, step {self.state.global_step}", blocking=False)
             self.push_in_progress = PushInProgress([job]) if job else self.push_in_progress
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -122,6 +124,8 @@ class PretrainTrainer(Trainer):
                 shutil.rmtree(staged, ignore_errors=True)
         if gather_all(problem)[0] is None:
             self.last_saved = Path(self.args.output_dir) / staged.name
+            if self.args.push_to_hub:
+                self._push_saved()
 
     def _write_files(self, staged: Path, model, trial) -> None:
         staged.mkdir(parents=True, exist_ok=True)

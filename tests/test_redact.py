@@ -116,6 +116,7 @@ def test_what_is_pushed_is_the_allow_list(write_config, tmp_path, monkeypatch):
 
     class Api:
         def upload_folder(self, **given):
+            assert (Path(given["folder_path"]) / "config.json").exists()
             uploads.append(given)
 
     monkeypatch.setattr("recipe.publish.HfApi", Api)
