@@ -65,7 +65,12 @@ def first_rows(contents, tokenizer, block_size, count):
         ("a.txt", b"a\n<|endoftext|>\nb\xff\n", DataError, r"document 1 is not UTF-8 .* byte 1\); fix or remove it"),
         ("a.txt", b"", UserError, "without a single document"),
         ("a.parquet", b"", DataError, r": cannot be opened .*; replace the file, or leave it out"),
-        ("a.txt.gz", gzip.compress(b"text " * 99)[:-9], DataError, "cannot be .*; replace the file, or leave it out"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"text " * 99, mtime=0)[:-9],
+            DataError,
+            "cannot be .*; replace the file, or leave it out",
+        ),
         ("a.txt", bytes(range(256)) * 9, UserError, "is binary, not text"),
     ],
 )

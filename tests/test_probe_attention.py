@@ -55,6 +55,7 @@ FAMILIES = {
     "recurrent_gemma": GROUPED | {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
     "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4},
     "phi": COMMON,
+    "ctrl": {"n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 64},
 }
 
 

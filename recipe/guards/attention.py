@@ -283,7 +283,7 @@ def input_gradient(model: torch.nn.Module, batch: dict, probed: Places, training
 
     def cut(module, args, output):
         leaves.append(output.detach().requires_grad_())
-        return leaves[-1]
+        return leaves[-1].clone()  # CTRL scales its embeddings in place
 
     hook = model.get_input_embeddings().register_forward_hook(cut)
     try:

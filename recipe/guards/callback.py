@@ -149,9 +149,8 @@ class RegressionCallback(TrainerCallback):
             self._give_up("no Trainer among the callers of on_train_begin; pass RegressionCallback(trainer=trainer)")
             return
         given = Options(self.guards, self.trajectory, self._facts, self.only_check, self.documents_of)
-        self.session = Session(
-            self._trainer, given, self.reporter, Ranks(args.world_size, self.is_main), self.output_dir
-        )
+        ranks = Ranks(args.world_size, self.is_main)
+        self.session = Session(self._trainer, given, self.reporter, ranks, self.output_dir)
         self.session.history = self._history
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
         default = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -196,9 +195,8 @@ class RegressionCallback(TrainerCallback):
             self._flush(control)  # a run killed after this checkpoint must find its last step's record
 
     def save(self, checkpoint: Path) -> None:
-        if self.session is not None:
-            if self._is_set_up:
-                self.session.save(checkpoint)
+        if self.session is not None and self._is_set_up:
+            self.session.save(checkpoint)
             self.session.last_end = time.perf_counter()
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
