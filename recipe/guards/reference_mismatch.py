@@ -138,7 +138,7 @@ class ReferenceMismatch(Guard):
             causes = ("positions, window, caps, scales or norms are not those of the config", "a hook or a patch")
         elif gaps.losses and abs(gaps.losses[0] - gaps.losses[1]) > cls._loss_limit(gaps):
             found = f"loss {gaps.losses[0]:.6g} of logits that are right"
-            expected = f"{gaps.losses[1]:.6g}, computed in fp32 from the same weights and labels"
+            expected = f"{gaps.losses[1]:.6g}, in fp32 from the same weights"
             causes = ("a loss in low precision, or of other positions", "a patched loss function")
             evidence |= {"loss": gaps.losses[0], "reference_loss": gaps.losses[1], "loss_noise": gaps.loss_noise}
         else:
