@@ -475,3 +475,16 @@ def test_a_log_line_fits_in_160_characters():
 def test_a_guard_says_why_it_cannot_judge():
     assert issubclass(CannotJudge, Exception) and Guard().save() == {}
     assert set(MEANINGS) == set(FINDING_IDS)
+
+
+def test_a_disk_that_is_full_at_a_save_does_not_switch_the_guards_off(
+    config, unwatched, tmp_path, monkeypatch, caplog
+):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("recipe.guards.session.write_session", full)
+    guards = RegressionCallback()
+    assert_equal_weights(train(config, tmp_path / "run", guards), unwatched)
+    assert guards.failure is None and guards.judged
+    assert "training goes on: [Errno 28] No space left on device" in caplog.text

@@ -9,7 +9,8 @@ the main process; what other ranks record is gathered there over the host's netw
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils.data import IterableDataset
@@ -186,7 +187,8 @@ class RegressionCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if not self.is_saved_by_trainer:  # else it calls the two itself
             self.begin_save(control)
-            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            with _disk_errors_logged():
+                self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         control.should_save = False  # where a stop has been heard of just now: it is saved
 
     def begin_save(self, control) -> None:  # on every rank, before `save`
@@ -288,6 +290,14 @@ def _scheduled_rates(scheduler) -> list[float | None]:
         return [plain_rate(rate) for rate in scheduler.get_last_lr()]
     except (AttributeError, NotImplementedError):
         return []
+
+
+@contextmanager
+def _disk_errors_logged() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        logger.warning("a checkpoint has no state of the guards, training goes on: %s", error)
 
 
 def _log_verdict(guards: RegressionCallback) -> None:

@@ -133,7 +133,7 @@ class ReferenceMismatch(Guard):
             raise CannotJudge("all logits are equal: the head's weights are zero")
         evidence = {"gap": gaps.gap, "noise": gaps.noise, "spread": gaps.spread, "rounding": rounding}
         if gaps.gap > cls.FACTOR * gaps.noise:
-            found = f"logits are {gaps.gap / gaps.spread:.2g} sd from an independent fp32 forward pass"
+            found = f"logits are {gaps.gap / gaps.spread:.2g} sd from an independent fp32 pass"
             expected = f"under {cls.FACTOR * gaps.noise / gaps.spread:.1g} sd, {cls.FACTOR:g} times rounding"
             causes = ("positions, window, caps, scales or norms are not those of the config", "a hook or a patch")
         elif gaps.losses and abs(gaps.losses[0] - gaps.losses[1]) > cls._loss_limit(gaps):

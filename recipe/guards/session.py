@@ -298,15 +298,11 @@ class Session:
 
     # --- state
 
-    @survives
     def save(self, checkpoint: Path) -> None:
-        """On every rank, since some guards compute on every rank what is saved."""
-        self.runner.probe_at_save(self.run, self.local.step, self.tokens_seen)
-        numbers, arrays = self.runner.save(self.run)
-        if self.is_main and checkpoint.is_dir():
-            own = {"step": self.local.step, "passes": self.passes, "learning_rate_sum": self.learning_rate_sum}
-            taps = {**self.taps.save(), "pinned": self.run.pinned.save()}
-            write_session(checkpoint, {**own, "reporter": self.reporter.save(), "guards": numbers}, arrays, taps)
+        """On every rank. Raises `OSError` where the disk fails: this costs the checkpoint, not the guards."""
+        state = self.attempt(state_of, self)
+        if state is not None and checkpoint.is_dir():
+            write_session(checkpoint, *state)
 
     def close(self) -> None:
         self._is_closed = True
@@ -315,6 +311,18 @@ class Session:
         if self.taps is not None:
             self.taps.close()
         self.ranks.close()
+
+
+def state_of(session: Session) -> tuple[dict, dict, dict] | None:
+    """Numbers, arrays, and the states of taps. None beside the main process; some guards compute on every rank what is
+    saved."""
+    session.runner.probe_at_save(session.run, session.local.step, session.tokens_seen)
+    numbers, arrays = session.runner.save(session.run)
+    if not session.is_main:
+        return None
+    own = {name: getattr(session, name) for name in ("passes", "learning_rate_sum")}
+    own |= {"step": session.local.step, "reporter": session.reporter.save(), "guards": numbers}
+    return own, arrays, {**session.taps.save(), "pinned": session.run.pinned.save()}
 
 
 def with_documents(values: dict, local: LocalStep, documents_of: Callable | None) -> dict:
