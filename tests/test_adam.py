@@ -29,7 +29,7 @@ def set_up(model, optimizer) -> OptimizerOff:
     guard = OptimizerOff()
     facts = dict(inner_optimizer=optimizer, optimizer=optimizer, named_parameters=list(model.named_parameters()))
     is_adam = "adam" in type(optimizer).__name__.lower()
-    guard.setup(SimpleNamespace(**facts, is_loss_scaled=False, is_main=True, is_adam=is_adam))
+    guard.setup(SimpleNamespace(**facts, is_loss_scaled=False, is_main=True, is_adam=is_adam, is_sharded=False))
     return guard
 
 

@@ -133,7 +133,7 @@ def test_misspelt_keys_are_refused_without_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "False", "False"]
     assert "learning_rat: unknown key; did you mean learning_rate?" in done.stderr
-    assert "--max-step: unknown key; did you mean max_steps?" in done.stderr
+    assert "--max_step: unknown key; did you mean max_steps?" in done.stderr
     assert "2 problems" in done.stderr
 
 

@@ -1,6 +1,7 @@
 """`python -m tests.zoo [--only NAME ...] [--json]`: runs the zoo and writes RESULTS.md and results.json beside this.
 
-`--only`: bugs or healthy runs by name, a part such as `held_out_3`, or an area such as `data`; prints what they
+`--add`: runs only the bugs and healthy runs that results.json does not hold yet, and says so in RESULTS.md. `--only`:
+bugs or healthy runs by name, a part such as `held_out_3`, or an area such as `data`; prints what they
 found and writes nothing. `--json`: the last thing on stdout is one object, all else goes to stderr.
 """
 
@@ -37,6 +38,7 @@ say = partial(print, file=sys.stderr, flush=True)
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("--only", nargs="+", action="extend", metavar="NAME")
+    parser.add_argument("--add", action="store_true", help="run only what results.json does not hold yet")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--processes", type=int, help="runs at the same time; default: one a core")
     arguments = parser.parse_args()
@@ -46,7 +48,12 @@ def main() -> int:
     if arguments.only:
         check_names(arguments.only, parts, parser)
         parts = {part: chosen(part, *parts[part], set(arguments.only)) for part in parts}
-    results = run_zoo(parts, arguments.processes)
+    if arguments.add and arguments.only:
+        parser.error("--add and --only: choose one")
+    if arguments.add:
+        results = add_missing(json.loads((FOLDER / "results.json").read_text()), parts, arguments.processes)
+    else:
+        results = run_zoo(parts, arguments.processes)
     if not arguments.only:
         (FOLDER / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
         (FOLDER / "RESULTS.md").write_text(format_results(results))
@@ -102,6 +109,37 @@ def run_zoo(
     results["crashes"] = [{"run": key, **crash} for key, run in records.items() for crash in run.get("crashes", ())]
     results["seconds"] = time.perf_counter() - start
     return finite(results)
+
+
+def add_missing(recorded: dict, parts: dict, processes: int | None) -> dict:
+    """Runs what the recorded results lack. What they hold stays as it was found, by the guards of their own commit."""
+    empty = {"bugs": [], "healthy": []}
+    old = {part: recorded["parts"].get(part, empty) for part in parts}
+    names = {part: {row["name"] for row in rows["bugs"] + rows["healthy"]} for part, rows in old.items()}
+    missing = {
+        part: (
+            [bug for bug in bugs if bug.name not in names[part]],
+            {name: setting for name, setting in healthy.items() if name not in names[part]},
+        )
+        for part, (bugs, healthy) in parts.items()
+    }
+    new = run_zoo(missing, processes)
+    results = {**recorded, "parts": {}, "problems": recorded["problems"] + new["problems"]}
+    for part, (bugs, _) in parts.items():
+        rows = {row["name"]: row for row in old[part]["bugs"] + new["parts"][part]["bugs"]}
+        healthy = {row["setting"]: row for row in new["parts"][part]["healthy"] + old[part]["healthy"]}
+        results["parts"][part] = {
+            "bugs": [rows[bug.name] for bug in bugs if bug.name in rows],
+            "healthy": list(healthy.values()),
+        }
+        results["parts"][part]["summary"] = summarize(*results["parts"][part].values(), TOOLS)
+    added = {name: new[name] for name in ("environment", "runs", "seconds")}
+    results["added"] = [*recorded.get("added", ()), {**added, "names": sorted(_names(missing))}]
+    return results
+
+
+def _names(parts: dict) -> set[str]:
+    return {name for bugs, healthy in parts.values() for name in (*(bug.name for bug in bugs), *healthy)}
 
 
 def tasks_of(bugs: list[Bug], healthy: dict[str, Setting]) -> list[Task]:

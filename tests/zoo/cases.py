@@ -7,11 +7,17 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from tests.zoo import development, held_out, held_out_2, held_out_3
+from tests.zoo import development, held_out, held_out_2, held_out_3, held_out_4
 from tests.zoo.bug import AREAS, Bug
 from tests.zoo.setting import Setting
 
-PARTS = {"development": development, "held_out": held_out, "held_out_2": held_out_2, "held_out_3": held_out_3}
+PARTS = {
+    "development": development,
+    "held_out": held_out,
+    "held_out_2": held_out_2,
+    "held_out_3": held_out_3,
+    "held_out_4": held_out_4,
+}
 
 
 def bugs_of(part: str) -> list[Bug]:

@@ -10,7 +10,8 @@ from tests.zoo.score import MATTERS, OURS, SOON, summarize_all
 
 TOOLS = ("trainproof", "losslint", "torch-audit", "trainsight", "watchdog")
 PART_TITLES = {
-    "held_out_3": "Held out: written when the guards were frozen, without sight of them",
+    "held_out_4": "Held out: written when the guards were frozen, without sight of them",
+    "held_out_3": "Held out at first, then known when later guards were made (held_out_3/first_score.json)",
     "held_out_2": "Held out at first, then used: guards were fixed by its first score (held_out_2/first_score.json)",
     "held_out": "Held out at first, then used: guards were fixed by its first score (held_out/first_score.json)",
     "development": "Development: what thresholds were chosen on",
@@ -64,6 +65,16 @@ def _environment(results: dict) -> str:
         f"{environment['date']}, commit {environment['commit']}, {environment['cpus']} CPUs, Python "
         f"{environment['python']}, {', '.join(f'{name} {number}' for name, number in versions.items())}. "
         f"{results['runs']} runs in {results['seconds'] / 60:.1f} minutes."
+        + "".join(map(_added, results.get("added", ())))
+    )
+
+
+def _added(added: dict) -> str:
+    environment = added["environment"]
+    return (
+        f"\n\nAdded without running the others again: {len(added['names'])} bugs and healthy runs, "
+        f"{environment['date']}, commit {environment['commit']}, {added['runs']} runs in "
+        f"{added['seconds'] / 60:.1f} minutes."
     )
 
 

@@ -51,7 +51,7 @@ class Setting:
 
     @property
     def key(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True, default=lambda change: change.__name__)
+        return json.dumps(asdict(self), sort_keys=True, default=lambda c: f"{c.__module__}.{c.__qualname__}")
 
     @property
     def rows_a_step(self) -> int:
