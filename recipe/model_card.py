@@ -7,7 +7,7 @@ from pathlib import Path
 from recipe.report import key_figures, load_run, render
 
 # The folders of a path on this machine: "/data/web/" of "/data/web/*.parquet". URLs and relative names have none.
-FOLDERS = re.compile(r"(?<![\w:/.])[~.]{0,2}/(?:[^\s/\"']+/)*")
+FOLDERS = re.compile(r"(?<![\w:/.<])[~.]{0,2}/(?:[^\s/\"']+/)*")
 
 
 def write_model_card(run_dir: Path, model_dir: Path) -> Path:
