@@ -7,6 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress
 
 PUBLISHED = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
@@ -27,3 +29,11 @@ def upload(trainer: Trainer, folder: str | Path, message: str | None, blocking: 
         allow_patterns=list(PUBLISHED),
         run_as_future=not blocking,
     )
+
+
+def upload_checkpoint(trainer: Trainer, folder: Path) -> None:
+    """In the background, where `hub_strategy` asks for it and no other upload is under way."""
+    is_busy = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
+    if trainer.args.hub_strategy != HubStrategy.END and (trainer.args.hub_always_push or not is_busy):
+        job = upload(trainer, folder, f"Training in progress, step {trainer.state.global_step}", blocking=False)
+        trainer.push_in_progress = PushInProgress([job]) if job else trainer.push_in_progress

@@ -16,8 +16,6 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import HubStrategy
-from transformers.utils.hub import PushInProgress
 
 from recipe import checkpoints
 from recipe.data.files import first_line
@@ -27,7 +25,7 @@ from recipe.errors import DataError, is_disk_error
 from recipe.guards import RegressionCallback
 from recipe.guards.records import append_line, keep_until
 from recipe.internals import reset_logged_loss
-from recipe.publish import upload
+from recipe.publish import upload, upload_checkpoint
 from recipe.resume import keep_configured
 from recipe.rundir import versions, write_json
 from recipe.skipping import SkipCallback
@@ -72,12 +70,6 @@ class PretrainTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: the folder will be renamed while it is uploaded. `_save_checkpoint` pushes what is committed."""
-
-    def _push_saved(self) -> None:
-        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not is_busy):
-            job = upload(self, self.last_saved, f"Training in progress, step {self.state.global_step}", blocking=False)
-            self.push_in_progress = PushInProgress([job]) if job else self.push_in_progress
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -125,7 +117,7 @@ class PretrainTrainer(Trainer):
         if gather_all(problem)[0] is None:
             self.last_saved = Path(self.args.output_dir) / staged.name
             if self.args.push_to_hub:
-                self._push_saved()
+                upload_checkpoint(self, self.last_saved)
 
     def _write_files(self, staged: Path, model, trial) -> None:
         staged.mkdir(parents=True, exist_ok=True)
