@@ -10,6 +10,7 @@ from pathlib import Path
 from recipe.errors import DataError, UserError, exit_code_of, handle_endings, is_disk_error, message_of
 from recipe.key_names import check_names
 from recipe.plain_json import dumps
+from recipe.redact import configure_logging
 from recipe.rundir import ended_on_purpose_before, write_exit
 
 USAGE = """usage: python -m recipe COMMAND ...
@@ -173,7 +174,7 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if not is_disk_error(error):
             raise
-        return _fail(DataError.exit_code, f"the disk is full or read-only: {error}")
+        return _fail(exit_code_of(error), message_of(error))
 
 
 def _fail(code: int, reason: str) -> int:
@@ -190,7 +191,7 @@ def _terminate(number, frame):
 def main() -> None:
     """Entry point of the command line. Leaves by `os._exit`: threads of streaming readers may abort an interpreter
     that is shutting down."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s | %(message)s")
+    configure_logging()
     for name in ("httpx", "filelock", "fsspec", "datasets", "torch", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides retries; a final failure is logged once

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 
 from recipe import config_checks as checks
 from recipe.errors import UserError
+from recipe.redact import remember
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class DataArguments:
     num_lanes: int | Literal["auto"] = "auto"  # sub-streams of the canonical order; 32, or fewer for a small source
     # When a checkpoint was made on another stream: refuse, keep its position, or start again.
     on_changed_stream: Literal["refuse", "continue", "restart"] = "refuse"
+    on_bad_data: Literal["stop", "skip"] = "stop"  # at a document that cannot be read: stop, or skip and count it
     allow_change: list[str] = field(default_factory=list)  # settings that may differ from those of the checkpoint
 
     @property
@@ -192,6 +194,7 @@ def parse_config(
     problems += misread + [(labels.get(name, name), message) for name, message in found.items()]
     if problems:
         raise ConfigError(path, problems)
+    remember(values["hub_token"])
     training = _build_training(path, values, labels)
     model, data, guards = (group(**{f.name: values[f.name] for f in fields(group)}) for group in OURS)
     return Config(path, model, data, guards, training, tuple(overrides))

@@ -6,7 +6,7 @@ Every other string is removed, texts of findings among them: their numbers are i
 
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from recipe import config_checks as checks
@@ -14,13 +14,14 @@ from recipe.arguments import FIELDS, TYPES
 from recipe.errors import UserError
 from recipe.guards import FINDING_IDS
 from recipe.guards.guard import SEVERITIES
-from recipe.guards.records import parse_object, read_lines
+from recipe.guards.records import iterate_lines, parse_object
 from recipe.guards.trajectory import TRAJECTORIES
 from recipe.plain_json import dumps
 from recipe.rundir import PACKAGES
 
 FILES = ("run.json", "exit.json", "findings.jsonl", "steps.jsonl", "evals.jsonl")
 REMOVED = "(removed)"
+KEPT = 10_000  # of the records of a file: an issue takes 25 MB
 SECTIONS = {  # of run.json -> the keys that are kept, None for all
     "arguments": FIELDS,
     "versions": ("python", *PACKAGES),
@@ -61,13 +62,24 @@ def write_bundle(run_dir: Path) -> Path:
     packed = {"run.json": [_pack_run(run)]} if run else {}
     if ended:
         packed["exit.json"] = [_pack({key: ended.get(key) for key in ("code", "reason")})]
-    packed |= {name: [_pack(record) for record in read_lines(run_dir / name)] for name in FILES[2:]}
+    packed |= {name: _chosen(run_dir / name) for name in FILES[2:]}
     bundle = run_dir / "bundle.zip"
     with zipfile.ZipFile(bundle, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, records in packed.items():
             indent = 2 if name.endswith(".json") else None
-            archive.writestr(name, "".join(dumps(record, indent=indent) + "\n" for record in records))
+            with archive.open(name, "w") as file:
+                for record in records:
+                    file.write((dumps(record, indent=indent) + "\n").encode())
     return bundle
+
+
+def _chosen(path: Path) -> Iterator[dict]:
+    """The records of a file, packed; of a long one the last `KEPT` and evenly spaced ones of those before."""
+    count = sum(1 for _ in iterate_lines(path))
+    every = 1 + max(0, count - KEPT) // KEPT
+    for place, record in enumerate(iterate_lines(path)):
+        if record is not None and (place % every == 0 or place >= count - KEPT):
+            yield _pack(record)
 
 
 def _read_object(file: Path) -> dict:

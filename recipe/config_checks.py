@@ -256,6 +256,9 @@ def _conflicts(v: SimpleNamespace, given: Set[str]) -> Iterator[tuple[str, str]]
         needed = "eval_strategy metric_for_best_model"
         yield f"save_strategy {needed}", '"best" needs an eval_strategy and metric_for_best_model, such as "loss"'
 
+    if v.push_to_hub and v.hub_strategy in ("checkpoint", "all_checkpoints"):
+        yield "hub_strategy push_to_hub", "would upload file names and positions; use every_save or end"
+
     kind = v.lr_scheduler_type
     if kind == "constant" and v.warmup_steps:
         yield "warmup_steps lr_scheduler_type", "constant ignores it; use constant_with_warmup, or remove it"

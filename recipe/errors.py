@@ -3,8 +3,19 @@
 import signal
 from collections.abc import Callable
 
+from recipe.redact import redact
+
 # Signals that end a run: of a scheduler, the keyboard, a terminal that closes, Slurm before the time is over.
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# A full or read-only disk, as Python, safetensors or torch report it.
+DISK_WORDS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "File too large",
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+)
 
 
 class UserError(ValueError):
@@ -19,11 +30,16 @@ class DataError(RuntimeError):
     exit_code = 4
 
 
+def is_disk_error(error: BaseException) -> bool:
+    """Whether the disk is full, read-only or over its quota."""
+    return not hasattr(error, "exit_code") and any(word in str(error) for word in DISK_WORDS)
+
+
 def exit_code_of(error: BaseException) -> int:
     """The exit code of an exception; `__main__` turns signals into a KeyboardInterrupt with the number."""
     if isinstance(error, KeyboardInterrupt):
         return 128 + (error.args[0] if error.args else signal.SIGINT)
-    return getattr(error, "exit_code", 1)
+    return getattr(error, "exit_code", DataError.exit_code if is_disk_error(error) else 1)
 
 
 def handle_endings(handler: Callable) -> dict:
@@ -33,12 +49,7 @@ def handle_endings(handler: Callable) -> dict:
 
 
 def message_of(error: BaseException) -> str:
-    """The error's own message, without the traceback in which a DataLoader worker wraps it."""
+    """The error's own message, without the traceback in which a DataLoader worker wraps it, nor credentials."""
     text = str(error).strip()
-    return text.splitlines()[-1].split(": ", 1)[-1] if "Original Traceback" in text else text or type(error).__name__
-
-
-def is_disk_error(error: BaseException) -> bool:
-    """A full or read-only disk, as Python, safetensors or torch report it."""
-    words = ("No space left on device", "Disk quota exceeded", "Read-only file system", "PytorchStreamWriter failed")
-    return any(word in str(error) for word in words)
+    text = text.splitlines()[-1].split(": ", 1)[-1] if "Original Traceback" in text else text or type(error).__name__
+    return redact(f"the disk is full or read-only: {text}" if is_disk_error(error) else text)

@@ -1,9 +1,9 @@
-"""Private names of transformers, accelerate, torch, evaluate and fsspec that the recipe needs, in one place.
+"""Private names of transformers, accelerate, torch and evaluate that the recipe needs, in one place.
 
 tests/test_internals.py uses each of them, so that its test names the upgrade that breaks one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -90,15 +90,9 @@ def is_grad_switch(func: Callable) -> bool:
     return func is torch._C._set_grad_enabled
 
 
-# --- evaluate, fsspec
+# --- evaluate
 
 
 def begin_metric(module) -> None:
     """Make an `evaluate` module's table, to which batches are added."""
     module._init_writer()
-
-
-def cached_filesystems(classes) -> Iterator[object]:
-    """The instances that fsspec keeps of these classes."""
-    for cls in classes:
-        yield from cls._cache.values()

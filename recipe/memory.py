@@ -88,7 +88,7 @@ def step_memory(
     """`precision`: fp32, or that of the autocast, bf16 or fp16. `is_accumulating`: gradients stay through a forward
     pass. `is_checkpointing`: activations are computed again in the backward pass."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        model = _empty_model(config, attn_implementation=attention, dtype=torch.float32)
         weights = list(model.parameters())
         num_bytes = sum(weight.untyped_storage().nbytes() for weight in weights)
         if is_checkpointing:
@@ -106,11 +106,15 @@ def step_memory(
 def evaluation_memory(config: PretrainedConfig, *, rows: int, block_size: int, precision: str, attention: str) -> int:
     """Bytes at the peak of an evaluation's forward pass, without weights."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        model = _empty_model(config, attn_implementation=attention, dtype=torch.float32)
         live = _LiveBytes(model.parameters(), config.get_text_config().vocab_size)
         with live, torch.no_grad():
             _loss_of(model.eval(), rows, block_size, precision)
     return live.peak
+
+
+def _empty_model(config: PretrainedConfig, **settings):
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
 
 
 def _loss_of(model, rows: int, block_size: int, precision: str) -> torch.Tensor:
@@ -128,7 +132,7 @@ def state_bytes(optim: str) -> int:
 def count_parameters(config: PretrainedConfig) -> dict[str, int]:
     """By part. A tied head is counted with the embedding."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = _empty_model(config)
     parts = {"embedding": 0, "attention": 0, "MLP": 0, "norms and others": 0, "head": 0}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     for name, weight in model.named_parameters():

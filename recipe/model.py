@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import shutil
 import sysconfig
 from pathlib import Path
@@ -90,14 +91,20 @@ def build_model(
         check_fit(config, tokenizer, block_size, model_config)
         if attn_implementation == "auto" and attention == "sdpa" and not document_masking:
             attention = CAUSAL_SDPA
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+        )
     config = read_model_config(None, model_name_or_path)
     check_fit(config, tokenizer, block_size, model_name_or_path)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            model_name_or_path, config=config, attn_implementation=attention, dtype=torch.float32
+            model_name_or_path,
+            config=config,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
         raise _cannot_load(model_name_or_path, error) from error
 
 
@@ -106,7 +113,7 @@ def read_model_config(model_config: str | None, model_name_or_path: str | None) 
     if model_config is not None:
         return load_model_config(model_config)
     try:
-        return AutoConfig.from_pretrained(model_name_or_path)
+        return AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_load(model_name_or_path, error) from error
 

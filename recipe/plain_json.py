@@ -1,15 +1,18 @@
-"""JSON as the standard has it: NaN and infinity, which it lacks, become null."""
+"""JSON as the standard has it: NaN and infinity, which it lacks, become null; and without credentials."""
 
 import json
 import math
+
+from recipe.redact import redact
 
 
 def dumps(value, **options) -> str:
     """`json.dumps` of what may hold numbers that are not finite."""
     try:
-        return json.dumps(value, allow_nan=False, **options)
+        text = json.dumps(value, allow_nan=False, **options)
     except ValueError:
-        return json.dumps(without_nan(value), allow_nan=False, **options)
+        text = json.dumps(without_nan(value), allow_nan=False, **options)
+    return redact(text)
 
 
 def without_nan(value):

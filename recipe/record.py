@@ -5,8 +5,10 @@ import statistics
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
 from recipe.errors import UserError
-from recipe.guards.records import read_lines
+from recipe.guards.records import read_columns
 from recipe.rundir import write_json
 from recipe.verdict import HEALTHY
 
@@ -47,7 +49,7 @@ def record_reference(out: Path, run_dirs: list[Path]) -> Path:
             "belongs_to": first,
             "window": WINDOW,
             "above": "warning",
-            "points": [point_at(step, curves) for step in choose_steps(len(curves[0]))],
+            "points": [point_at(step, curves) for step in choose_steps(len(curves[0]["loss"]))],
         },
     )
     return out
@@ -60,16 +62,16 @@ def load_run(run_dir: Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{run_dir}: not a run directory ({error})") from error
     verdict = run.get("result", {}).get("verdict")
-    steps = read_lines(run_dir / "steps.jsonl")
-    if verdict != HEALTHY or not steps or run["finished"] is None:
+    steps, *_ = read_columns(run_dir / "steps.jsonl", ("tokens_seen", "loss"))
+    if verdict != HEALTHY or not len(steps["loss"]) or run["finished"] is None:
         raise UserError(f"{run_dir}: a reference comes from finished, healthy runs; this one's verdict is {verdict}")
     if run["is_dirty"]:
         raise UserError(f"{run_dir}: made from a checkout with uncommitted changes; commit and run again")
     arguments = run["arguments"]
     facts = {
         **{name: run["model"][name] for name in ("parameters", "vocab_size", "block_size")},
-        "tokens_per_step": steps[0]["tokens_seen"],
-        "train_tokens": steps[-1]["tokens_seen"],
+        "tokens_per_step": int(steps["tokens_seen"][0]),
+        "train_tokens": int(steps["tokens_seen"][-1]),
         "learning_rate": arguments["learning_rate"],
         "source": arguments["source"],
         "is_new_model": arguments["model_config"] is not None,
@@ -92,10 +94,10 @@ def choose_steps(num_steps: int) -> list[int]:
     return sorted({min(num_steps, round(WINDOW * ratio**i)) for i in range(POINTS)})
 
 
-def point_at(step: int, curves: list[list[dict]]) -> dict:
+def point_at(step: int, curves: list[dict[str, np.ndarray]]) -> dict:
     """Median and band of a window of steps around `step` (1-based), over all runs."""
-    start = max(0, min(step - 1 - WINDOW // 2, len(curves[0]) - WINDOW))
-    windows = [[record["loss"] for record in curve[start : start + WINDOW]] for curve in curves]
+    start = max(0, min(step - 1 - WINDOW // 2, len(curves[0]["loss"]) - WINDOW))
+    windows = [curve["loss"][start : start + WINDOW].tolist() for curve in curves]
     medians = [statistics.median(window) for window in windows]
     loss = statistics.fmean(medians)
     # A window's median scatters like its losses' deviation / sqrt(window) * 1.25; runs add their own spread.
@@ -104,4 +106,4 @@ def point_at(step: int, curves: list[list[dict]]) -> dict:
     half = max(MIN_HALF_WIDTH, DEVIATIONS * (within**2 + between**2) ** 0.5)
     curve = {"loss": loss, "low": loss - half, "high": loss + half}
     rounded = {name: round(value, 4) for name, value in curve.items()}
-    return {"step": step, "tokens": curves[0][step - 1]["tokens_seen"], **rounded}
+    return {"step": step, "tokens": int(curves[0]["tokens_seen"][step - 1]), **rounded}

@@ -15,10 +15,12 @@ import numpy as np
 from recipe.chart import Chart, compact, smooth
 from recipe.errors import UserError
 from recipe.guards import MEANINGS
-from recipe.guards.records import parse_object, read_and_count_lines
+from recipe.guards.records import iterate_lines, number, parse_object, read_columns
+from recipe.redact import redact
 from recipe.verdict import HEALTHY
 
 RUN_FILES = ("run.json", "steps.jsonl", "evals.jsonl", "findings.jsonl", "samples.jsonl")
+STEP_FIELDS = ("step", "tokens_seen", "loss", "grad_norm", "learning_rate", "tokens_per_second", "floor")
 SEVERITIES = ("error", "warning", "info")
 TRAIN_LOSS_STEPS = 20  # the train loss shown is the mean of this many last steps: a single one is noisy
 SMALL_CHARTS = (  # title, field of the step records, unit
@@ -34,11 +36,20 @@ class Run:
 
     name: str
     info: dict  # run.json
-    steps: list[dict]
+    steps: dict[str, np.ndarray]  # a column for each of STEP_FIELDS
     evals: list[dict]
     findings: list[dict]  # the most severe first
     samples: list[dict]  # the latest first
     gaps: list[str]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.steps["step"])
+
+    @property
+    def last_step(self) -> dict:
+        """Step and tokens seen of the last record."""
+        return {key: int(self.steps[key][-1]) for key in ("step", "tokens_seen")} if self.num_steps else {}
 
     def part(self, key: str) -> dict:
         """A section of run.json, empty where it is missing."""
@@ -50,13 +61,16 @@ def load_run(run_dir: Path) -> Run:
     if not any((run_dir / name).is_file() for name in RUN_FILES):
         raise UserError(f"no run in {run_dir}: expected a directory with {RUN_FILES[0]} or {RUN_FILES[1]} in it")
     file, gaps = run_dir / RUN_FILES[0], []
-    info = parse_object(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else None
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    info = parse_object(redact(text))  # an older version may have written credentials
     if info is None:
         gaps.append(f"{file.name} is missing or cannot be read")
-    steps, evals, findings, samples = (_read_records(run_dir / name, gaps) for name in RUN_FILES[1:])
+    steps, num_records, num_lines = read_columns(run_dir / RUN_FILES[1], STEP_FIELDS)
+    _note_gap(run_dir / RUN_FILES[1], num_records, num_lines, gaps)
+    evals, findings, samples = (_read_records(run_dir / name, gaps) for name in RUN_FILES[2:])
     findings.sort(key=_severity_first)
-    samples.sort(key=lambda sample: -(_number(sample.get("step")) or 0))
-    return Run(run_dir.resolve().name, info or {}, _placed(steps), _placed(evals), findings, samples, gaps)
+    samples.sort(key=lambda sample: -(number(sample.get("step")) or 0))
+    return Run(run_dir.resolve().name, info or {}, steps, _placed(evals), findings, samples, gaps)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -70,7 +84,7 @@ def write_report(run_dir: Path) -> Path:
         "counts": counts,
         "colour": "error" if has_failed else "warning" if counts["warning"] else "good" if is_healthy else "info",
         "figures": key_figures(run),
-        "charts": [_loss_chart(run), *(_small_chart(run, *chart) for chart in SMALL_CHARTS)] if run.steps else [],
+        "charts": [_loss_chart(run), *(_small_chart(run, *chart) for chart in SMALL_CHARTS)] if run.num_steps else [],
         "meanings": MEANINGS,
         "environment": _environment(run),
     }
@@ -96,33 +110,33 @@ def render(template: str, values: dict, file: Path) -> Path:
 
 def _read_records(file: Path, gaps: list[str]) -> list[dict]:
     """The records of a file; adds what is missing to `gaps`."""
-    records, num_lines = read_and_count_lines(file)
+    lines = list(iterate_lines(file))
+    records = [record for record in lines if record is not None]
+    _note_gap(file, len(records), len(lines), gaps)
+    return records
+
+
+def _note_gap(file: Path, num_records: int, num_lines: int, gaps: list[str]) -> None:
     if not file.is_file():
         gaps.append(f"{file.name} is missing")
     elif not num_lines and file.name != "findings.jsonl":  # created at the start, may stay empty
         gaps.append(f"{file.name} is empty")
-    elif len(records) < num_lines:
-        gaps.append(f"{file.name}: {num_lines - len(records)} of {num_lines} records cannot be read")
-    return records
+    elif num_records < num_lines:
+        gaps.append(f"{file.name}: {num_lines - num_records} of {num_lines} records cannot be read")
 
 
 def _placed(records: list[dict]) -> list[dict]:
-    return [r for r in records if _number(r.get("step")) is not None and _number(r.get("tokens_seen")) is not None]
+    return [r for r in records if number(r.get("step")) is not None and number(r.get("tokens_seen")) is not None]
 
 
 def _severity_first(finding: dict) -> tuple:
     severity = finding.get("severity")
-    return (*SEVERITIES, severity).index(severity), _number(finding.get("step")) or 0
-
-
-def _number(value) -> float | None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and np.isfinite(value) else None
+    return (*SEVERITIES, severity).index(severity), number(finding.get("step")) or 0
 
 
 def _column(records: list[dict], key: str) -> np.ndarray:
     """One field of all records as float64, NaN where it is missing, null or not finite."""
-    values = (_number(record.get(key)) for record in records)
+    values = (number(record.get(key)) for record in records)
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
@@ -130,7 +144,7 @@ def show(value, digits: int | None = None, unit: str = "") -> str:
     """A number with thousands separators; text, NaN and infinity unchanged; a dash for what was not recorded."""
     if value is None or isinstance(value, jinja2.Undefined):
         return "–"
-    if _number(value) is None:
+    if number(value) is None:
         return str(value)
     # Only the perplexity of a broken model is this large.
     style = "," if digits is None else ".3g" if abs(value) >= 1e12 else f",.{digits}f"
@@ -144,12 +158,12 @@ def plural(count: int, noun: str) -> str:
 def key_figures(run: Run) -> dict[str, tuple[str, str, str]]:
     """The numbers a reader looks for first: key -> (label, value, note), with a dash for what was not recorded."""
     model, device = run.part("model"), run.part("device")
-    last_eval, last_step = (records[-1] if records else {} for records in (run.evals, run.steps))
+    last_eval, last_step = run.evals[-1] if run.evals else {}, run.last_step
     counted = {"tokens_seen": last_step.get("tokens_seen"), "steps": last_step.get("step"), **run.part("result")}
-    tail, speeds = _column(run.steps[-TRAIN_LOSS_STEPS:], "loss"), _column(run.steps, "tokens_per_second")
+    tail, speeds = run.steps["loss"][-TRAIN_LOSS_STEPS:], run.steps["tokens_per_second"]
     train_loss = float(tail.mean()) if len(tail) else None  # NaN if one of them is: a mean of the others would hide it
     speed = float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else None
-    of_tail = f"nats/token, mean of the last {plural(len(tail), 'step')}" if run.steps else "no step recorded"
+    of_tail = f"nats/token, mean of the last {plural(len(tail), 'step')}" if run.num_steps else "no step recorded"
     at_step = f"at step {show(last_eval['step'])}" if last_eval else "no evaluation recorded"
     entropy, seconds = counted.get("unigram_entropy"), counted.get("train_seconds")
     accuracy = last_eval.get("eval_next_token_accuracy")
@@ -186,20 +200,20 @@ def _environment(run: Run) -> dict[str, dict]:
 
 def _extremes(run: Run, key: str) -> str:
     """What a curve may hide, in words: its last and highest value, and where it is not a number."""
-    values = _column(run.steps, key)
+    values, steps = run.steps[key], run.steps["step"]
     is_finite = np.isfinite(values)
     if not is_finite.any():
         return "never recorded"
     last, highest = values[is_finite][-1], np.nanargmax(values)
-    words = f"last {compact(last)}, highest {compact(values[highest])} at step {show(run.steps[highest]['step'])}"
+    words = f"last {compact(last)}, highest {compact(values[highest])} at step {show(int(steps[highest]))}"
     if not is_finite.all():
-        first = show(run.steps[is_finite.argmin()]["step"])
+        first = show(int(steps[is_finite.argmin()]))
         words += f"; not finite in {plural(np.sum(~is_finite), 'step')}, the first of them step {first}"
     return words
 
 
 def _small_chart(run: Run, title: str, key: str, unit: str) -> Chart:
-    tokens, values = _column(run.steps, "tokens_seen"), _column(run.steps, key)
+    tokens, values = run.steps["tokens_seen"], run.steps[key]
     chart = Chart(title, 350, 200, tokens, from_zero=True, note=unit + _extremes(run, key))
     curve = values if key == "learning_rate" else smooth(values, is_log=False)  # a schedule has no noise
     chart.lines += [("raw", tokens, values), ("line", tokens, curve)]
@@ -207,11 +221,11 @@ def _small_chart(run: Run, title: str, key: str, unit: str) -> Chart:
 
 
 def _loss_chart(run: Run) -> Chart:
-    tokens, loss = _column(run.steps, "tokens_seen"), _column(run.steps, "loss")
+    tokens, loss = run.steps["tokens_seen"], run.steps["loss"]
     chart = Chart("Loss against tokens seen", 1092, 460, tokens, is_log_x=bool(0 < 20 * tokens[0] < tokens[-1]))
     chart.note = f"nats per token: {_extremes(run, 'loss')}"
-    _add_reference(chart, run.part("trajectory"), _column(run.steps, "step"))
-    entropy = _number(run.part("result").get("unigram_entropy"))
+    _add_reference(chart, run.part("trajectory"), run.steps["step"])
+    entropy = number(run.part("result").get("unigram_entropy"))
     if entropy is not None:
         chart.lines.append(("unigram", np.array([0, tokens[-1]]), np.array([entropy, entropy])))
         chart.legend.append(
@@ -221,7 +235,7 @@ def _loss_chart(run: Run) -> Chart:
     chart.lines += [("raw", tokens, loss), ("line", tokens, smooth(loss, chart.is_log_x))]
     chart.legend.append(("loss", "train loss: each step thin, smoothed thick"))
     for record in run.evals:
-        if _number(record.get("eval_loss")) is not None:
+        if number(record.get("eval_loss")) is not None:
             text = f"eval loss {record['eval_loss']:.4f} at step {show(record['step'])}"
             chart.dots.append(("eval", record["tokens_seen"], record["eval_loss"], text))
     chart.legend += [("eval", "eval loss")] if chart.dots else []
@@ -229,11 +243,11 @@ def _loss_chart(run: Run) -> Chart:
     return chart
 
 
-def _add_envelope(chart: Chart, steps: list[dict]) -> None:
+def _add_envelope(chart: Chart, steps: dict[str, np.ndarray]) -> None:
     """The n-gram model's loss on the run's own tokens, where the guards used it."""
-    judged = [record for record in steps if _number(record.get("floor")) is not None]
-    if judged:
-        tokens, floors = _column(judged, "tokens_seen"), _column(judged, "floor")
+    judged = np.isfinite(steps["floor"])
+    if judged.any():
+        tokens, floors = steps["tokens_seen"][judged], steps["floor"][judged]
         chart.lines.append(("floor", tokens, smooth(floors, chart.is_log_x)))
         chart.legend.append(("floor", "n-gram baseline on the same tokens; no correct model is below it so early"))
 
@@ -256,10 +270,10 @@ def _add_reference(chart: Chart, trajectory: dict, steps: np.ndarray) -> None:
 def _finding_markers(run: Run) -> list[tuple[str, float, str, str]]:
     """A line at each finding; only the first of an id is labelled, with its count."""
     counts, markers = Counter(str(finding.get("id")) for finding in run.findings), []
-    for finding in sorted(run.findings, key=lambda finding: _number(finding.get("tokens_seen")) or 0):
+    for finding in sorted(run.findings, key=lambda finding: number(finding.get("tokens_seen")) or 0):
         name = str(finding.get("id"))
         count = counts.pop(name, 0)
         label = f"{name} x{count}" if count > 1 else name if count else ""
         text = f"{name} at step {show(finding.get('step'))}: {finding.get('found')}"
-        markers.append((str(finding.get("severity")), _number(finding.get("tokens_seen")) or 0, label, text))
+        markers.append((str(finding.get("severity")), number(finding.get("tokens_seen")) or 0, label, text))
     return markers

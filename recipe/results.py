@@ -14,6 +14,7 @@ import torch
 from recipe import rundir
 from recipe.arguments import Config, format_config
 from recipe.checkpoints import step_of
+from recipe.data.loader import count_bad, whole_position
 from recipe.data.pipeline import Data, unigram_entropy
 from recipe.data.source import counted
 from recipe.guards import GUARDS, RegressionCallback
@@ -137,7 +138,7 @@ def conclude(
     metrics = final_evaluation(trainer) if is_whole else {}
     entropy = unigram_entropy(data.eval_rows)
     if is_whole:
-        trainer.save_model(str(output_dir / "final"))
+        trainer.save_model(str(output_dir / "final"), _internal_call=True)  # `write_results` uploads it with its card
     judged = verdict(guards, signals.agreed, metrics.get("eval_loss"), entropy)
     code = GOOD if is_whole else 128 + signals.agreed if signals.agreed else STOPPED_BY_GUARD
     result = {
@@ -153,15 +154,10 @@ def conclude(
             source.name: rows * config.data.block_size
             for source, rows in zip(data.sources, data.loader.position["rows_by_source"], strict=True)
         },
+        "bad_documents_skipped": count_bad(whole_position(data.loader.position, config.training.world_size)),
         "unigram_entropy": entropy,
         **metrics,
-        "guards": {
-            "judged": sorted(guards.judged - guards.disabled),
-            "judged_steps": dict(guards.judged_steps),
-            "cannot_judge": guards.cannot_judge,
-            "not_applicable": guards.not_applicable,
-            "disabled": sorted(guards.disabled),
-        },
+        "guards": describe_guards(guards),
     }
     if trainer.is_world_process_zero():
         saved = trainer.last_saved
@@ -169,9 +165,21 @@ def conclude(
             is_of_this_step = saved is not None and step_of(saved) == result["steps"]
             say_how_to_continue(config, output_dir, saved if is_of_this_step else None)
         write_results(config, output_dir, data, guards, result, is_whole)
+        if is_whole and config.training.push_to_hub:
+            trainer.push_to_hub()
     if config.training.world_size > 1:
         torch.distributed.barrier()  # if a rank exits with 3, torchrun kills rank 0 while it writes the results
     return Outcome(code, {"run_dir": str(output_dir), **result}, trainer.is_world_process_zero())
+
+
+def describe_guards(guards: RegressionCallback) -> dict:
+    return {
+        "judged": sorted(guards.judged - guards.disabled),
+        "judged_steps": dict(guards.judged_steps),
+        "cannot_judge": guards.cannot_judge,
+        "not_applicable": guards.not_applicable,
+        "disabled": sorted(guards.disabled),
+    }
 
 
 def final_evaluation(trainer: PretrainTrainer) -> dict:

@@ -11,6 +11,7 @@ from recipe.arguments import Config
 from recipe.checkpoints import STREAM_STATE
 from recipe.errors import UserError
 from recipe.internals import set_last_rates
+from recipe.plain_json import dumps
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def settings_of(config: Config, model, tokenizer: PreTrainedTokenizerBase) -> di
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     free = {name: resolved[name] for name in FREE}
     free |= {"max_steps": config.max_steps, "ranks": training.world_size, "rows_per_step": rows}
-    return json.loads(json.dumps({"settings": settings, "free": free}))
+    return json.loads(dumps({"settings": settings, "free": free}))
 
 
 def read_stream_state(checkpoint: Path) -> dict:

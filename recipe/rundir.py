@@ -3,10 +3,11 @@
 import contextlib
 import itertools
 import json
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from recipe.checkpoints import list_checkpoints
 from recipe.errors import UserError
 from recipe.plain_json import dumps
 
+logger = logging.getLogger(__name__)
+EXIT = "exit.json"
 CONSEQUENCES = (1, 129, 130, 138, 143)  # exit codes that another rank's failure causes in this one
 PACKAGES = (
     "torch", "transformers", "datasets", "accelerate", "tokenizers", "sentencepiece", "evaluate", "pyarrow", "numpy",
@@ -26,12 +29,17 @@ def write_json(path: Path, values: dict) -> None:
     """Write atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(dumps(values, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(dumps(values, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def update_json(path: Path, values: dict) -> None:
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **values})
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}  # the folder was deleted
+    write_json(path, {**known, **values})
 
 
 def choose_output_dir(output_dir: str, is_default: bool, resume_from_checkpoint: str | None) -> Path:
@@ -71,9 +79,17 @@ def write_exit(code: int, reason: str, output_dir: Path | None) -> None:
     if earlier and (rank or ("rank" in earlier and code in CONSEQUENCES)):
         entry = earlier
     if rank == 0 and output_dir is not None and output_dir.is_dir():
-        write_json(output_dir / "exit.json", entry)
+        _try(write_json, output_dir / EXIT, entry)
     if asked and entry is not earlier:
-        write_json(Path(asked), entry)
+        _try(write_json, Path(asked), entry)
+
+
+def _try(write: Callable, path: Path, values: dict) -> None:
+    """A disk that fails must not hide why the run ended."""
+    try:
+        write(path, values)
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, error)
 
 
 def ended_on_purpose_before() -> bool:
@@ -99,6 +115,9 @@ def claim(output_dir: Path, rank: int) -> Iterator[None]:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+        (output_dir / EXIT).unlink(
+            missing_ok=True
+        )  # of the run before: if this one cannot write its own, none is right
     except Timeout:
         raise UserError(f"output_dir {output_dir}: another run is writing into it; wait, or choose another") from None
     except OSError as error:
@@ -113,7 +132,7 @@ def write_failure(code: int, reason: str, output_dir: Path) -> None:
     """Record in `exit.json` and `run.json` why a run ended without a result."""
     write_exit(code, reason, output_dir)
     if os.environ.get("RANK", "0") == "0" and (output_dir / "run.json").exists():
-        update_json(output_dir / "run.json", {"failure": reason})
+        _try(update_json, output_dir / "run.json", {"failure": reason})
 
 
 def describe_environment() -> dict:

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from recipe import checkpoints, rundir
 from recipe.arguments import Config
+from recipe.data.loader import start_server
 from recipe.data.pipeline import Data, build_data
 from recipe.data.stream import HeldOutRows
 from recipe.errors import DataError, UserError, exit_code_of, message_of
@@ -24,6 +25,7 @@ from recipe.internals import load_weights
 from recipe.memory import check_fits
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
 from recipe.model import agree_on_tf32, build_model, choose_attention, read_model_config, why_not_compile
+from recipe.redact import redact_all
 from recipe.results import Outcome, conclude, describe_run
 from recipe.resume import check_settings, load_position, read_stream_state, settings_of
 from recipe.signals import SignalCallback
@@ -52,7 +54,11 @@ def run_claimed(config: Config, output_dir: Path) -> Outcome:
     is_main = config.training.process_index == 0
     if is_main and (left := checkpoints.clean(output_dir)):
         logger.warning("removed what a killed run left half written or half deleted: %s", ", ".join(left))
-    run = assemble(config, output_dir)
+    try:
+        run = assemble(config, output_dir)
+    except BaseException as error:  # run.json is still that of the run which is to be resumed
+        rundir.write_exit(exit_code_of(error), message_of(error), output_dir)
+        raise
     data, guards, trainer = run.data, run.guards, run.trainer
     trainer.lineage = checkpoints.begin_part(run.checkpoint)
     describe_run(config, output_dir, data, trainer.model, run.checkpoint, trainer.lineage)
@@ -91,6 +97,8 @@ def assemble(config: Config, output_dir: Path) -> Assembled:
         str(getattr(config.training.optim, "value", config.training.optim)),
         config.training.device,
     )
+    if config.training.dataloader_num_workers:
+        start_server()
     data = build_data(config, flash_attention=attention.startswith("flash"))
     model = build_model(
         model_config=config.model.model_config,
@@ -159,6 +167,8 @@ def open_run(config: Config) -> Path:
         training.torch_compile, training.torch_compile_backend, training.torch_compile_mode = False, None, None
     # Set in place: `dataclasses.replace` would run TrainingArguments' `__post_init__` a second time.
     training.output_dir, training.max_steps = str(chosen[0]), config.max_steps
+    if training.hub_token is not None:  # TrainingArguments are saved with the model
+        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     training.dataloader_pin_memory = training.device.type == "cuda"  # without CUDA it only causes a warning
     if training.device.type == "cuda":
         agree_on_tf32()
@@ -196,12 +206,12 @@ def build_guards(config: Config) -> RegressionCallback:
         on_regression=config.guards.on_regression,
         disabled_guards=config.guards.disabled_guards,
         facts={
-            "source": config.data.source,
+            "source": redact_all(config.data.source),
             "is_new_model": config.model.model_config is not None,
             "train_tokens": config.max_steps * config.tokens_per_step,
         },
     )
-    guards.must_write = guards.is_saved_by_trainer = True
+    guards.is_saved_by_trainer = True
     return guards
 
 
@@ -248,5 +258,9 @@ def train(trainer: PretrainTrainer, guards: RegressionCallback, checkpoint: Path
         guards.open_files(trainer.args, trainer.state)
         guards.load(checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (DataError, UserError):  # raised on every rank, see `BatchLoader`
+            trainer.save_after_failure()
+            raise
     return time.perf_counter() - start

@@ -21,15 +21,17 @@ from recipe import checkpoints
 from recipe.data.files import first_line
 from recipe.data.loader import BatchLoader, merge_positions
 from recipe.data.source import Source
-from recipe.errors import is_disk_error
+from recipe.errors import DataError, is_disk_error
 from recipe.guards import RegressionCallback
 from recipe.guards.records import append_line, keep_until
 from recipe.internals import reset_logged_loss
+from recipe.publish import upload, upload_checkpoint
 from recipe.resume import keep_configured
 from recipe.rundir import versions, write_json
 from recipe.skipping import SkipCallback
 
 logger = logging.getLogger(__name__)
+WORDS_CHARS = 1 << 20  # of a text, searched for words at once
 
 
 class PretrainTrainer(Trainer):
@@ -45,6 +47,7 @@ class PretrainTrainer(Trainer):
         super().__init__(*args, train_dataset=train_loader.dataset, **kwargs)
         self.train_loader, self.guards, self.stream = train_loader, guards, stream
         self.skips = next(each for each in self.callback_handler.callbacks if isinstance(each, SkipCallback))
+        train_loader.batches_per_step = self.args.gradient_accumulation_steps
         train_loader.remember(3 * self.args.gradient_accumulation_steps)  # two steps, one of them being prefetched
         self.lineage: list[dict] = []
         self.last_saved: Path | None = None
@@ -54,6 +57,19 @@ class PretrainTrainer(Trainer):
 
     def get_train_dataloader(self) -> BatchLoader:
         return self.train_loader
+
+    def save_after_failure(self) -> None:
+        """A checkpoint of the last whole step, after the loader raised on all ranks."""
+        if self.state.global_step > self.lineage[-1]["step"]:
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs):
+        """Uploads the files of a model in `final`, and nothing else of the run directory."""
+        return upload(self, Path(self.args.output_dir) / "final", commit_message, blocking)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the folder will be renamed while it is uploaded. `_save_checkpoint` pushes what is committed."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -100,6 +116,8 @@ class PretrainTrainer(Trainer):
                 shutil.rmtree(staged, ignore_errors=True)
         if gather_all(problem)[0] is None:
             self.last_saved = Path(self.args.output_dir) / staged.name
+            if self.args.push_to_hub:
+                upload_checkpoint(self, self.last_saved)
 
     def _write_files(self, staged: Path, model, trial) -> None:
         staged.mkdir(parents=True, exist_ok=True)
@@ -228,7 +246,11 @@ class SampleCallback(TrainerCallback):
         if not state.is_world_process_zero or state.global_step == self._last_step:
             return
         self._last_step = state.global_step
-        self._known_words = self._known_words or words_of_sources(self.sources, self.tokenizer)
+        if self._known_words is None:
+            try:
+                self._known_words = words_of_sources(self.sources, self.tokenizer)
+            except DataError as error:  # the training may need none of these chunks
+                logger.warning("step %d | words are not compared with the source: %s", state.global_step, error)
         if not has_finite_logits(model, self.prompts[0]):
             logger.warning("step %d | no sample: the model's logits are not finite", state.global_step)
             return
@@ -293,17 +315,19 @@ def words_of_sources(sources: Sequence[Source], tokenizer, max_bytes: int = 1 <<
         size = 0
         for chunk in source.chunks:
             for content in source.read_chunk(chunk):
-                words.update(words_of(content if isinstance(content, str) else tokenizer.decode(content.ids)))
+                text = content if isinstance(content, str) else tokenizer.decode(content.ids)
+                for start in range(0, len(text), WORDS_CHARS):
+                    words.update(words_of(text[start : start + WORDS_CHARS]))
             size += chunk.num_bytes
             if size >= max_bytes / len(sources):
                 break
     return words
 
 
-def share_of_known_words(text: str, known: set[str]) -> float | None:
+def share_of_known_words(text: str, known: set[str] | None) -> float | None:
     """Share of the words in `text` that are in `known`, None without words. The first and last word may be cut."""
     words = words_of(text)[1:-1]
-    return sum(word in known for word in words) / len(words) if words else None
+    return sum(word in known for word in words) / len(words) if words and known is not None else None
 
 
 # --- progress

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import sys
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
@@ -37,27 +38,26 @@ class CountingFile(io.FileIO):
         return data
 
 
-def log_reads(out_dir: Path, combination: str) -> None:
-    """From here on, write down every row group that a process opens; workers inherit it."""
-    formats.close_parquet()
-    formats.is_remote = lambda path: True  # so that parquet is read through `open_file`
-    formats.open_file = lambda path: CountingFile(path)
-    Source.read_chunk = logged_read(out_dir, combination)
+@dataclass(frozen=True)
+class LoggedSource(Source):
+    """Writes down every row group that a process opens, also in a worker, which gets it by pickling."""
 
+    out_dir: str = ""
+    combination: str = ""
 
-def logged_read(out_dir: Path, combination: str):
-    def read_chunk(source, chunk):
+    def read_chunk(self, chunk):
+        formats.is_remote = lambda path: True  # so that parquet is read through `open_file`
+        formats.open_file = CountingFile
         before = CountingFile.num_bytes
-        contents = ORIGINAL_READ(source, chunk)
+        contents = super().read_chunk(chunk)
         record = {"path": chunk.path, "row_group": chunk.position, "bytes": CountingFile.num_bytes - before}
-        with (out_dir / f"reads-{combination}-{os.getpid()}.jsonl").open("a") as file:
+        with Path(self.out_dir, f"reads-{self.combination}-{os.getpid()}.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         return contents
 
-    return read_chunk
 
-
-ORIGINAL_READ = Source.read_chunk
+def logged_source(source: Source, **logged) -> LoggedSource:
+    return LoggedSource(**{field.name: getattr(source, field.name) for field in fields(Source)}, **logged)
 
 
 def train(config_path: str, out_dir: Path, combination: str, model_config: dict) -> None:
@@ -65,9 +65,11 @@ def train(config_path: str, out_dir: Path, combination: str, model_config: dict)
     words = ["--dataloader_num_workers", workers, "--per_device_train_batch_size", rows]
     words += ["--gradient_accumulation_steps", accumulation, "--max_steps", str(STEPS), "--save_strategy", "no"]
     config = parse_config(config_path, words, hardware_defaults())
-    Source.read_chunk = ORIGINAL_READ
-    data = build_data(config)
-    log_reads(out_dir, combination)  # after the hold-out has been read, which is every rank's
+    data = build_data(config)  # reads the hold-out, which is every rank's
+    logged = {"out_dir": str(out_dir), "combination": combination}
+    stream = data.loader.dataset
+    stream.parts = [replace(part, source=logged_source(part.source, **logged)) for part in stream.parts]
+    formats.close_parquet()
     config.training.max_steps = STEPS
     set_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**model_config))

@@ -7,6 +7,8 @@ It stands for the web in tests and benchmarks:
 """
 
 import re
+import socket
+import struct
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,10 +17,10 @@ from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Literal
 from urllib.parse import quote, unquote, urlsplit
 
 SEND_BYTES = 1 << 16
+FAULTS_OF_THE_BODY = ("reset", "short", "stall", "no range", "page")  # a HEAD request has none
 
 
 @dataclass
@@ -41,8 +43,9 @@ class RangeServer:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).resolve()
         self._requests: list[Request] = []
-        self._failures: list[str] = []
+        self._failures: list[str | None] = []
         self._lock = threading.Lock()
+        self.is_over = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
         self._server.daemon_threads = True  # a client that keeps its connection open must not hold up the end
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -53,6 +56,7 @@ class RangeServer:
         return self
 
     def __exit__(self, *error) -> None:
+        self.is_over.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -70,16 +74,27 @@ class RangeServer:
         with self._lock:
             self._requests, self._failures = [], []
 
-    def fail_next(self, count: int, how: Literal["503", "close"] = "503") -> None:
-        """Answer the next `count` requests with status 503, or close their connections without an answer."""
+    def fail_next(self, count: int, how: str = "503") -> None:
+        """Answer the next `count` requests in another way.
+
+        A status ("401", "503"): that status. "close": no answer, a closed connection. "reset": half of the body, then
+        a connection reset. "short": half of the body, then the end. "stall": headers, then nothing for as long as the
+        server lives. "no range": status 200 and the whole file. "page": status 200 and a page of HTML.
+        """
         with self._lock:
             self._failures += [how] * count
+
+    def fail_after(self, begin: int, how: str, count: int) -> None:
+        """As `fail_next`, from the `begin`th request on."""
+        with self._lock:
+            self._failures += [None] * begin + [how] * count
 
     def _begin(self, request: Request) -> str | None:
         """Notes the request; returns how it is to fail, if it is."""
         with self._lock:
             self._requests.append(request)
-            return self._failures.pop(0) if self._failures else None
+            is_due = self._failures and (request.method == "GET" or self._failures[0] not in FAULTS_OF_THE_BODY)
+            return self._failures.pop(0) if is_due else None
 
     def _count(self, request: Request, num_bytes: int) -> None:
         with self._lock:
@@ -92,16 +107,18 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # else a small answer waits 40 ms for the client's acknowledgement
 
     def handle(self) -> None:
-        with suppress(ConnectionError):  # the client has what it wanted and hung up
+        with suppress(OSError, ValueError):  # the client has what it wanted and hung up, or the test has reset it
             super().handle()
 
     def do_GET(self) -> None:
         self._request = Request(self.command, unquote(urlsplit(self.path).path))
-        failure = self.owner._begin(self._request)
-        if failure == "close":
+        self._failure = self.owner._begin(self._request)
+        if self._failure == "close":
             self.close_connection = True
-        elif failure == "503":
-            self._send(HTTPStatus.SERVICE_UNAVAILABLE, {})
+        elif self._failure == "page":
+            self._send(HTTPStatus.OK, {"Content-Type": "text/html"}, b"<html>Log in to the network</html>")
+        elif self._failure and self._failure.isdigit():
+            self._send(HTTPStatus(int(self._failure)), {})
         else:
             self._send_path(self.owner.folder / self._request.path.lstrip("/"))
 
@@ -125,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
             "ETag": f'"{facts.st_mtime_ns:x}-{facts.st_size:x}"',
             "Last-Modified": formatdate(facts.st_mtime, usegmt=True),
         }
-        asked = parse_range(self.headers.get("Range"), facts.st_size)
+        asked = parse_range(None if self._failure == "no range" else self.headers.get("Range"), facts.st_size)
         if asked is None:
             self._send(HTTPStatus.OK, headers, path, 0, facts.st_size)
         elif asked[0] >= asked[1]:
@@ -146,10 +163,23 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(body, bytes):
             self._send_piece(body)
             return
+        if self._failure in ("reset", "short", "stall"):
+            self._break_off(body.read_bytes()[start : (start + stop) // 2])
+            return
         with body.open("rb") as file:
             file.seek(start)
             for place in range(start, stop, SEND_BYTES):
                 self._send_piece(file.read(min(SEND_BYTES, stop - place)))
+
+    def _break_off(self, piece: bytes) -> None:
+        self.close_connection = True
+        if self._failure == "stall":
+            self.owner.is_over.wait()
+            return
+        self._send_piece(piece)
+        if self._failure == "reset":  # closing with a linger of 0 s sends RST
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
     def _send_piece(self, piece: bytes) -> None:
         self.owner._count(self._request, len(piece))  # before the client can know, so that no test has to wait

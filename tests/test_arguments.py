@@ -470,7 +470,7 @@ def test_names_of_ours_are_frozen():
         ModelArguments: ["model_config", "model_name_or_path", "tokenizer", "attn_implementation"],
         DataArguments: [
             "source", "text_column", "block_size", "train_tokens", "train_skip", "train_seed", "eval_skip",
-            "eval_seed", "eval_documents", "document_masking", "num_lanes", "on_changed_stream",
+            "eval_seed", "eval_documents", "document_masking", "num_lanes", "on_changed_stream", "on_bad_data",
                 "allow_change",
         ],
         GuardArguments: ["trajectory", "on_regression", "disabled_guards"],

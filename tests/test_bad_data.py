@@ -106,7 +106,7 @@ IDS, LARGE = pa.list_(pa.int32()), pa.list_(pa.int64())
         (pa.array([1.5]), UserError, "column 'text' holds double, neither text nor lists"),
         (pa.array([[1.5]]), UserError, "column 'text' holds list<.*double>, neither text nor lists"),
         (pa.array([], pa.string()), UserError, "without a single document"),
-        (pa.array([[5], [1, None]], IDS), DataError, "a null among the token ids of documents 0 to 1; remove it"),
+        (pa.array([[5], [1, None]], IDS), DataError, "document 1 has a null among its token ids; remove it"),
         (pa.array([[5], [2**32 + 5]], LARGE), DataError, "4294967301"),
     ],
 )

@@ -1,16 +1,13 @@
 """Files over HTTP, from a loopback server: what moves, and what a failing network costs; and the cache of indices."""
 
-import gc
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -169,15 +166,19 @@ def test_the_last_try_is_a_data_error_too(server, monkeypatch):
         source.read_chunk(source.chunks[0])
 
 
-def test_what_is_not_there_is_not_tried_again(server, folder, slept):
+def test_what_is_not_there_at_the_start_is_not_tried_again(server, slept):
     with pytest.raises(UserError, match="no such file"):
         open_source(f"{server.url}/b.parquet")
+    assert slept == []
+
+
+def test_what_is_gone_later_is(server, folder, slept):
     (folder / "gone.jsonl").write_text('{"text": "a"}')
     source = open_source(f"{server.url}/gone.jsonl")
     (folder / "gone.jsonl").unlink()
-    with pytest.raises(DataError, match=r"gone\.jsonl: cannot read documents"):
+    with pytest.raises(DataError, match=r"gone\.jsonl: cannot read documents 0 to 0 \(not found"):
         source.read_chunk(source.chunks[0])
-    assert slept == []
+    assert slept == list(RETRY_SECONDS)
 
 
 def test_a_server_without_ranges_is_refused_in_words(folder, monkeypatch):
@@ -258,22 +259,3 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(folder, tmp_path, monke
 def test_a_parquet_file_written_anew_is_read_anew(write_parquet):
     for texts in (["first"] * 20, ["and", "the second"] * 300):
         assert read_all(open_source(write_parquet(0, texts=texts))) == texts
-
-
-def read_as_a_worker(url: str) -> None:
-    fsspec.filesystem("http").cat(url)
-    gc.collect()
-
-
-def test_a_forked_worker_does_not_silence_its_parents_connections(tmp_path):
-    """Without `_hold_file_systems` the second round waits for fsspec's timeout of 300 s."""
-    (tmp_path / "a.txt").write_text("text")
-    with RangeServer(tmp_path) as server:
-        for _ in range(3):
-            assert fsspec.filesystem("http").cat(f"{server.url}/a.txt") == b"text"
-            worker = multiprocessing.get_context("fork").Process(
-                target=read_as_a_worker, args=(f"{server.url}/a.txt",)
-            )
-            worker.start()
-            worker.join()
-            assert worker.exitcode == 0

@@ -4,7 +4,6 @@ import ast
 import re
 from pathlib import Path
 
-import fsspec
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
@@ -149,11 +148,6 @@ def test_evaluate_begin_metric(tmp_path):
     module.selected_feature_format = module.features
     internals.begin_metric(module)
     assert module.writer is not None
-
-
-def test_fsspec_cached_filesystems():
-    instance = fsspec.filesystem("memory")
-    assert instance in list(internals.cached_filesystems([type(instance)]))
 
 
 def test_private_names_are_used_there_only():

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from recipe.__main__ import run
@@ -52,7 +53,7 @@ def test_recorded_runs_and_new_ones_like_them_are_inside_a_broken_one_is_not(tmp
 
 
 def test_the_band_is_recomputed_from_the_losses():
-    curve = [{"loss": loss, "tokens_seen": 64 * (i + 1)} for i, loss in enumerate([5.0, 4.0] * 20)]
+    curve = {"loss": np.array([5.0, 4.0] * 20), "tokens_seen": 64.0 * np.arange(1, 41)}
     point = point_at(20, [curve])
     deviation = 0.5270462766947299 * 1.25 / 10**0.5  # of ten losses 5, 4, 5, 4 ...; see record.py
     assert point["loss"] == 4.5 and point["tokens"] == 64 * 20
@@ -60,7 +61,7 @@ def test_the_band_is_recomputed_from_the_losses():
 
 
 def test_a_run_without_noise_still_has_a_band():
-    curve = [{"loss": 5.0, "tokens_seen": 64 * (i + 1)} for i in range(40)]
+    curve = {"loss": np.full(40, 5.0), "tokens_seen": 64.0 * np.arange(1, 41)}
     assert point_at(20, [curve])["low"] == 5.0 - MIN_HALF_WIDTH
 
 

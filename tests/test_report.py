@@ -266,6 +266,7 @@ def test_data_facts_are_those_of_run_json(make_run):
         ("Size", "25,000,000 bytes"),
         ("Content hash", "feedface"),
         ("Passes", "2"),
+        ("Bad documents skipped", "–"),
         ("Tokens read", f"{60 * TOKENS_PER_STEP:,} of docstrings"),
         ("Tokens read", f"0 of {HOSTILE}"),
     ]

@@ -200,13 +200,13 @@ def test_several_gpus_start_torchrun(checkout):
     checkout.add_gpus(4)
     checkout.run("--max_steps", "5", FAKE_TORCH_GPUS="4")
     train = f"-m recipe train {checkout.config('llama_180m')} --max_steps 5"
-    assert checkout.calls[-1] == f"-m torch.distributed.run --standalone --nproc-per-node 4 {train}"
+    assert checkout.calls[-1] == f"-m torch.distributed.run --standalone --nproc-per-node 4 --max-restarts 0 {train}"
 
 
 def test_nproc_overrides_the_number_of_processes(checkout):
     checkout.run(NPROC="2")
     train = f"-m recipe train {checkout.config('cpu_demo')}"
-    assert checkout.calls == [f"-m torch.distributed.run --standalone --nproc-per-node 2 {train}"]
+    assert checkout.calls == [f"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 0 {train}"]
     checkout.add_gpus(4)
     checkout.run(NPROC="1", FAKE_TORCH_GPUS="4")
     assert checkout.calls[-1] == f"-m recipe train {checkout.config('llama_180m')}"

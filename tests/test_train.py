@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from recipe.__main__ import run
 from recipe.arguments import parse_config
 from recipe.checkpoints import choose, commit, step_of
 from recipe.data.pipeline import build_data
-from recipe.data.source import Source
+from recipe.data.source import Source, open_source
 from recipe.errors import DataError
 from recipe.guards.records import read_lines
 from recipe.trainer import StreamCallback
@@ -333,7 +334,9 @@ def test_a_mistake_is_one_message_and_the_right_code(write_config, capsys, chang
 
 def test_an_unknown_command_names_those_that_exist(capsys):
     assert run(["trian"]) == 2
-    assert "there are train, check, verify-data, tokenize, report, explain, trajectory" in capsys.readouterr().err
+    assert (
+        "there are train, check, plan, verify-data, tokenize, report, explain, trajectory" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -503,15 +506,17 @@ def test_an_older_checkpoint_goes_when_the_new_one_is_complete(write_config, tmp
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
 
 
-def test_a_killed_worker_is_a_data_error(write_config, tmp_path, capsys, monkeypatch):
-    read, parent = Source.read_chunk, os.getpid()
+class DyingSource(Source):
+    """Kills the worker that reads it."""
 
-    def dying(source, chunk):
-        if os.getpid() != parent:
+    def read_chunk(self, chunk):
+        if multiprocessing.parent_process() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(source, chunk)
+        return super().read_chunk(chunk)
 
-    monkeypatch.setattr(Source, "read_chunk", dying)
+
+def test_a_killed_worker_is_a_data_error(write_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("recipe.data.pipeline.open_source", lambda *given: DyingSource(**vars(open_source(*given))))
     assert run(["train", write_config(), "--dataloader_num_workers", "2"]) == 4
     error = capsys.readouterr().err
     assert "a data worker was killed" in error and "Traceback" not in error

@@ -6,7 +6,7 @@ from functools import lru_cache
 import pyarrow as pa
 
 from recipe.data.files import is_remote, open_file
-from recipe.data.formats import Chunk, Content, FileIndex, check_column, contents_of
+from recipe.data.formats import Chunk, Content, FileIndex, OnBad, check_column, contents_of, refuse
 from recipe.errors import UserError
 
 
@@ -32,6 +32,6 @@ def _open_arrow(path: str) -> pa.Table:
         return pa.ipc.open_file(source).read_all()
 
 
-def read_arrow_chunk(chunk: Chunk, column: str) -> list[Content]:
+def read_arrow_chunk(chunk: Chunk, column: str, on_bad: OnBad = refuse) -> list[Content]:
     batch = _open_arrow(chunk.path).column(column).chunk(chunk.position)
-    return contents_of(pa.table({column: batch}), chunk, column)
+    return contents_of(pa.table({column: batch}), chunk, column, on_bad)

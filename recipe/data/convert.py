@@ -23,11 +23,13 @@ import pyarrow.parquet as pq
 
 from recipe.data import sniff
 from recipe.data.docstrings import default_cache_dir
-from recipe.data.files import FileFacts, first_line, open_file
+from recipe.data.files import FileFacts, first_line, is_remote, open_file
 from recipe.data.formats import (
+    BAD,
     READ_BYTES,
     Content,
     FileIndex,
+    TokenIds,
     content_in,
     index_parquet,
     no_column,
@@ -41,38 +43,46 @@ VERSION = 1  # increase it when the result would differ
 CONTENT = b"recipe_content"  # metadata: hash of the documents
 GROUP_DOCUMENTS, GROUP_BYTES = 1000, 1 << 20
 ANNOUNCED_BYTES = 1 << 26
+UNDECODED = "surrogateescape"  # the document with such a byte is bad, not the file
 csv.field_size_limit(sys.maxsize)
 
 
-def convert(path: str, kind: str, column: str, facts: FileFacts) -> FileIndex:
+def convert(path: str, kind: str, column: str, facts: FileFacts, skips: bool = False) -> FileIndex:
     """The index of a parquet file with the documents of `path`, which is written unless the cache has it.
 
     Any number of processes may call it at the same time. Raises `UserError` or `DataError` for content that is no
-    `kind` ("jsonl", "text" or "csv").
+    `kind` ("jsonl", "text" or "csv"), and for a document that cannot be read; with `skips` that one is empty in the
+    copy, with the reason beside it.
     """
     key = hashlib.sha256(json.dumps([VERSION, asdict(facts), kind, column]).encode()).hexdigest()[:24]
-    target = default_cache_dir() / "converted" / key / f"{Path(path).name}.parquet"
+    target = default_cache_dir() / "converted" / key / f"{_file_name(path)}.parquet"
     if not target.exists() or not facts.modified:  # the server names no version: it may be another file by now
         if facts.num_bytes > ANNOUNCED_BYTES:
             logger.info("%s: reading it once into %s (%.0f MB)", path, target.parent, facts.num_bytes / 1e6)
-        _write(path, kind, column, target)
+        _write(path, kind, column, target, skips)
     content = pq.read_metadata(target).metadata[CONTENT].decode()
     return FileIndex(index_parquet(str(target), column).chunks, content)
 
 
-def _write(path: str, kind: str, column: str, target: Path) -> None:
+def _file_name(path: str) -> str:
+    return Path(path.partition("?")[0] if is_remote(path) else path).name  # the query may hold credentials
+
+
+def _write(path: str, kind: str, column: str, target: Path, skips: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     digest, writer = hashlib.blake2b(digest_size=8), None
     try:
-        for group in _groups(_read(path, kind, column)):
-            values = pa.array([text if isinstance(text, str) else text.ids for text in group])
+        for group in _groups(_read(path, kind, column, skips)):
+            bad = pa.array([str(each) if isinstance(each, Exception) else None for each in group], pa.string())
+            values = pa.array([each.ids if isinstance(each, TokenIds) else _text_of(each) for each in group])
             if writer is None:
-                schema = pa.schema([(column, values.type)])
+                values = values.cast(pa.string()) if pa.types.is_null(values.type) else values
+                schema = pa.schema([(column, values.type), (BAD, bad.type)])
                 writer = pq.ParquetWriter(partial, schema, compression="zstd", use_dictionary=False)
-            writer.write_table(pa.table([values], schema=writer.schema))
+            writer.write_table(pa.table([values.cast(writer.schema.field(0).type), bad], schema=writer.schema))
             for text in group:
-                data = text.encode() if isinstance(text, str) else text.ids.tobytes()
+                data = text.ids.tobytes() if isinstance(text, TokenIds) else (_text_of(text) or "").encode()
                 digest.update(b"%d:" % len(data) + data)
         if writer is None:
             writer = pq.ParquetWriter(partial, pa.schema([(column, pa.string())]))
@@ -89,11 +99,15 @@ def _write(path: str, kind: str, column: str, target: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _groups(documents: Iterator[Content]) -> Iterator[list[Content]]:
+def _text_of(document: str | Exception) -> str | None:
+    return None if isinstance(document, Exception) else document
+
+
+def _groups(documents: Iterator[Content | Exception]) -> Iterator[list[Content | Exception]]:
     group, size = [], 0
     for document in documents:
         group.append(document)
-        size += len(document)
+        size += 0 if isinstance(document, Exception) else len(document)
         if len(group) == GROUP_DOCUMENTS or size >= GROUP_BYTES:
             yield group
             group, size = [], 0
@@ -101,16 +115,38 @@ def _groups(documents: Iterator[Content]) -> Iterator[list[Content]]:
         yield group
 
 
-def _read(path: str, kind: str, column: str) -> Iterator[Content]:
+def _read(path: str, kind: str, column: str, skips: bool) -> Iterator[Content | Exception]:
+    """The documents; with `skips`, the error in place of one that cannot be read."""
     with _open_text(path, newline="" if kind == "csv" else None) as text:
-        if kind == "text":
-            for piece in text_documents(line.encode() for line in text):
-                yield without_mark(piece.decode()).strip("\n")
-        elif kind == "csv":
-            yield from _csv_fields(text, path, column)
-        else:
-            for number, value in enumerate(_json_values(text, path)):
-                yield content_in(value, column, f"{path}: document {number}")
+        found = (
+            _pieces(text) if kind == "text" else (_csv_fields if kind == "csv" else _json_values)(text, path, column)
+        )
+        for number, value in enumerate(found):
+            try:
+                yield _content_of(value, column, f"{path}: document {number}")
+            except (DataError, UserError) as error:
+                if not skips:
+                    raise
+                yield error
+
+
+def _content_of(value: Any, column: str, here: str) -> Content:
+    if isinstance(value, Exception):
+        raise DataError(f"{here} is not JSON ({first_line(value)}); fix or remove that line") from value
+    content = content_in(value, column, here)
+    try:
+        if isinstance(content, str):
+            content.encode()
+        return content
+    except UnicodeEncodeError as error:  # a byte that was not decoded, or half of an escaped surrogate pair
+        raise DataError(
+            f"{here} is no text: {error.reason} at its character {error.start}; fix or remove it"
+        ) from error
+
+
+def _pieces(text: TextIO) -> Iterator[str]:
+    for piece in text_documents(line.encode(errors=UNDECODED) for line in text):
+        yield without_mark(piece.decode(errors=UNDECODED)).strip("\n")
 
 
 @contextmanager
@@ -125,7 +161,7 @@ def _open_text(path: str, newline: str | None) -> Iterator[TextIO]:
             raw = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), compression), READ_BYTES)
         head = raw.peek()[: sniff.HEAD_BYTES]
         sniff.refuse_binary(head, path)
-        yield io.TextIOWrapper(raw, sniff.encoding_of(head), newline=newline)
+        yield io.TextIOWrapper(raw, sniff.encoding_of(head), UNDECODED, newline)
 
 
 def _csv_fields(text: TextIO, path: str, column: str) -> Iterator[str]:
@@ -142,15 +178,16 @@ def _csv_fields(text: TextIO, path: str, column: str) -> Iterator[str]:
     yield from (row[place] if place < len(row) else "" for row in rows if row)
 
 
-def _json_values(text: TextIO, path: str) -> Iterator[Any]:
-    """The lines' values; or the items of an array; or objects one after the other, over any number of lines."""
+def _json_values(text: TextIO, path: str, column: str) -> Iterator[Any]:
+    """The lines' values, or why a line has none; or the items of an array; or objects one after the other, over any
+    number of lines."""
     start = text.readline()
     while start and not start.strip():
         start = text.readline()
     place = 0
     try:
         if sniff.holds_json_lines(start):
-            yield from (json.loads(line) for line in chain([start], text) if line.strip())
+            yield from (_value_of(line) for line in chain([start], text) if line.strip())
             return
         whole, decoder = (start + text.read()).strip(), json.JSONDecoder()
         while place < len(whole):
@@ -160,3 +197,10 @@ def _json_values(text: TextIO, path: str) -> Iterator[Any]:
                 place += 1
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({first_line(error)}); fix or remove that line") from error
+
+
+def _value_of(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return error

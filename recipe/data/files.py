@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import aiohttp
 import fsspec
 
 from recipe.errors import DataError, UserError
-from recipe.internals import cached_filesystems
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -40,24 +40,7 @@ TRAIN_SPLIT = re.compile(r"(?i)(^|[/._ -])train(ing)?([/._ -]|$)")
 OTHER_SPLIT = re.compile(r"(?i)(^|[/._ -])(test(ing)?|valid(ation)?|val|dev|eval(uation)?)([/._ -]|$)")
 HUB_OFFLINE_HINT = "train on data that needs no network, --source docstrings, or on your own files"
 RETRY_SECONDS = (1, 2, 4, 8, 16)
-
-
-_held: list[fsspec.AbstractFileSystem] = []
-
-
-def _hold_file_systems() -> None:
-    """Keep the file systems alive in a forked DataLoader worker.
-
-    fsspec (2026.9) drops them there. Closing the parent's connections then changes the epoll instance that parent and
-    child share: the parent is no longer woken, and its next request waits for the timeout of 300 s.
-    """
-    classes = [fsspec.AbstractFileSystem]
-    for cls in classes:
-        classes += cls.__subclasses__()
-    _held[:] = cached_filesystems(classes)
-
-
-os.register_at_fork(before=_hold_file_systems)
+STALL_SECONDS = 60  # an HTTP connection that is silent for so long has failed; aiohttp would wait for 300 s
 
 
 @dataclass(frozen=True)
@@ -107,9 +90,17 @@ def is_remote(path: str) -> bool:
     return "://" in path and not path.startswith("file://")
 
 
+def _file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path inside it."""
+    if not path.startswith(("http://", "https://")):
+        return fsspec.core.url_to_fs(path)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=STALL_SECONDS)
+    return fsspec.core.url_to_fs(path, client_kwargs={"timeout": timeout})
+
+
 def open_file(path: str):
     """A file object without read-ahead, which would fetch bytes that another reader needs."""
-    filesystem, inside = fsspec.core.url_to_fs(path)
+    filesystem, inside = _file_system(path)
     return filesystem.open(inside, "rb", **({"cache_type": "none"} if is_remote(path) else {}))
 
 
@@ -121,7 +112,8 @@ def size_of(file) -> int:
 
 def facts_of(path: str) -> FileFacts:
     """Size and version of a file, without reading it. `modified` is "" where the server sends none."""
-    filesystem, inside = fsspec.core.url_to_fs(path)
+    filesystem, inside = _file_system(path)
+    filesystem.invalidate_cache()  # some remember what they have listed
     info = filesystem.info(inside)
     if not is_remote(path):
         return FileFacts(path, info["size"], str(os.stat(inside).st_mtime_ns))
@@ -129,20 +121,33 @@ def facts_of(path: str) -> FileFacts:
     return FileFacts(path, info["size"] or 0, str(version))
 
 
-def with_retries(read: Callable[[], Result], path: str) -> Result:
+def with_retries(read: Callable[[], Result], path: str, was_read: bool = False) -> Result:
     """`read()`, repeated after a wait where the network fails; `OSError` when all attempts fail. Local files are not
-    retried."""
+    retried.
+
+    `was_read`: the file could be read before, so any failure may be temporary: a missing file, a refused login, a
+    server that ignores ranges, an error page instead of the data.
+    """
     for seconds in (*RETRY_SECONDS, None):
         try:
             return read()
+        except (UserError, DataError):
+            raise
         except Exception as error:  # each protocol's client has exceptions of its own
-            reason = _network_failure(error) if is_remote(path) else None
+            reason = (_network_failure(error) or (error if was_read else None)) if is_remote(path) else None
             if reason is None:
                 raise
+            words = _in_words(reason)
             if seconds is None:
-                raise OSError(first_line(reason)) from error
-            logger.warning("%s: %s; trying again in %d s", path, first_line(reason), seconds)
+                raise OSError(words) from error
+            logger.warning("%s: %s; trying again in %g s", path, words, seconds)
             time.sleep(seconds)
+
+
+def _in_words(reason: BaseException) -> str:
+    if isinstance(reason, TimeoutError):
+        return f"no answer within {STALL_SECONDS:g} s"
+    return "not found (404)" if isinstance(reason, FileNotFoundError) else first_line(reason)
 
 
 def _network_failure(error: BaseException | None) -> BaseException | None:
@@ -181,7 +186,7 @@ def _hub_files(source: str) -> list[str]:
 
 def _list_files(source: str) -> list[str]:
     try:
-        filesystem, path = fsspec.core.url_to_fs(source)
+        filesystem, path = _file_system(source)
     except (ImportError, ValueError) as error:
         raise UserError(
             f"source {source!r}: {first_line(error)}; a source is docstrings, hf://OWNER/NAME, or files: "

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +35,7 @@ END_OF_TEXT = b"<|endoftext|>"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A token cache also has metadata in each file, and a column with the hash of each text.
 TOKEN_CACHE, TEXT_DIGEST = "recipe_token_cache", "recipe_text_digest"
+BAD = "recipe_bad"  # a column of a converted file: why a document could not be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,18 @@ class TokenIds:
 
 
 Content = str | TokenIds
+
+
+class BadDocument(str):
+    """Stands for a document that cannot be read and is skipped: an empty text that can be told from others."""
+
+
+def refuse(error: Exception) -> Content:
+    raise error
+
+
+# What stands for a document that cannot be read, given the reason; or it raises the reason.
+OnBad = Callable[[DataError | UserError], Content]
 
 
 @dataclass(frozen=True)
@@ -162,31 +175,57 @@ def _open_parquet(path: str, process_id: int) -> pq.ParquetFile:
     return pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
 
 
-def read_parquet_chunk(chunk: Chunk, column: str) -> list[Content]:
+def read_parquet_chunk(chunk: Chunk, column: str, on_bad: OnBad = refuse) -> list[Content]:
     """The chunk's documents in file order; null rows are empty."""
     file = open_parquet(chunk.path)
-    columns = [name for name in (column, TEXT_DIGEST) if name in file.schema_arrow.names]
-    return contents_of(file.read_row_group(chunk.position, columns=columns, use_threads=False), chunk, column)
+    columns = [name for name in (column, TEXT_DIGEST, BAD) if name in file.schema_arrow.names]
+    table = file.read_row_group(chunk.position, columns=columns, use_threads=False)
+    contents = contents_of(table, chunk, column, on_bad)
+    if BAD not in columns:
+        return contents
+    reasons = table.column(BAD).slice(chunk.first_row, chunk.num_documents).to_pylist()
+    pairs = zip(contents, reasons, strict=True)
+    return [content if reason is None else on_bad(DataError(reason)) for content, reason in pairs]
 
 
-def contents_of(table: pa.Table, chunk: Chunk, column: str) -> list[Content]:
+def contents_of(table: pa.Table, chunk: Chunk, column: str, on_bad: OnBad) -> list[Content]:
     table = table.slice(chunk.first_row, chunk.num_documents).combine_chunks()
     values = table.column(column).combine_chunks()
     if _is_token_ids(values.type):
         known = TEXT_DIGEST in table.column_names
         digests = table.column(TEXT_DIGEST).to_pylist() if known else [b""] * len(values)
-        return [TokenIds(*pair) for pair in zip(_lists_of(values, chunk), digests, strict=True)]
+        try:
+            return [TokenIds(*pair) for pair in zip(_lists_of(values, "", 0), digests, strict=True)]
+        except DataError:  # some document; find which
+            first = chunk.first_document
+
+            def read(digest: bytes, row: int) -> TokenIds:
+                return TokenIds(*_lists_of(values.slice(row, 1), chunk.path, first + row), digest)
+
+            return _one_by_one(digests, read, on_bad)
     try:
         return [text or "" for text in values.to_pylist()]
     except UnicodeDecodeError:
-        return [_decode(text, chunk, i) for i, text in enumerate(values.cast(pa.binary()).to_pylist())]
+        pieces = values.cast(pa.binary()).to_pylist()
+        return _one_by_one(pieces, lambda text, i: _decode(text, chunk, i), on_bad)
 
 
-def _lists_of(values: pa.Array, chunk: Chunk) -> list[np.ndarray]:
+def _one_by_one(items: Iterable, read: Callable[..., Content], on_bad: OnBad) -> list[Content]:
+    """`read(item, row)` of each item, or what stands for a document that cannot be read."""
+    documents: list[Content] = []
+    for row, item in enumerate(items):
+        try:
+            documents.append(read(item, row))
+        except (DataError, UserError) as error:
+            documents.append(on_bad(error))
+    return documents
+
+
+def _lists_of(values: pa.Array, path: str, document: int) -> list[np.ndarray]:
     flat = values.flatten()  # without null lists
     if flat.null_count:
-        raise DataError(f"{chunk.path}: a null among the token ids of documents {_range_of(chunk)}; remove it")
-    ids = _as_int32(flat.to_numpy(zero_copy_only=False), f"{chunk.path}: documents {_range_of(chunk)}")
+        raise DataError(f"{path}: document {document} has a null among its token ids; remove it")
+    ids = _as_int32(flat.to_numpy(zero_copy_only=False), f"{path}: document {document}")
     lengths = values.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     return np.split(ids, np.cumsum(lengths)[:-1])
 
@@ -195,10 +234,6 @@ def _as_int32(ids: np.ndarray, where: str) -> np.ndarray:
     if len(ids) and not INT32.min <= ids.min() <= ids.max() <= INT32.max:
         raise DataError(f"{where}: token ids from {ids.min()} to {ids.max()} are invalid; fix or remove them")
     return ids.astype(np.int32)
-
-
-def _range_of(chunk: Chunk) -> str:
-    return f"{chunk.first_document} to {chunk.stop_document - 1}"
 
 
 def _decode(text: bytes | None, chunk: Chunk, row: int) -> str:
@@ -263,12 +298,15 @@ def _cut(path: str, file_size: int, pieces: Iterator[tuple[bytes, int]]) -> File
 def _read_bytes(chunk: Chunk) -> bytes:
     with open_file(chunk.path) as file:
         file.seek(chunk.position)
-        return file.read(chunk.num_bytes).removeprefix(b"" if chunk.position else BYTE_ORDER_MARK)
+        found = file.read(chunk.num_bytes)
+    if len(found) != chunk.num_bytes:  # a connection that broke off, or a server's error page
+        raise ConnectionError(f"{len(found):,} bytes came of {chunk.num_bytes:,}")
+    return found.removeprefix(b"" if chunk.position else BYTE_ORDER_MARK)
 
 
-def read_jsonl_chunk(chunk: Chunk, column: str) -> list[Content]:
-    lines = [line for line in _read_bytes(chunk).split(b"\n") if line.strip()]
-    return [_content_of(line, chunk, i, column) for i, line in enumerate(lines)]
+def read_jsonl_chunk(chunk: Chunk, column: str, on_bad: OnBad = refuse) -> list[Content]:
+    lines = (line for line in io.BytesIO(_read_bytes(chunk)) if line.strip())
+    return _one_by_one(lines, lambda line, i: _content_of(line, chunk, i, column), on_bad)
 
 
 def _content_of(line: bytes, chunk: Chunk, row: int, column: str) -> Content:
@@ -333,10 +371,9 @@ def text_documents(file) -> Iterator[bytes]:
         yield b"".join(lines)
 
 
-def read_text_chunk(chunk: Chunk, column: str) -> list[Content]:
+def read_text_chunk(chunk: Chunk, column: str, on_bad: OnBad = refuse) -> list[Content]:
     pieces = text_documents(io.BytesIO(_read_bytes(chunk)))
-    texts = [_decode(piece, chunk, i) for i, piece in enumerate(pieces)]
-    return [without_mark(text).strip("\r\n") for text in texts]
+    return _one_by_one(pieces, lambda piece, i: without_mark(_decode(piece, chunk, i)).strip("\r\n"), on_bad)
 
 
 def without_mark(text: str) -> str:

@@ -1,11 +1,14 @@
 """Finds copies of the held-out documents, which belong to eval only, in the training data."""
 
 import hashlib
+import re
 from collections.abc import Iterable
+from itertools import islice
 
 from recipe.data.formats import Content
 
-HEAD_WORDS, HEAD_CHARS = 8, 64
+HEAD_WORDS, HEAD_CHARS, WORDS_AT_ONCE = 8, 64, 10_000
+WORD = re.compile(r"\S+")
 
 
 class HoldOutFilter:
@@ -33,7 +36,11 @@ def digest_of(content: Content, eos_token_id: int | None = None) -> bytes:
     if not isinstance(content, str):
         ids = content.ids[:-1] if len(content) and content.ids[-1] == eos_token_id else content.ids
         return content.text_digest or hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
-    return hashlib.blake2b(" ".join(content.split()).casefold().encode(), digest_size=16).digest()
+    digest, words, space = hashlib.blake2b(digest_size=16), (match[0] for match in WORD.finditer(content)), ""
+    while some := list(islice(words, WORDS_AT_ONCE)):  # a list of all words takes many times the memory of the text
+        digest.update((space + " ".join(some)).casefold().encode())
+        space = " "
+    return digest.digest()
 
 
 def _head(text: str) -> str:

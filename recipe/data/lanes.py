@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from recipe.data.formats import Chunk
+from recipe.data.formats import BadDocument, Chunk
 from recipe.data.hold_out import HoldOutFilter
 from recipe.data.packing import Document, LaneState
 from recipe.data.source import Source, counted, cut_chunks
@@ -111,10 +111,10 @@ def read_lane(
 ) -> Iterator[Document]:
     """The lane's documents from `state` on, endlessly: chunks shuffled in each pass, documents shuffled in each chunk.
 
-    Documents that equal a held-out one are skipped. Raises `UserError` after a whole pass without text, which would
-    otherwise never end.
+    Documents that equal a held-out one are skipped, and those that cannot be read, which are counted in the state.
+    Raises `UserError` after a whole pass without text, which would otherwise never end.
     """
-    state = dict(state)
+    state, bad = dict(state), state.get("bad", 0)
     while True:
         is_whole_pass, has_text = state["chunk"] == state["document"] == 0, False
         order = shuffled(chunks, split.seed, lane, state["pass"])
@@ -125,6 +125,9 @@ def read_lane(
             for place in range(state["document"], len(indices)):
                 here = {"pass": state["pass"], "chunk": position, "document": place, "token": 0}
                 content = contents[indices[place] - chunk.first_document]
+                bad += isinstance(content, BadDocument)
+                if bad:
+                    here["bad"] = bad
                 if hold_out_filter is None or not hold_out_filter.holds(content):
                     has_text = has_text or len(content) > 0
                     yield Document(indices[place], content, here)

@@ -2,22 +2,31 @@
 
 import copy
 import ctypes
+import itertools
+import logging
+import multiprocessing
 import signal
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
 
+from recipe.data import files
 from recipe.data.collator import DataCollatorForPackedRows
 from recipe.data.files import first_line
 from recipe.data.packing import Row
 from recipe.data.stream import RowStream, check_division, source_of_row
-from recipe.errors import DataError
+from recipe.errors import DataError, UserError, message_of
+from recipe.redact import configure_logging
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 PREFETCHED_ROWS = 64  # per worker: it tokenizes dozens of rows at once, and must not wait for the others
+# Workers are forked from a server process without threads. Forked from this one they may inherit a lock that is held:
+# the tokenizer's thread pool is such a case, where TOKENIZERS_PARALLELISM is set.
+START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 class BatchLoader:
@@ -25,7 +34,10 @@ class BatchLoader:
 
     Must not be prepared by accelerate: the stream has done the sharding. Iterating again continues after the last row
     consumed; it never starts over. A checkpoint stores `position`; on several ranks each knows only its own lanes, see
-    `merge_positions`. Raises `UserError` where ranks times workers do not divide the lanes.
+    `whole_position`. Raises `UserError` where ranks times workers do not divide the lanes.
+
+    Iterating reads `batches_per_step` micro-batches at once. Where that fails on one rank it raises on every rank,
+    with the position where it was before, so that all of them can save a checkpoint of the last step.
     """
 
     def __init__(self, stream: RowStream, collator: DataCollatorForPackedRows, batch_size: int, num_workers: int = 0):
@@ -34,11 +46,35 @@ class BatchLoader:
         self.collator = collator
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.batches_per_step = 1
         self.position = stream.start()
+        self._group = None  # of the ranks, over the host's network
         self._recent: deque = deque(maxlen=0)
         self._num_batches = 0
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        batches = self._collated()
+        while found := self._read_step(batches):
+            yield from found
+
+    def _read_step(self, batches: Iterator[dict]) -> list[dict]:
+        before, found, failure = self._copied_position(), [], None
+        try:
+            found = list(itertools.islice(batches, self.batches_per_step))
+        except (DataError, UserError) as error:
+            failure = error
+        if self.dataset.world_size > 1 and torch.distributed.is_initialized():
+            self._group = self._group or torch.distributed.new_group(backend="gloo")
+            failures = [None] * self.dataset.world_size
+            own = failure and type(failure)(message_of(failure))
+            torch.distributed.all_gather_object(failures, own, self._group)
+            failure = failure or next(filter(None, failures), None)
+        if failure is not None:
+            self.position = before
+            raise failure
+        return found
+
+    def _collated(self) -> Iterator[dict[str, torch.Tensor]]:
         for rows in self.batches():
             self._recent.append([(row.source, row.documents) for row in rows])
             self._num_batches += 1
@@ -60,6 +96,8 @@ class BatchLoader:
         self.dataset.position = copy.deepcopy(self.position)
         # The order of the lanes does not use torch's generator; a separate one keeps DataLoader from drawing on the
         # run's.
+        context = start_server() if self.num_workers else None
+        settings = logging.getLogger().level, files.RETRY_SECONDS, files.STALL_SECONDS
         rows = DataLoader(
             self.dataset,
             batch_size=None,
@@ -67,7 +105,8 @@ class BatchLoader:
             prefetch_factor=PREFETCHED_ROWS if self.num_workers else None,
             generator=torch.Generator(),
             collate_fn=_as_is,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=partial(_begin_worker, settings),
+            multiprocessing_context=context,
         )
         batch = []
         for row in _watched(rows):
@@ -85,18 +124,40 @@ class BatchLoader:
         for number in range(first, self.position["rows"]):
             self.position["rows_by_source"][source_of_row(number, self.dataset.weights)] += 1
 
+    def _copied_position(self) -> dict:
+        lists = ("rows_by_source", "is_exhausted")
+        copied = {name: [*self.position[name]] for name in lists}
+        return {**self.position, **copied, "lanes": [[*lanes] for lanes in self.position["lanes"]]}
+
     def passes(self, source: int) -> int:
         """Complete passes of this rank's fastest lane; above 0, some documents are being read again."""
         return max(lane["pass"] for lane in self.position["lanes"][source])
+
+
+def count_bad(position: dict) -> int:
+    """Documents that were skipped since they cannot be read, each once for every pass."""
+    return sum(lane.get("bad", 0) for lanes in position["lanes"] for lane in lanes)
 
 
 def _as_is(row):
     return row
 
 
-def _begin_worker(worker_id: int) -> None:
+def start_server() -> multiprocessing.context.BaseContext:
+    """How workers are started. Begins to start the server process, which imports what they need once for all of them;
+    this takes seconds, so call it early."""
+    context = multiprocessing.get_context(START_METHOD)
+    if START_METHOD == "forkserver":
+        context.set_forkserver_preload(["recipe.data.stream"])
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def _begin_worker(settings: tuple, worker_id: int) -> None:
     """Leave signals to the main process, and end with it: workers of a killed parent would wait forever to deliver
-    their rows."""
+    their rows. `settings` are the main process's."""
+    level, files.RETRY_SECONDS, files.STALL_SECONDS = settings
+    configure_logging(level)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -114,6 +175,15 @@ def _watched(rows: Iterable[Row]) -> Iterator[Row]:
             f"a data worker was killed, for example because memory ran out ({first_line(error)}); use fewer "
             "dataloader_num_workers"
         ) from error
+
+
+def whole_position(position: dict, world_size: int) -> dict:
+    """The position with the lanes of all ranks, on every rank; a collective call."""
+    if world_size == 1:
+        return position
+    positions = [None] * world_size
+    torch.distributed.all_gather_object(positions, position)
+    return merge_positions(positions, world_size)
 
 
 def merge_positions(positions: list[dict], world_size: int) -> dict:

@@ -1,9 +1,11 @@
 """Documents -> token ids with EOS between them -> fixed blocks. Nothing is dropped, padded or doubled."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from itertools import islice
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -14,18 +16,23 @@ from recipe.errors import DataError, UserError
 # Text handed to the tokenizer at once: little at first, so that the first row comes soon, then enough to keep its
 # threads busy. How documents are grouped does not change any token.
 FIRST_TOKENIZE_BYTES, TOKENIZE_BYTES = 1 << 12, 1 << 18
+# A tokenizer takes about 100 bytes of memory for each character of a text. Longer texts are tokenized in parts of this
+# many characters, cut between two words where the characters beside the cut show that it changes no token.
+PART_CHARS, BESIDE_CUT, CUTS_TRIED = 1 << 20, 200, 50
+BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)|(?<=\S)(?=\n)")
 
 
 class LaneState(TypedDict("LaneState", {"pass": int})):
     """The position of a lane in one source: the first token that it has not returned yet. JSON-able and readable.
 
     `pass`: completed passes over its documents; `chunk`, `document`: positions in this pass's order; `token`: position
-    in the document.
+    in the document. `bad`: documents skipped so far since they cannot be read, where there were any.
     """
 
     chunk: int
     document: int
     token: int
+    bad: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Row:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"tokenizer {name!r}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
     if tokenizer.eos_token_id is None:
@@ -103,16 +110,43 @@ def encode(contents: Sequence[Content], tokenizer) -> list[Sequence[int]]:
     Calls the tokenizers library directly: transformers would also compute unused offsets and masks, in twice the time.
     `split_special_tokens` is a setting that transformers passes on in each call.
     """
-    texts = [content for content in contents if isinstance(content, str)]
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer
         backend.encode_special_tokens = tokenizer.split_special_tokens
         backend.no_truncation()
         backend.no_padding()
-        encoded = (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
-    else:
-        encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+
+    def encode_texts(texts: list[str]) -> list[list[int]]:
+        if tokenizer.is_fast:
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    texts = [content for content in contents if isinstance(content, str)]
+    short = iter(encode_texts([text for text in texts if len(text) <= PART_CHARS]))
+    encoded = (next(short) if len(text) <= PART_CHARS else _encode_parts(text, encode_texts) for text in texts)
     return [next(encoded) if isinstance(content, str) else content.ids for content in contents]
+
+
+def _encode_parts(text: str, encode_texts: Callable[[list[str]], list[list[int]]]) -> np.ndarray:
+    parts, start = [], 0
+    while start < len(text):
+        stop = _place_to_cut(text, start + PART_CHARS, encode_texts)
+        parts.append(np.array(encode_texts([text[start:stop]])[0], dtype=np.int32))
+        start = stop
+    return np.concatenate(parts)
+
+
+def _place_to_cut(text: str, start: int, encode_texts: Callable[[list[str]], list[list[int]]]) -> int:
+    """The first place from `start` on that changes no token; `start` itself where there is none near."""
+    for match in islice(BETWEEN_WORDS.finditer(text, start, start + PART_CHARS), CUTS_TRIED):
+        left, right = (
+            text[match.start() - BESIDE_CUT : match.start()],
+            text[match.start() : match.start() + BESIDE_CUT],
+        )
+        whole, *halves = encode_texts([left + right, left, right])
+        if whole == halves[0] + halves[1]:
+            return match.start()
+    return start
 
 
 def hash_of_tokenizer(tokenizer) -> str:

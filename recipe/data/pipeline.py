@@ -22,6 +22,7 @@ from recipe.data.packing import encode, hash_of_tokenizer, load_tokenizer
 from recipe.data.source import Source, open_source
 from recipe.data.stream import HeldOutRows, Part, RowStream
 from recipe.errors import UserError
+from recipe.redact import redact
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def build_parts(config: Config, tokenizer) -> tuple[list[Part], list[Part], int]
     entries = arguments.sources
     total_weight = sum(entry.weight for entry in entries)
     for number, entry in enumerate(entries):
-        source = open_source(entry.path, entry.text_column)
+        source = open_source(entry.path, entry.text_column, arguments.on_bad_data)
         if source.tokenizer not in (None, hash_of_tokenizer(tokenizer)):
             raise UserError(
                 f"source {entry.path!r} holds token ids of another tokenizer than {config.model.tokenizer}; name the "
@@ -139,9 +140,10 @@ def identity_of(config: Config, parts: list[Part], num_lanes: int, tokenizer: Pr
 
 def _short_names(source: Source) -> list[str]:
     """The files' paths without the folders that all of them are in."""
-    folders = [file.path.split("/")[:-1] for file in source.files]
+    paths = [redact(file.path).split("/") for file in source.files]
+    folders = [path[:-1] for path in paths]
     common = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False)))
-    return ["/".join(file.path.split("/")[common:]) for file in source.files]
+    return ["/".join(path[common:]) for path in paths]
 
 
 def _hash_of(contents: Sequence[Content]) -> str:

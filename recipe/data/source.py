@@ -5,12 +5,15 @@ so it can be sent to workers, and every iteration opens its files again.
 """
 
 import hashlib
+import itertools
 import json
+import logging
 import os
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,10 +23,12 @@ from recipe.data.arrow import index_arrow, read_arrow_chunk
 from recipe.data.convert import convert
 from recipe.data.docstrings import build_docstring_corpus, corpus_info, default_cache_dir
 from recipe.data.files import FileFacts, facts_of, find_files, first_line, format_of, is_remote, with_retries
-from recipe.data.formats import Chunk, Content, FileIndex
+from recipe.data.formats import BadDocument, Chunk, Content, FileIndex, refuse
 from recipe.data.sniff import NotPlain
 from recipe.errors import DataError, UserError
+from recipe.redact import redact
 
+logger = logging.getLogger(__name__)
 INDEX = {
     "parquet": formats.index_parquet,
     "arrow": index_arrow,
@@ -37,6 +42,10 @@ READ = {
     "text": formats.read_text_chunk,
 }
 INDEX_VERSION = 1  # increase it when an index would differ
+LOGGED = 20  # bad documents that a process logs one by one; later ones at each power of two
+
+_num_bad, _logged = itertools.count(1), set()
+_other_dates: dict[FileFacts, set[str]] = {}  # of files that were touched, by the facts at the start of the run
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,8 @@ class Source:
 
     `can_be_cut`: a chunk may be read in parts. `contents`: the documents of a small source, of which `num_divided`
     were in the files (see `fitting.py`). `tokenizer`: hash of the one that made the token ids, for a token
-    cache of the recipe.
+    cache of the recipe. `files` are those that identify the source, `opened` those that are read: a token cache, or
+    the copy of a file that cannot be read in parts. `on_bad_data`: `stop` or `skip`.
     """
 
     name: str
@@ -57,6 +67,8 @@ class Source:
     tokenizer: str | None = None
     contents: tuple[Content, ...] = field(default=(), repr=False)
     num_divided: int = 0
+    opened: tuple[FileFacts, ...] = ()
+    on_bad_data: str = "stop"
 
     @property
     def num_documents(self) -> int:
@@ -69,26 +81,37 @@ class Source:
     def read_chunk(self, chunk: Chunk) -> list[Content]:
         """The chunk's documents in file order; null rows are empty strings, so that indices do not shift.
 
-        Network errors are retried for half a minute. Raises `DataError` for chunks that cannot be read.
+        Any failure of a network is retried for half a minute. Raises `DataError` where the chunk cannot be read, or
+        the file has changed since it was opened. With `on_bad_data` "skip" a `BadDocument` stands for each document
+        whose bytes came but cannot be decoded.
         """
-
         if self.contents:
             return list(self.contents[chunk.first_document : chunk.stop_document])
+        skips = self.on_bad_data == "skip"
 
         def read() -> list[Content]:
+            if format_of(chunk.path) == "arrow":  # to read on where a mapped file was cut would kill the process
+                self._check_unchanged(chunk.path)
             try:
-                return READ[format_of(chunk.path)](chunk, self.text_column)
+                documents = READ[format_of(chunk.path)](chunk, self.text_column, _skip if skips else refuse)
             except Exception:
                 formats.close_parquet()
+                if not is_remote(chunk.path):
+                    self._check_unchanged(chunk.path)
                 raise
+            self._check_unchanged(chunk.path)
+            return documents
 
         try:
-            documents = with_retries(read, chunk.path)
+            documents = with_retries(read, chunk.path, was_read=True)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(
+            failure = DataError(
                 f"{chunk.path}: cannot read documents {chunk.first_document} to {chunk.stop_document - 1} "
                 f"({first_line(error)}); replace the file, or leave it out of `source`"
-            ) from error
+            )
+            if not (skips and self._is_corrupt(chunk.path, error)):
+                raise failure from error
+            return [_skip(failure)] * chunk.num_documents
         if len(documents) != chunk.num_documents:
             raise DataError(
                 f"{chunk.path}: {len(documents)} documents where {chunk.num_documents} were counted at the start of "
@@ -96,8 +119,54 @@ class Source:
             )
         return documents
 
+    @cached_property
+    def _facts(self) -> dict[str, FileFacts]:
+        return {facts.path: facts for facts in self.opened}
 
-def open_source(source: str, text_column: str = "text") -> Source:
+    def _is_corrupt(self, path: str, error: BaseException) -> bool:
+        """Whether the bytes came but pyarrow cannot decode them, in a file whose footer is the one that was opened. A
+        failing disk or network has an error number or a class of its own, or gives another footer or none."""
+        error = error.__cause__ or error
+        if not (isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)):
+            return False
+        try:
+            return self._content_of(path) == self._facts[path].content
+        except Exception:
+            return False
+
+    def _content_of(self, path: str) -> str | None:
+        try:
+            return INDEX[format_of(path)](path, self.text_column).content
+        except NotPlain:
+            return None
+
+    def _check_unchanged(self, path: str) -> None:
+        """Raise `DataError` if the file is not the one that was opened. Another date alone costs a second look at what
+        identifies its content."""
+        then, now = self._facts[path], facts_of(path)
+        dates = _other_dates.setdefault(then, {then.modified})
+        if now.num_bytes == then.num_bytes and now.modified in dates:
+            return
+        if now.num_bytes != then.num_bytes or self._content_of(path) != then.content:
+            raise DataError(
+                f"{path}: the file changed while it was read ({then.num_bytes:,} bytes at the start of the run, now "
+                f"{now.num_bytes:,}); restore it, or resume with --on_changed_stream continue or restart"
+            )
+        dates.add(now.modified)
+        logger.warning("%s has another date than at the start of the run, and the same content", path)
+
+
+def _skip(error: Exception) -> BadDocument:
+    """Logs a document once, though a chunk may be read several times."""
+    if str(error) not in _logged:
+        number = next(_num_bad)
+        if number <= LOGGED or number & (number - 1) == 0:
+            _logged.add(str(error))
+            logger.warning("skipped, as on_bad_data says: %s (skip %d of this process)", error, number)
+    return BadDocument()
+
+
+def open_source(source: str, text_column: str = "text", on_bad_data: str = "stop") -> Source:
     """Find the files behind `source` and count their documents, from metadata where the format has it.
 
     `source`: `docstrings`; `hf://owner/name[/config]`; or a path, glob or fsspec URL of files.
@@ -107,7 +176,7 @@ def open_source(source: str, text_column: str = "text") -> Source:
     if source == "docstrings":
         path = build_docstring_corpus()
         return replace(_index_files(source, [str(path)], "text"), fingerprint=corpus_info(path)["content_hash"])
-    return _index_files(source, find_files(source), text_column)
+    return _index_files(source, find_files(source), text_column, on_bad_data)
 
 
 def counted(number: int, noun: str) -> str:
@@ -143,10 +212,10 @@ def _halves(chunk: Chunk) -> list[Chunk]:
 # --- the index
 
 
-def _index_files(name: str, paths: list[str], text_column: str) -> Source:
+def _index_files(name: str, paths: list[str], text_column: str, on_bad_data: str = "stop") -> Source:
     _refuse_mixture(name, paths)
     with ThreadPoolExecutor(16) as pool:  # a remote dataset has many footers, each a short wait
-        found = list(pool.map(lambda path: _index_one(path, text_column), paths))
+        found = list(pool.map(lambda path: _index_one(path, text_column, on_bad_data == "skip"), paths))
     chunks, first = [], 0
     for chunk in (chunk for _, index in found for chunk in index.chunks if chunk.num_documents):
         chunks.append(replace(chunk, first_document=first))
@@ -156,8 +225,26 @@ def _index_files(name: str, paths: list[str], text_column: str) -> Source:
     files = tuple(replace(facts, content=index.content) for facts, index in found)
     fingerprint = _fingerprint(text_column, files)
     can_be_cut = all(format_of(chunk.path) in ("parquet", "arrow") for chunk in chunks)
-    source = Source(name, text_column, tuple(chunks), files, fingerprint, can_be_cut)
+    opened = tuple(_opened(facts, index, text_column) for facts, index in found)
+    source = Source(
+        redact(name),
+        text_column,
+        tuple(chunks),
+        files,
+        fingerprint,
+        can_be_cut,
+        opened=opened,
+        on_bad_data=on_bad_data,
+    )
     return _as_the_text_was(source, [index.token_cache for _, index in found])
+
+
+def _opened(facts: FileFacts, index: FileIndex, text_column: str) -> FileFacts:
+    """The file that is read for `facts`: itself, or its copy."""
+    path = index.chunks[0].path if index.chunks else facts.path
+    if path == facts.path:
+        return replace(facts, content=index.content)
+    return replace(facts_of(path), content=formats.index_parquet(path, text_column).content)
 
 
 def _refuse_mixture(name: str, paths: list[str]) -> None:
@@ -196,13 +283,15 @@ def _as_the_text_was(source: Source, token_caches: list[str | None]) -> Source:
 
 
 def _fingerprint(text_column: str, files: tuple[FileFacts, ...]) -> str:
-    facts = [(Path(file.path).name, file.num_bytes, file.content) for file in files]
+    # A signed URL has another query each time.
+    paths = [file.path.partition("?")[0] if is_remote(file.path) else file.path for file in files]
+    facts = [(Path(path).name, file.num_bytes, file.content) for path, file in zip(paths, files, strict=True)]
     return hashlib.sha256(json.dumps([text_column, facts]).encode()).hexdigest()[:16]
 
 
-def _index_one(path: str, text_column: str) -> tuple[FileFacts, FileIndex]:
+def _index_one(path: str, text_column: str, skips: bool) -> tuple[FileFacts, FileIndex]:
     try:
-        return with_retries(lambda: _cached_index(path, text_column), path)
+        return with_retries(lambda: _cached_index(path, text_column, skips), path)
     except UserError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -211,21 +300,21 @@ def _index_one(path: str, text_column: str) -> tuple[FileFacts, FileIndex]:
         ) from error
 
 
-def _cached_index(path: str, text_column: str) -> tuple[FileFacts, FileIndex]:
+def _cached_index(path: str, text_column: str, skips: bool) -> tuple[FileFacts, FileIndex]:
     """The file's index, from the cache if there is one of this version of the file.
 
     Local parquet is not cached, since its footer is as fast to read, nor files whose server sends no version.
     """
     facts, kind = facts_of(path), format_of(path)
     if (kind == "parquet" and not is_remote(path)) or not facts.modified:
-        return facts, _index(path, kind, text_column, facts)
+        return facts, _index(path, kind, text_column, facts, skips)
     key = hashlib.sha256(json.dumps([INDEX_VERSION, asdict(facts), text_column]).encode()).hexdigest()[:24]
     cache = default_cache_dir() / "index" / f"{key}.json"
     try:
         chunks, *rest = json.loads(cache.read_text(encoding="utf-8"))
         return facts, FileIndex([Chunk(path, *chunk) for chunk in chunks], *rest)
     except (OSError, ValueError, TypeError):
-        index = _index(path, kind, text_column, facts)
+        index = _index(path, kind, text_column, facts, skips)
     if any(chunk.path != path for chunk in index.chunks):
         return facts, index
     with suppress(OSError):  # without a cache, the next start indexes again
@@ -237,10 +326,10 @@ def _cached_index(path: str, text_column: str) -> tuple[FileFacts, FileIndex]:
     return facts, index
 
 
-def _index(path: str, kind: str, text_column: str, facts: FileFacts) -> FileIndex:
+def _index(path: str, kind: str, text_column: str, facts: FileFacts, skips: bool) -> FileIndex:
     try:
         if kind in INDEX:
             return INDEX[kind](path, text_column)
     except NotPlain:
         pass
-    return convert(path, kind, text_column, facts)
+    return convert(path, kind, text_column, facts, skips)

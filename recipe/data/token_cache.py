@@ -26,7 +26,7 @@ def write_token_caches(config: Config, folder: Path) -> str | list[dict]:
     tokenizer, entries = load_tokenizer(config.model.tokenizer), config.data.sources
     folders = [folder] if len(entries) == 1 else [folder / f"source-{number}" for number in range(len(entries))]
     for entry, place in zip(entries, folders, strict=True):
-        write_token_cache(open_source(entry.path, entry.text_column), tokenizer, place)
+        write_token_cache(open_source(entry.path, entry.text_column, config.data.on_bad_data), tokenizer, place)
     if isinstance(config.data.source, str):
         return str(folder)
     return [{**given, "path": str(place)} for given, place in zip(config.data.source, folders, strict=True)]

@@ -9,7 +9,8 @@ the main process; what other ranks record is gathered there over the host's netw
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils.data import IterableDataset
@@ -19,7 +20,7 @@ from recipe.guards.attach import Wrapping, find_trainer, make_visible
 from recipe.guards.checkpoint import restore_findings
 from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable
 from recipe.guards.ranks import Ranks
-from recipe.guards.records import StepRecord, append_line, keep_until, read_steps
+from recipe.guards.records import StepRecord, append_line, prepare_files, read_steps
 from recipe.guards.reporter import Reporter
 from recipe.guards.run import plain_rate
 from recipe.guards.session import HISTORY, Options, Session
@@ -65,7 +66,7 @@ class RegressionCallback(TrainerCallback):
         if trajectory not in ("auto", "none"):
             load_reference(trajectory)  # a bad file is refused now
         self.trajectory, self.on_regression, self.disabled = trajectory, on_regression, frozenset(disabled_guards)
-        self.only_check = self.must_write = self.is_saved_by_trainer = False
+        self.only_check = self.is_saved_by_trainer = False
         self.reporter = Reporter(self.guards, self.disabled, self._act)
         self.documents_of: Callable[[int], list[str]] | None = None  # of a micro-batch, from 0
         self.stopped_by: Finding | None = None
@@ -140,7 +141,7 @@ class RegressionCallback(TrainerCallback):
             self._give_up("another RegressionCallback watches this Trainer")
             self._trainer, self.reporter.is_main = None, False  # two would write every line of the files twice
             return
-        failure = _write(self.must_write, self.open_files, args, state)
+        self.open_files(args, state)
         if self._trainer is not None and self._trainer.is_deepspeed_enabled:
             self._give_up(NotApplicable("DeepSpeed keeps weights, gradients and loss scaling in an engine of its own"))
             self._trainer = None
@@ -148,10 +149,10 @@ class RegressionCallback(TrainerCallback):
         if self._trainer is None:
             self._give_up("no Trainer among the callers of on_train_begin; pass RegressionCallback(trainer=trainer)")
             return
-        given = Options(self.guards, self.trajectory, self._facts, self.only_check, self.must_write, self.documents_of)
+        given = Options(self.guards, self.trajectory, self._facts, self.only_check, self.documents_of)
         ranks = Ranks(args.world_size, self.is_main)
         self.session = Session(self._trainer, given, self.reporter, ranks, self.output_dir)
-        self.session.history, self.session.failure = self._history, failure
+        self.session.history = self._history
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
         default = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._checkpoint = Path(checkpoint or default) if state.global_step else None
@@ -186,7 +187,8 @@ class RegressionCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if not self.is_saved_by_trainer:  # else it calls the two itself
             self.begin_save(control)
-            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            with _disk_errors_logged():
+                self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         control.should_save = False  # where a stop has been heard of just now: it is saved
 
     def begin_save(self, control) -> None:  # on every rank, before `save`
@@ -209,7 +211,7 @@ class RegressionCallback(TrainerCallback):
         if self.is_main and metrics:
             values = {name: value for name, value in metrics.items() if name.startswith("eval_")}
             record = {"step": state.global_step, "tokens_seen": self.tokens_seen, **values}
-            _write(self.must_write, append_line, self.output_dir / "evals.jsonl", record)
+            append_line(self.output_dir / "evals.jsonl", record)
 
     def on_predict(self, args, state, control, **kwargs):
         if self._is_watching:
@@ -221,7 +223,7 @@ class RegressionCallback(TrainerCallback):
             self.session.explain_waiting()
             if self.session.failure is not None:  # since the last exchange
                 self._give_up(self.session.failure)
-            if self.is_main and not self.must_write:  # the recipe's own run says it with its results
+            if self.is_main and not self.is_saved_by_trainer:  # the recipe's own run says it with its results
                 _log_verdict(self)
         self._release()
 
@@ -272,13 +274,10 @@ class RegressionCallback(TrainerCallback):
         """A new run starts new files; a resumed one keeps what was written up to its step, and its history with it."""
         self.output_dir, is_main = Path(args.output_dir), state.is_world_process_zero
         until = state.global_step or -1
-        self._history = read_steps(self.output_dir / "steps.jsonl", until)[-HISTORY:]
+        self._history = read_steps(self.output_dir / "steps.jsonl", until, HISTORY)
         self.reporter.begin(self.output_dir / "findings.jsonl", is_main, until)
         if is_main:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            for name in FILES:
-                keep_until(self.output_dir / name, until)
-            (self.output_dir / "findings.jsonl").touch()
+            prepare_files(self.output_dir, FILES, until)
 
 
 def _first_callback(trainer: Trainer) -> RegressionCallback:
@@ -293,6 +292,14 @@ def _scheduled_rates(scheduler) -> list[float | None]:
         return []
 
 
+@contextmanager
+def _disk_errors_logged() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        logger.warning("a checkpoint has no state of the guards, training goes on: %s", error)
+
+
 def _log_verdict(guards: RegressionCallback) -> None:
     from recipe.results import verdict  # which imports this module
 
@@ -300,18 +307,6 @@ def _log_verdict(guards: RegressionCallback) -> None:
         logger.info("verdict: %s", verdict(guards, None).text)
     except Exception as error:  # at the end of a training that has nothing to do with it
         logger.debug("no verdict", exc_info=error)
-
-
-def _write(must: bool, action: Callable, *arguments) -> str | None:
-    """Why it failed. A full disk ends the recipe's own run (`must_write`), and no other training."""
-    try:
-        action(*arguments)
-        return None
-    except OSError as error:
-        if must:
-            raise
-        logger.error("the guards cannot write their files; the training goes on: %s", error)
-        return f"the guards cannot write their files: {error}"
 
 
 def _stop(control) -> None:

@@ -1,13 +1,25 @@
 """The files that the guards write in the run directory, a JSON object a line."""
 
+import errno
 import json
+import logging
 import math
+import os
+import sys
+from array import array
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+import numpy as np
+
 from recipe.guards.guard import SEVERITIES, Finding
 from recipe.plain_json import dumps
+
+logger = logging.getLogger("recipe.guards")
+_waiting: dict[Path, list[str]] = {}  # lines that could not be written yet
 
 
 class StepRecord(TypedDict):
@@ -26,21 +38,67 @@ class StepRecord(TypedDict):
 
 
 def append_line(path: Path, record: dict) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(dumps(record) + "\n")
+    append_text(path, dumps(record) + "\n")
+
+
+def append_text(path: Path, line: str) -> None:
+    """Lines that cannot be written wait for those that come later, so that a disk that was full for a while leaves no
+    gap. Logged when it begins and when it is over."""
+    lines = _waiting.setdefault(path, [])
+    lines.append(line)
+    try:
+        _append("".join(lines).encode(), path)
+    except OSError as error:
+        if len(lines) == 1:
+            logger.warning("%s cannot be written, its lines wait in memory: %s", path, error)
+        return
+    if len(_waiting.pop(path)) > 1:
+        logger.warning("%s: %d lines that had waited are written", path, len(lines))
+
+
+def _append(data: bytes, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)  # it may have been deleted
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            file.truncate(end)  # no half of a line
+            raise
 
 
 def read_lines(path: Path) -> list[dict]:
     """Every whole record; a half-written line, of a run that was killed, is left out. No file, no records."""
-    return read_and_count_lines(path)[0]
+    return [record for record in iterate_lines(path) if record is not None]
 
 
-def read_and_count_lines(path: Path) -> tuple[list[dict], int]:
-    """As `read_lines`, with the number of lines that are not blank: more than the records where some are broken."""
-    if not path.is_file():
-        return [], 0
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
-    return [record for record in map(parse_object, lines) if record is not None], len(lines)
+def iterate_lines(path: Path) -> Iterator[dict | None]:
+    """The records of a file one by one, None for a line that is broken. No file, no records."""
+    if path.is_file():
+        with path.open("rb") as lines:
+            for line in lines:
+                if line.strip():
+                    yield parse_object(line.decode("utf-8", errors="replace"))
+
+
+def read_columns(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], int, int]:
+    """One float64 array for each name (NaN where a number is missing, null or not finite) of the records that have a
+    step and tokens seen; the number of records, and of lines. A file of any length takes 8 bytes for each number."""
+    columns, num_records, num_lines = {name: array("d") for name in names}, 0, 0
+    for record in iterate_lines(path):
+        num_lines += 1
+        num_records += record is not None
+        if record is not None and None not in (number(record.get("step")), number(record.get("tokens_seen"))):
+            for name, column in columns.items():
+                value = number(record.get(name))
+                column.append(math.nan if value is None else value)
+    return {name: np.array(column) for name, column in columns.items()}, num_records, num_lines
+
+
+def number(value) -> float | None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and abs(value) <= sys.float_info.max else None
 
 
 def parse_object(text: str) -> dict | None:
@@ -52,20 +110,38 @@ def parse_object(text: str) -> dict | None:
     return record if isinstance(record, dict) else None
 
 
+def prepare_files(folder: Path, names: Sequence[str], step: int) -> None:
+    """As `keep_until` for each file. `findings.jsonl` exists afterwards: an empty one says that nothing was found."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            keep_until(folder / name, step)
+        (folder / "findings.jsonl").touch()
+    except OSError as error:
+        logger.warning("the guards cannot prepare their files; the training goes on: %s", error)
+
+
 def keep_until(path: Path, step: int) -> None:
-    """Drop records after `step`, which a resumed run will write again, and those that name no step."""
-    if path.exists():
-        kept = [record for record in read_lines(path) if type(record.get("step")) is int and record["step"] <= step]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(dumps(record) + "\n" for record in kept), encoding="utf-8")
-        partial.replace(path)
+    """Cut the file before the first record after `step`, which a resumed run will write again with all that follows,
+    or the first line that is broken off."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        end = 0
+        for line in file:
+            found = (parse_object(line.decode("utf-8", errors="replace")) or {}).get("step", step)
+            if not line.endswith(b"\n") or type(found) is not int or found > step:
+                break
+            end += len(line)
+        file.truncate(end)
 
 
-def read_steps(path: Path, until: int) -> list[StepRecord]:
-    """The unbroken row of steps that ends with `until`. What lies before a damaged record is left out: over the gap,
-    the usual fall of a loss would look like a jump."""
+def read_steps(path: Path, until: int, limit: int | None = None) -> list[StepRecord]:
+    """The unbroken row of steps that ends with `until`, of the last `limit`. What lies before a damaged record is left
+    out: over the gap, the usual fall of a loss would look like a jump."""
     steps = []
-    for record in reversed(read_lines(path)):
+    known = (record for record in iterate_lines(path) if record is not None and type(record.get("step")) is int)
+    for record in reversed(deque((record for record in known if record["step"] <= until), limit)):
         if record.get("loss", 0.0) is None:  # it was not finite, which JSON cannot hold
             record["loss"] = math.nan
         if record.get("step") == until - len(steps) and _is_step(record):

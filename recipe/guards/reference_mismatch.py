@@ -133,12 +133,12 @@ class ReferenceMismatch(Guard):
             raise CannotJudge("all logits are equal: the head's weights are zero")
         evidence = {"gap": gaps.gap, "noise": gaps.noise, "spread": gaps.spread, "rounding": rounding}
         if gaps.gap > cls.FACTOR * gaps.noise:
-            found = f"logits are {gaps.gap / gaps.spread:.2g} sd from an independent fp32 forward pass"
+            found = f"logits are {gaps.gap / gaps.spread:.2g} sd from an independent fp32 pass"
             expected = f"under {cls.FACTOR * gaps.noise / gaps.spread:.1g} sd, {cls.FACTOR:g} times rounding"
             causes = ("positions, window, caps, scales or norms are not those of the config", "a hook or a patch")
         elif gaps.losses and abs(gaps.losses[0] - gaps.losses[1]) > cls._loss_limit(gaps):
             found = f"loss {gaps.losses[0]:.6g} of logits that are right"
-            expected = f"{gaps.losses[1]:.6g}, computed in fp32 from the same weights and labels"
+            expected = f"{gaps.losses[1]:.6g}, in fp32 from the same weights"
             causes = ("a loss in low precision, or of other positions", "a patched loss function")
             evidence |= {"loss": gaps.losses[0], "reference_loss": gaps.losses[1], "loss_noise": gaps.loss_noise}
         else:

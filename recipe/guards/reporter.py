@@ -20,7 +20,7 @@ from recipe.guards.guard import (
     Skip,
     Verdict,
 )
-from recipe.guards.records import as_finding, read_lines
+from recipe.guards.records import append_text, as_finding, read_lines
 
 logger = logging.getLogger("recipe.guards")
 
@@ -139,8 +139,7 @@ class Reporter:
         self.findings.append(finding)
         if self.is_main:
             logger.log(LOG_LEVELS[finding.severity], finding.log_line())
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(finding.to_json() + "\n")
+            append_text(self.file, finding.to_json() + "\n")
         else:
             self.unreported.append(finding)
         if finding.severity in ALARMS:

@@ -45,14 +45,13 @@ class PreflightDone(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """Of the callback. `only_check`: stop after the probes, and let a fault of the guards be raised. `must_write`: a
-    file that cannot be written ends the training. `documents_of`: of a micro-batch, counted from 0."""
+    """Of the callback. `only_check`: stop after the probes, and let a fault of the guards be raised.
+    `documents_of`: of a micro-batch, counted from 0."""
 
     guards: tuple[type[Guard], ...]
     trajectory: str
     facts: dict
     only_check: bool
-    must_write: bool
     documents_of: Callable[[int], list[str]] | None = None
 
 
@@ -101,7 +100,7 @@ class Session:
         except PreflightDone:
             raise
         except Exception as error:
-            if self.options.only_check or (self.options.must_write and isinstance(error, OSError)):
+            if self.options.only_check:
                 raise
             logger.error("the guards failed and are off; the training goes on without them", exc_info=error)
             self.failure = f"the guards failed with {type(error).__name__}: {error}"
@@ -299,15 +298,11 @@ class Session:
 
     # --- state
 
-    @survives
     def save(self, checkpoint: Path) -> None:
-        """On every rank, since some guards compute on every rank what is saved."""
-        self.runner.probe_at_save(self.run, self.local.step, self.tokens_seen)
-        numbers, arrays = self.runner.save(self.run)
-        if self.is_main and checkpoint.is_dir():
-            own = {"step": self.local.step, "passes": self.passes, "learning_rate_sum": self.learning_rate_sum}
-            taps = {**self.taps.save(), "pinned": self.run.pinned.save()}
-            write_session(checkpoint, {**own, "reporter": self.reporter.save(), "guards": numbers}, arrays, taps)
+        """On every rank. Raises `OSError` where the disk fails: this costs the checkpoint, not the guards."""
+        state = self.attempt(state_of, self)
+        if state is not None and checkpoint.is_dir():
+            write_session(checkpoint, *state)
 
     def close(self) -> None:
         self._is_closed = True
@@ -316,6 +311,18 @@ class Session:
         if self.taps is not None:
             self.taps.close()
         self.ranks.close()
+
+
+def state_of(session: Session) -> tuple[dict, dict, dict] | None:
+    """Numbers, arrays, and the states of taps. None beside the main process; some guards compute on every rank what is
+    saved."""
+    session.runner.probe_at_save(session.run, session.local.step, session.tokens_seen)
+    numbers, arrays = session.runner.save(session.run)
+    if not session.is_main:
+        return None
+    own = {name: getattr(session, name) for name in ("passes", "learning_rate_sum")}
+    own |= {"step": session.local.step, "reporter": session.reporter.save(), "guards": numbers}
+    return own, arrays, {**session.taps.save(), "pinned": session.run.pinned.save()}
 
 
 def with_documents(values: dict, local: LocalStep, documents_of: Callable | None) -> dict:

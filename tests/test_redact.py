@@ -1,0 +1,193 @@
+"""No credential leaves the process: unit tests of the boundary, and a search of every file that a run writes."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from conftest import document
+from recipe import redact as module
+from recipe.model_card import write_model_card
+from recipe.plain_json import dumps
+from recipe.publish import PUBLISHED
+from recipe.redact import redact, redact_all, remember
+from recipe.report import write_report
+from tests.range_server import RangeServer
+
+PASSWORD, SIGNATURE, TOKEN = "hunter2planted", "SIGplanted0123456789", "hf_plantedPLANTEDplanted0123"
+SECRETS = (PASSWORD, SIGNATURE, TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("s3://key:secret@bucket/a.parquet", "s3://***@bucket/a.parquet"),
+        ("https://user:p@ss@h/a?X-Amz-Signature=ab%2Bc&v=1 x", "https://***@h/a?X-Amz-Signature=***&v=*** x"),
+        ('{"a": "http://h/x.jsonl?tok", "b": 1}', '{"a": "http://h/x.jsonl?***", "b": 1}'),
+        ("cannot get /a.parquet?sig=abc&se=2 (404)", "cannot get /a.parquet?sig=***&se=2 (404)"),
+        ("Authorization: Bearer abcdefgh.ijk, basic arithmetic", "Authorization: Bearer ***, basic arithmetic"),
+        (f"token {TOKEN}.", "token hf_***."),
+        (
+            "what? a=b; https://github.com/a/b#c, user@host, 1 < 2",
+            "what? a=b; https://github.com/a/b#c, user@host, 1 < 2",
+        ),
+        ("postgres://u:p@h:5/d", "postgres://***@h:5/d"),
+    ],
+)
+def test_credentials_are_masked_and_nothing_else(text, expected):
+    assert redact(text) == expected and redact(expected) == expected
+
+
+def test_remembered_values_are_masked_anywhere(monkeypatch):
+    monkeypatch.setattr(module, "_known", set())
+    remember("correct-horse", None, "", "short")
+    assert redact("x correct-horsey short") == "x ***y short"
+    assert redact_all({"correct-horse": ["correct-horse", 1, None]}) == {"***": ["***", 1, None]}
+
+
+def test_json_stays_json():
+    value = {"url": 'http://u:"p"@h/?a="b"&c=\\d', "nan": float("nan"), "more": ["http://a:b@c/d?e=f"]}
+    assert json.loads(dumps(value))["more"] == ["http://***@c/d?e=***"]
+
+
+def test_a_run_writes_no_credential_anywhere(write_config, tmp_path):
+    """One run that fails over a signed URL with a password, and resumes over another signature."""
+    served, run_dir = tmp_path / "served", tmp_path / "run"
+    served.mkdir()
+    table = pa.table({"text": [document(i) for i in range(300)]})
+    pq.write_table(table, served / "a.parquet", row_group_size=10)
+    path, printed = write_config(save_steps=3, max_steps=30), b""
+    with RangeServer(served) as server:
+        address = server.url.replace("://", f"://user:{PASSWORD}@")
+        for number, code in ((1, 4), (2, 0)):
+            server.reset()
+            server.fail_after(45 if number == 1 else 20, "503", count=1000 if number == 1 else 2)
+            source = f"{address}/a.parquet?X-Amz-Signature={SIGNATURE}{number}&token={TOKEN}"
+            words = ["train", path, "--source", source, "--hub_token", TOKEN, "--json"]
+            if number == 2:
+                words += ["--resume_from_checkpoint", "latest", "--dataloader_num_workers", "2"]
+            done = subprocess.run([sys.executable, "-c", QUICK, *words], capture_output=True, timeout=300)
+            printed += done.stdout + done.stderr
+            assert done.returncode == code, printed.decode()
+    assert b"trying again" in printed and b"?X-Amz-Signature=***" in printed and b"Traceback" not in printed
+    subprocess.run([sys.executable, "-m", "recipe", "report", str(run_dir), "--bundle"], check=True, timeout=300)
+    with zipfile.ZipFile(run_dir / "bundle.zip") as bundle:
+        bundle.extractall(tmp_path / "bundle")
+    files = [file for folder in (run_dir, tmp_path / "bundle") for file in folder.rglob("*") if file.is_file()]
+    names = {file.name for file in files}
+    assert {"run.json", "stream_state.json", "report.html", "README.md", "training_args.bin", "steps.jsonl"} <= names
+    assert [file for file in files if holds_secret(file.read_bytes())] == [] and not holds_secret(printed)
+    nothing_private_is_published(run_dir, tmp_path)
+
+
+QUICK = """
+import recipe.data.files, recipe.data.packing
+recipe.data.files.RETRY_SECONDS = (0.01,) * 3
+recipe.data.packing.FIRST_TOKENIZE_BYTES = recipe.data.packing.TOKENIZE_BYTES = 1
+from recipe.__main__ import main
+main()
+"""
+
+
+def holds_secret(data: bytes) -> bool:
+    return any(secret.encode() in data for secret in SECRETS)
+
+
+def nothing_private_is_published(run_dir: Path, tmp_path: Path) -> None:
+    """`push_to_hub` uploads `final` or a checkpoint, by an allow list."""
+    for folder in (run_dir / "final", run_dir / "checkpoint-30"):
+        published = [file for file in folder.rglob("*") if any(fnmatch(file.name, mask) for mask in PUBLISHED)]
+        assert {"model.safetensors", "config.json", "tokenizer.json"} <= {file.name for file in published}
+        for file in published:
+            assert str(tmp_path).encode() not in file.read_bytes(), file
+
+
+def test_what_is_pushed_is_the_allow_list(write_config, tmp_path, monkeypatch):
+    from recipe.__main__ import run
+
+    uploads = []
+
+    class Api:
+        def upload_folder(self, **given):
+            assert (Path(given["folder_path"]) / "config.json").exists()
+            uploads.append(given)
+
+    monkeypatch.setattr("recipe.publish.HfApi", Api)
+    known = {"hub_model_id": "a/b", "push_in_progress": None}
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, *_, **__: vars(self).update(known))
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: pytest.fail("Trainer's own upload"))
+    monkeypatch.setenv("HF_TOKEN", "")
+    assert run(["train", write_config(push_to_hub=True, hub_model_id="a/b", hub_token=TOKEN)]) == 0
+    assert {Path(given["folder_path"]).name for given in uploads} == {"checkpoint-3", "checkpoint-6", "final"}
+    assert all(given["allow_patterns"] == list(PUBLISHED) and "token" not in given for given in uploads)
+    assert os.environ["HF_TOKEN"] == TOKEN
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_checkpoints_with_positions_are_not_pushed(write_config, capsys, strategy):
+    from recipe.__main__ import run
+
+    assert run(["train", write_config(push_to_hub=True, hub_strategy=strategy)]) == 2
+    assert "hub_strategy" in capsys.readouterr().err
+
+
+HOSTILE = '<script>alert("1")</script>\'"&<img src=x onerror=alert(1)>'
+
+
+def test_nothing_from_data_or_config_is_markup_in_the_report(tmp_path):
+    """Every string of the run's files is hostile."""
+    names = ("started", "finished", "commit", "config_path", "failure", "resumed_from")
+    arguments = {"output_dir": HOSTILE, HOSTILE: HOSTILE, "source": [{"path": HOSTILE}]}
+    run = {name: HOSTILE for name in names} | {
+        "arguments": arguments,
+        "versions": {HOSTILE: HOSTILE},
+        "device": {"name": HOSTILE, "type": HOSTILE, "kernels": HOSTILE, "count": HOSTILE},
+        "model": {"parameters": HOSTILE, "flops_per_token": HOSTILE},
+        "source": {"name": HOSTILE, "content_hash": HOSTILE, "documents": HOSTILE, "bytes": HOSTILE},
+        "trajectory": {"name": HOSTILE, "points": [{"tokens": 1, "loss": 1, "low": 1, "high": 2}] * 2},
+        "result": {
+            "verdict": HOSTILE,
+            "exit_code": HOSTILE,
+            "passes": HOSTILE,
+            "bad_documents_skipped": HOSTILE,
+            "tokens_by_source": {HOSTILE: HOSTILE},
+            "guards": {
+                "judged": [HOSTILE],
+                "judged_steps": {HOSTILE: HOSTILE},
+                "cannot_judge": {HOSTILE: HOSTILE},
+                "not_applicable": {HOSTILE: HOSTILE},
+                "disabled": [HOSTILE],
+            },
+        },
+    }
+    finding = {
+        **dict.fromkeys(("id", "severity", "found", "expected", "action"), HOSTILE),
+        "likely_causes": [HOSTILE],
+        "evidence": {HOSTILE: HOSTILE},
+        "step": 1,
+        "tokens_seen": 10,
+    }
+    sample = {"step": 1, "prompt": HOSTILE, "text": HOSTILE}
+    step = {"step": 1, "tokens_seen": 10, "loss": 1.0, HOSTILE: HOSTILE}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    for name, record in (("findings", finding), ("samples", sample), ("steps", step), ("evals", step)):
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(record)}\n{json.dumps({**record, 'step': 2})}\n")
+    page = write_report(tmp_path).read_text()
+    assert page.count("alert(") >= 30 and "<script" not in page and "<img" not in page
+    card = write_model_card(tmp_path, tmp_path / "final").read_text()
+    assert "alert(" in card and "\n```\n<" not in card
+
+
+def test_a_model_card_has_no_path_of_this_machine(tmp_path):
+    arguments = {"output_dir": "/home/me/runs/x", "tokenizer": "/data/tok", "source": "/data/*.parquet", "seed": 1}
+    run = {"arguments": arguments, "source": {"name": "/data/*.parquet + hf://a/b"}, "config_path": "/home/me/c.json"}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    card = write_model_card(tmp_path, tmp_path / "final").read_text()
+    assert "/home/me" not in card and "/data/" not in card and "*.parquet" in card and "hf://a/b" in card
