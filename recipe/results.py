@@ -219,7 +219,8 @@ def verdict(
         **context,
     )
     name = signal.Signals(received).name if received else None
-    return judge_run(guards.findings, learned, guards.judged, guards.cannot_judge, guards.failure, name)
+    reasons = guards.not_applicable | guards.cannot_judge
+    return judge_run(guards.findings, learned, guards.judged, reasons, guards.failure, name)
 
 
 def write_results(

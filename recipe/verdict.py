@@ -66,18 +66,16 @@ def judge_run(
     findings: Sequence[Finding],
     learned: Learned,
     judged: Collection[str],
-    cannot_judge: Mapping[str, str] = {},
+    reasons: Mapping[str, str] = {},
     failure: str | None = None,
     interrupted_by: str | None = None,
 ) -> Verdict:
-    """`judged`: ids that could judge; `cannot_judge`: id -> reason; `failure`: why the guards were not in force to the
-    end. `interrupted_by`: the name of the signal that ended the run."""
+    """`judged`: ids that could judge; `reasons`: id -> why it could not, or did not apply; `failure`: why the guards
+    were not in force to the end. `interrupted_by`: the name of the signal that ended the run."""
     if words := say_findings(findings):
         return Verdict("findings", words)
     verdict = (
-        _not_judged(judged, cannot_judge, failure, learned.steps)
-        or _judge_learning(learned)
-        or Verdict("healthy", HEALTHY)
+        _not_judged(judged, reasons, failure, learned.steps) or _judge_learning(learned) or Verdict("healthy", HEALTHY)
     )
     if interrupted_by is None:
         return verdict
@@ -105,14 +103,16 @@ def final_loss(eval_loss: float | None, losses: Sequence[float]) -> float | None
 
 
 def _not_judged(
-    judged: Collection[str], cannot_judge: Mapping[str, str], failure: str | None, steps: int
+    judged: Collection[str], reasons: Mapping[str, str], failure: str | None, steps: int
 ) -> Verdict | None:
     if failure is not None:
         return Verdict("not_judged", f"{NOT_JUDGED}: {failure}")
     if not steps:
         return Verdict("not_judged", f"{NOT_JUDGED}: no step was trained")
     if not set(TARGETS) & set(judged):
-        reason = next((cannot_judge[name] for name in TARGETS if name in cannot_judge), "no guard could read it")
+        reason = next((reasons[name] for name in TARGETS if name in reasons), "no guard could read it")
+        if reason.startswith("the objective is"):
+            return Verdict("not_judged", f"{NOT_JUDGED}: {reason}")
         return Verdict("not_judged", f"{NOT_JUDGED}: what the loss is computed on is not known ({reason})")
     return None
 

@@ -112,6 +112,12 @@ def test_parameters_in_no_group_are_an_error():
     json.dumps(finding.evidence)
 
 
+def test_a_model_of_which_nothing_trains_is_an_error():
+    model = llama().requires_grad_(False)
+    finding = judge_groups(named(model), torch.optim.AdamW(llama().parameters()))
+    assert (finding.severity, finding.found) == ("error", "no parameter trains (…del.embed_tokens.weight)")
+
+
 def test_a_stale_optimizer_is_an_error_and_one_with_copies_cannot_be_judged():
     old, model = llama(), llama()
     stale = torch.optim.AdamW(old.parameters())

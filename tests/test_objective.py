@@ -113,6 +113,11 @@ def test_masks_of_labels(make):
         assert batch.objective.is_next_token and found(batch) == wrong
 
 
+def test_a_batch_without_a_scored_label_shows_no_objective():
+    with pytest.raises(CannotJudge, match="no label of the first batch is scored"):
+        objective_of(llama(), own, BATCH | {"labels": torch.full_like(IDS, -100)})
+
+
 def test_the_models_own_loss_on_two_ranks():
     calls = []
 

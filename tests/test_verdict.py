@@ -78,7 +78,9 @@ def test_what_could_not_be_watched_is_not_judged():
     assert text_of(failure="the guards failed with X") == "not judged: the guards failed with X"
     reason = {"missing_label_shift": "the batch has no labels"}
     words = "not judged: what the loss is computed on is not known (the batch has no labels)"
-    assert text_of(judged={"loss_spike"}, cannot_judge=reason) == words
+    assert text_of(judged={"loss_spike"}, reasons=reason) == words
+    reason = {"missing_label_shift": "the objective is a preference"}
+    assert text_of(judged={"loss_spike"}, reasons=reason) == "not judged: the objective is a preference"
     assert text_of(replace(DEMO, steps=0)) == "not judged: no step was trained"
     assert text_of(replace(DEMO, final_loss=None)) == "not judged: no final loss is known"
     assert text_of(replace(DEMO, unigram=None)) == "not judged: no unigram entropy is known"
@@ -142,14 +144,12 @@ def test_a_run_that_diverges_is_not_to_be_trusted(write_config, tmp_path, rate):
     assert "verdict error" in (tmp_path / "run/report.html").read_text()
 
 
-def test_weights_that_are_no_numbers_end_in_a_verdict_and_a_report(write_config, tmp_path, caplog):
-    """At a rate of 1e30 the weights are lost after a step or two; samples, evaluations and checkpoints follow."""
-    assert run(["train", write_config(learning_rate=1e30), "--json"]) == 0
-    assert "no sample: the model's logits are not finite" in caplog.text
-    files = ["run.json", "exit.json", "steps.jsonl", "evals.jsonl", "findings.jsonl"]
-    stored, ended, *steps = [record for name in files for record in strict(tmp_path / "run" / name)]
-    assert stored["result"]["verdict"].startswith("not to be trusted: loss_not_finite")
-    assert ended["reason"] == stored["result"]["verdict"] and steps[5]["loss"] is None
-    assert stored["result"]["eval_loss"] is None
-    for name in ("report.html", "final/README.md"):
-        assert "loss_not_finite" in (tmp_path / "run" / name).read_text()
+def test_a_run_that_is_lost_ends_in_a_verdict_and_a_report(write_config, tmp_path, caplog):
+    """At a rate of 1e30 the loss is lost after a step or two; such steps are not applied, and the third one ends it."""
+    assert run(["train", write_config(learning_rate=1e30), "--json"]) == 3
+    assert "3 steps in a row were not finite" in caplog.text
+    files = ["run.json", "exit.json", "steps.jsonl", "findings.jsonl"]
+    stored, ended, *_ = [record for name in files for record in strict(tmp_path / "run" / name)]
+    assert stored["result"]["verdict"].startswith("suspicious: loss_not_finite")
+    assert ended == {"code": 3, "reason": stored["result"]["verdict"]}
+    assert "loss_not_finite" in (tmp_path / "run" / "report.html").read_text()

@@ -129,6 +129,11 @@ class FrozenParameters(Guard):
         """
         held, training = held_by(optimizer), [(name, p) for name, p in parameters if p.requires_grad]
         missing = [name for name, p in training if id(p) not in held]
+        if parameters and not training:
+            causes = ("adapters that were frozen with their base", "requires_grad_(False) on the whole model")
+            action = "model.print_trainable_parameters(); set requires_grad to True for what shall train"
+            names = [name for name, _ in parameters]
+            return cls._finding("error", "no parameter trains", "at least one", causes, names, PROBE, action)
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if missing and len(missing) == len(training) and not type(inner).__module__.startswith("torch.optim"):
             raise CannotJudge(f"{type(inner).__name__} holds none of the model's parameters itself, perhaps copies")

@@ -76,6 +76,9 @@ def find_objective(record: Callable[[dict], Recording], base: Recording, inputs:
 
     Several ranks call `record` equally often, as a `compute_loss` may gather. Raises `CannotJudge`.
     """
+    labels = inputs.get("labels")
+    if run.world_size == 1 and _is_integer(labels) and not (labels >= 0).any():
+        raise CannotJudge("no label of the first batch is scored")
     if base.scores_rows:
         return Objective("a score of whole rows (classification, regression or reward)", scores_rows=True)
     if not base.heads:
