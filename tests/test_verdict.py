@@ -145,7 +145,7 @@ def test_a_run_that_diverges_is_not_to_be_trusted(write_config, tmp_path, rate):
 
 
 def test_a_run_that_is_lost_ends_in_a_verdict_and_a_report(write_config, tmp_path, caplog):
-    """At a rate of 1e30 the loss is lost after a step or two; such steps are not applied, and the third one ends it."""
+    """At a rate of 1e30 the loss is lost after a step or two; such steps are not applied, the third ends the run."""
     assert run(["train", write_config(learning_rate=1e30), "--json"]) == 3
     assert "3 steps in a row were not finite" in caplog.text
     files = ["run.json", "exit.json", "steps.jsonl", "findings.jsonl"]
