@@ -1,8 +1,8 @@
-"""`python -m tests.zoo [--only NAME ...] [--json]`: runs the zoo and writes RESULTS.md and results.json beside this.
+"""`python -m tests.zoo [--only NAME ... | --add [NAME ...]] [--json]`: runs the zoo; writes RESULTS.md, results.json.
 
-`--add`: runs only the bugs and healthy runs that results.json does not hold yet, and says so in RESULTS.md. `--only`:
-bugs or healthy runs by name, a part such as `held_out_3`, or an area such as `data`; prints what they
-found and writes nothing. `--json`: the last thing on stdout is one object, all else goes to stderr.
+`--add`: runs only the bugs and healthy runs that results.json does not hold yet, and those named, and says so in
+RESULTS.md. `--only`: bugs or healthy runs by name, a part such as `held_out_3`, or an area such as `data`; prints
+what they found and writes nothing. `--json`: the last thing on stdout is one object, all else goes to stderr.
 """
 
 import argparse
@@ -38,7 +38,9 @@ say = partial(print, file=sys.stderr, flush=True)
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("--only", nargs="+", action="extend", metavar="NAME")
-    parser.add_argument("--add", action="store_true", help="run only what results.json does not hold yet")
+    parser.add_argument(
+        "--add", nargs="*", metavar="NAME", help="run what results.json does not hold yet, and NAMEs again"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--processes", type=int, help="runs at the same time; default: one a core")
     arguments = parser.parse_args()
@@ -48,10 +50,12 @@ def main() -> int:
     if arguments.only:
         check_names(arguments.only, parts, parser)
         parts = {part: chosen(part, *parts[part], set(arguments.only)) for part in parts}
-    if arguments.add and arguments.only:
+    if arguments.add is not None and arguments.only:
         parser.error("--add and --only: choose one")
-    if arguments.add:
-        results = add_missing(json.loads((FOLDER / "results.json").read_text()), parts, arguments.processes)
+    if arguments.add is not None:
+        check_names(arguments.add, parts, parser)
+        recorded = json.loads((FOLDER / "results.json").read_text())
+        results = add_missing(recorded, parts, {*arguments.add}, arguments.processes)
     else:
         results = run_zoo(parts, arguments.processes)
     if not arguments.only:
@@ -111,11 +115,12 @@ def run_zoo(
     return finite(results)
 
 
-def add_missing(recorded: dict, parts: dict, processes: int | None) -> dict:
-    """Runs what the recorded results lack. What they hold stays as it was found, by the guards of their own commit."""
+def add_missing(recorded: dict, parts: dict, again: set[str], processes: int | None) -> dict:
+    """Runs what the recorded results lack, and the names `again`. All else stays as it was found, by the guards of its
+    own commit."""
     empty = {"bugs": [], "healthy": []}
     old = {part: recorded["parts"].get(part, empty) for part in parts}
-    names = {part: {row["name"] for row in rows["bugs"] + rows["healthy"]} for part, rows in old.items()}
+    names = {part: {row["name"] for row in rows["bugs"] + rows["healthy"]} - again for part, rows in old.items()}
     missing = {
         part: (
             [bug for bug in bugs if bug.name not in names[part]],
