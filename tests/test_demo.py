@@ -25,7 +25,7 @@ def test_without_the_label_shift_the_probe_speaks_before_step_1(tmp_path, monkey
     assert (first["id"], first["step"]) == ("missing_label_shift", 0)
 
 
-def test_with_the_probe_disabled_each_curve_guard_fires_by_itself(tmp_path, monkeypatch):
+def test_with_the_probes_disabled_each_curve_guard_fires_by_itself(tmp_path, monkeypatch):
     """Within 120 steps, where the original run was at a loss of 1.8. Neither reads what the other found, so that one
     run shows both: it goes on after the first, and ends with the second."""
     expected = {"loss_off_reference": "too good to be true", "loss_below_envelope": "below n-grams"}
@@ -41,7 +41,7 @@ def test_with_the_probe_disabled_each_curve_guard_fires_by_itself(tmp_path, monk
         return control
 
     monkeypatch.setattr(DefaultFlowCallback, "on_step_end", end_when_both_have_spoken)
-    words = ["--disabled_guards", "missing_label_shift", "--eval_strategy", "no"]
+    words = ["--disabled_guards", "missing_label_shift,reference_mismatch", "--eval_strategy", "no"]
     run(["train", DEMO, "--output_dir", str(tmp_path), *words])
     found = alarms()
     assert list(found)[:2] in (list(expected), list(expected)[::-1])

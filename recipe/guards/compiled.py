@@ -7,6 +7,7 @@ import torch
 
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
 from recipe.guards.sandbox import scaled_loss_of
+from recipe.guards.updates import shorten
 from recipe.guards.wrong_gradient import SMALL_NORM
 
 Sizes = dict[str, tuple[float, float]]  # of each parameter's gradient: norm and sum
@@ -77,13 +78,14 @@ class CompiledMismatch(Guard):
         loss_gap = abs(losses[1] - losses[0]) / max(abs(losses[0]), 1e-12)
         if not off and loss_gap <= max_loss_gap:
             return None
-        found, expected = f"loss {losses[1]:.5f} compiled, {losses[0]:.5f} eager", f"equal to {max_loss_gap:.1%}"
+        found, expected = f"loss {losses[1]:.4f}, eager {losses[0]:.4f}", f"equal to {max_loss_gap:.1%}"
         if off:
-            found += f"; {len(off)} of {len(gaps)} gradients differ, most {off[0]} by {gaps[off[0]]:.0%} of its norm"
-            expected += f", gradients to {max_gap:.0%}"
+            found = f"{len(off)} of {len(gaps)} gradients differ, {shorten(off[0])} by {gaps[off[0]]:.0%}"
+            expected = f"under {max_gap:.0%} of their norms"
         causes = ("a fault of the compiler or a fused kernel", "code that does something else when it is traced")
         action = "train without torch_compile, or compile layer by layer, and compare the first losses"
         evidence = {"loss_gap": loss_gap, "gradients_off": len(off), "largest_gap": max(gaps.values(), default=0.0)}
+        evidence |= {"names": off[:20], "losses": {"eager": losses[0], "compiled": losses[1]}}
         return cls.finding("warning", found, expected, causes, action, evidence, check=PROBE)
 
     @classmethod

@@ -123,14 +123,14 @@ def prepare_files(folder: Path, names: Sequence[str], step: int) -> None:
 
 def keep_until(path: Path, step: int) -> None:
     """Cut the file before the first record after `step`, which a resumed run will write again with all that follows,
-    or the first line that is broken off."""
+    or the line that is broken off at its end."""
     if not path.is_file():
         return
     with path.open("r+b") as file:
         end = 0
         for line in file:
-            found = (parse_object(line.decode("utf-8", errors="replace")) or {}).get("step", step)
-            if not line.endswith(b"\n") or type(found) is not int or found > step:
+            found = (parse_object(line.decode("utf-8", errors="replace")) or {}).get("step")
+            if not line.endswith(b"\n") or (type(found) is int and found > step):
                 break
             end += len(line)
         file.truncate(end)
