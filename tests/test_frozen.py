@@ -134,8 +134,10 @@ def test_frozen_on_purpose_is_information_and_much_of_a_new_model_a_warning():
     model = llama()
     model.model.requires_grad_(False)
     assert judge_groups(named(model), torch.optim.AdamW(model.lm_head.parameters())) is None
-    assert FrozenParameters._judge_on_purpose(named(model), is_new_model=False).severity == "info"
-    assert FrozenParameters._judge_on_purpose(named(model), is_new_model=True).severity == "warning"
+    assert FrozenParameters._judge_on_purpose(named(model), False, set()).severity == "info"
+    assert FrozenParameters._judge_on_purpose(named(model), True, set()).severity == "warning"
+    held = {id(parameter) for parameter in model.parameters()}  # they may be unfrozen later
+    assert FrozenParameters._judge_on_purpose(named(model), True, held).severity == "info"
 
 
 def test_the_base_of_adapters_is_frozen_on_purpose_also_where_it_is_new():

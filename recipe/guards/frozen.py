@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 
@@ -51,7 +51,7 @@ class FrozenParameters(Guard):
     def inspect(self, run) -> Iterator[Verdict]:
         finding = self.judge_groups(run.named_parameters, run.optimizer)
         if finding is None and not has_adapters(run.model):
-            finding = self._judge_on_purpose(run.named_parameters, run.is_new_model)
+            finding = self._judge_on_purpose(run.named_parameters, run.is_new_model, held_by(run.optimizer))
         yield finding or self.clear(check=PROBE)
 
     def before_step(self, local) -> None:
@@ -149,13 +149,13 @@ class FrozenParameters(Guard):
         return cls._finding("error", f"{len(names)} parameters {of} in no group", "all", causes, names, check, action)
 
     @classmethod
-    def _judge_on_purpose(cls, parameters: Parameters, is_new_model: bool) -> Finding | None:
-        """Few parameters of a new model do not want a gradient."""
+    def _judge_on_purpose(cls, parameters: Parameters, is_new_model: bool, held: Collection[int]) -> Finding | None:
+        """Few parameters of a new model do not want a gradient. Those that the optimizer holds may want one later."""
         frozen = [name for name, p in parameters if not p.requires_grad]
         if not frozen:
             return None
         share = share_of(frozen, parameters)
-        is_odd = is_new_model and share > cls.FROZEN_SHARE
+        is_odd = is_new_model and share > cls.FROZEN_SHARE and not all(id(p) in held for _, p in parameters)
         found = f"{share:.1%} of the parameters frozen"
         expected = f"under {cls.FROZEN_SHARE:.0%} of a new model" if is_odd else "this, if on purpose"
         causes = ("frozen on purpose (fixed positions)", "frozen by an earlier script")
