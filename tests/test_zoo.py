@@ -152,6 +152,32 @@ def test_the_docs_say_what_was_recorded_of_the_targets():
     assert RESULTS["environment"]["commit"] in docs
 
 
+def test_add_runs_what_is_missing_and_what_is_named(monkeypatch):
+    """Whatever is run again replaces what was recorded of it."""
+    bug = bugs_of("development")[0]
+    runs = {name: Setting(seed=seed) for seed, name in enumerate(("kept", "again", "new"))}
+    asked = {}
+
+    def run_zoo(parts, processes):
+        asked.update(parts["development"][1])
+        rows = [{**healthy_row(name), "setting": setting.describe()} for name, setting in asked.items()]
+        return {**RESULTS, "parts": {"development": {"bugs": [], "healthy": rows}}, "problems": []}
+
+    def healthy_row(name, alarms=()):
+        return {"name": name, "setting": runs[name].describe(), "alarms": list(alarms), "others": {}}
+
+    monkeypatch.setattr(command, "run_zoo", run_zoo)
+    old = [healthy_row("kept"), healthy_row("again", [("loss_spike", 1, "x")])]
+    known = next(row for row in RESULTS["parts"]["development"]["bugs"] if row["name"] == bug.name)
+    recorded = {**RESULTS, "parts": {"development": {"bugs": [known], "healthy": old}}}
+    merged = command.add_missing(recorded, {"development": ([bug], runs)}, {"again"}, None)
+    assert [*asked] == ["again", "new"]
+    part = merged["parts"]["development"]
+    assert [(row["name"], row["alarms"]) for row in part["healthy"]] == [("kept", []), ("again", []), ("new", [])]
+    assert part["bugs"] == [known] and part["summary"]["guards"]["false_alarms"]["of"] == 3
+    assert merged["added"][-1]["names"] == ["again", "new"]
+
+
 # --- scoring
 
 

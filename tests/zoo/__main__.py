@@ -132,7 +132,7 @@ def add_missing(recorded: dict, parts: dict, again: set[str], processes: int | N
     results = {**recorded, "parts": {}, "problems": recorded["problems"] + new["problems"]}
     for part, (bugs, _) in parts.items():
         rows = {row["name"]: row for row in old[part]["bugs"] + new["parts"][part]["bugs"]}
-        healthy = {row["setting"]: row for row in new["parts"][part]["healthy"] + old[part]["healthy"]}
+        healthy = {row["setting"]: row for row in old[part]["healthy"] + new["parts"][part]["healthy"]}
         results["parts"][part] = {
             "bugs": [rows[bug.name] for bug in bugs if bug.name in rows],
             "healthy": list(healthy.values()),
