@@ -94,7 +94,6 @@ IN_WORDS = {
     "LossTarget.MAX_ELSEWHERE_SAMPLED",
     "LossTarget.MIN_LOSSES",
     "LossTarget.SURE",
-    "LostUpdates.SMALL_SHARE",
     "OptimizerOff.ROUNDING",
     "Repetition.ALIGNED_SPREAD",
     "Repetition.WARN_SHARE",
