@@ -1,6 +1,7 @@
 """Small things that many tests need: a throw-away tokenizer, a corpus, a tiny model. No network anywhere."""
 
 import json
+import logging
 import os
 from dataclasses import replace
 
@@ -21,6 +22,15 @@ torch.set_num_threads(1)
 # the same examples in every run: a test that fails by chance on somebody else's change is of no use
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def log_levels_stay_as_they_are():
+    """A run in this process sets them (`configure_logging`), and the next test may listen for a warning."""
+    before = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(before)
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)
