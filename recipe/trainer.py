@@ -95,7 +95,7 @@ class PretrainTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """On every rank. A disk that fails costs this checkpoint and no other; the training goes on."""
         step = self.state.global_step
-        if step == self._saved_step:  # whoever asks again in the same step, such as a stop that is heard while saving
+        if step == self._saved_step:  # whoever asks again in the same step, such as a stop that arrives while saving
             return
         self._saved_step = step
         self.skips.settle(self.optimizer, self.lr_scheduler)

@@ -189,7 +189,7 @@ class RegressionCallback(TrainerCallback):
             self.begin_save(control)
             with _disk_errors_logged():
                 self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        control.should_save = False  # where a stop has been heard of just now: it is saved
+        control.should_save = False  # a stop that arrived just now: it is saved
 
     def begin_save(self, control) -> None:  # on every rank, before `save`
         if self.session is not None:

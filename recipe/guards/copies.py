@@ -79,10 +79,10 @@ def mark_shared(stretches, hashed, units, are_new, is_same_place, every: int) ->
     unit = np.searchsorted(units[0], at, side="right") - 1
     begins_document = (units[0][unit] > rows[0][row]) & (at - units[0][unit] <= 4 * every)
     is_cut = units[1][unit] == rows[1][row]  # by the row's end, so that its end says nothing
-    ends_anew = np.where(is_cut, units[1][unit] - at - span >= 2 * WINDOW, unit_is_new[unit])
+    ends_differently = np.where(is_cut, units[1][unit] - at - span >= 2 * WINDOW, unit_is_new[unit])
     covered = np.bincount(row, span + 2 * every, minlength=len(rows[0]))
     has_new_text = (rows[1] - rows[0] - covered >= WINDOW)[row]
-    is_shared = (is_same_place & row_is_new[row]) | (begins_document & ends_anew)
+    is_shared = (is_same_place & row_is_new[row]) | (begins_document & ends_differently)
     return np.where(is_shared, SHARED, np.where(has_new_text, SHARED_IF_POPULAR, COUNTS))
 
 
