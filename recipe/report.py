@@ -6,7 +6,7 @@ Reads only the run's files, and works with missing ones: crashed runs are those 
 import json
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jinja2
@@ -93,6 +93,15 @@ def write_report(run_dir: Path) -> Path:
 
 def render(template: str, values: dict, file: Path) -> Path:
     """Fills a template of `templates/` with `values`, escaped, and writes it to `file`."""
+    # A sample may hold half a surrogate pair, which UTF-8 cannot encode.
+    file.write_text(
+        _environment_of_templates().get_template(template).render(values), encoding="utf-8", errors="replace"
+    )
+    return file
+
+
+@cache  # a run writes its report at every checkpoint, and compiling the template takes longer than filling it
+def _environment_of_templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -103,9 +112,7 @@ def render(template: str, values: dict, file: Path) -> Path:
     )
     to_json = partial(json.dumps, ensure_ascii=False)
     environment.filters |= {"show": show, "plural": plural, "compact": compact, "json": to_json}
-    # A sample may hold half a surrogate pair, which UTF-8 cannot encode.
-    file.write_text(environment.get_template(template).render(values), encoding="utf-8", errors="replace")
-    return file
+    return environment
 
 
 def _read_records(file: Path, gaps: list[str]) -> list[dict]:

@@ -32,6 +32,7 @@ from recipe.skipping import SkipCallback
 
 logger = logging.getLogger(__name__)
 WORDS_CHARS = 1 << 20  # of a text, searched for words at once
+SAMPLE_TOKENS = 64  # of each continuation
 
 
 class PretrainTrainer(Trainer):
@@ -227,14 +228,11 @@ class StreamCallback(TrainerCallback):
 class SampleCallback(TrainerCallback):
     """A few continuations of held-out text at each evaluation, with the share of their words that the source has."""
 
-    def __init__(
-        self, prompts: list[list[int]], tokenizer, sources: Sequence[Source], guards: RegressionCallback, new_tokens=64
-    ):
+    def __init__(self, prompts: list[list[int]], tokenizer, sources: Sequence[Source], guards: RegressionCallback):
         self.prompts = prompts
         self.tokenizer = tokenizer
         self.sources = sources
         self.guards = guards
-        self.new_tokens = new_tokens
         self._known_words: set[str] | None = None
         self._last_step = -1
 
@@ -255,7 +253,7 @@ class SampleCallback(TrainerCallback):
             logger.warning("step %d | no sample: the model's logits are not finite", state.global_step)
             return
         for number, prompt in enumerate(self.prompts):
-            text = generate(model, self.tokenizer, prompt, self.new_tokens, seed=args.seed + number)
+            text = generate(model, self.tokenizer, prompt, SAMPLE_TOKENS, seed=args.seed + number)
             record = {
                 "step": state.global_step,
                 "tokens_seen": self.guards.tokens_seen,

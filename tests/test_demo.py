@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 from transformers.trainer_callback import DefaultFlowCallback
@@ -25,6 +26,7 @@ def test_without_the_label_shift_the_probe_speaks_before_step_1(tmp_path, monkey
     assert (first["id"], first["step"]) == ("missing_label_shift", 0)
 
 
+@pytest.mark.slow  # three minutes
 def test_with_the_probes_disabled_each_curve_guard_fires_by_itself(tmp_path, monkeypatch):
     """Within 120 steps, where the original run was at a loss of 1.8. Neither reads what the other found, so that one
     run shows both: it goes on after the first, and ends with the second."""

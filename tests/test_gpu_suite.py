@@ -33,9 +33,9 @@ def run(*options: str, **variables) -> subprocess.CompletedProcess:
     return subprocess.run([*COMMAND, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("whole", marks=pytest.mark.slow)])
 def out(tmp_path_factory):
-    """One whole run; every part's figures."""
+    """One whole run, of over a minute; every part's figures."""
     path = tmp_path_factory.mktemp("gpu") / "out.json"
     before = results.RESULTS.read_text(encoding="utf-8")
     done = run("--device", "cpu", "--tiny", "--json", str(path), "--minutes", "20")
@@ -169,6 +169,7 @@ def test_without_a_gpu_the_command_says_what_to_add():
     assert done.returncode == 2 and "--device cpu --tiny" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_what_no_time_is_left_for_is_reported(tmp_path):
     path = tmp_path / "out.json"
     done = run("--device", "cpu", "--tiny", "--json", str(path), "--minutes", "0.1")
@@ -210,6 +211,7 @@ def test_an_interrupted_part_keeps_its_figures(monkeypatch, tmp_path):
     assert json.loads(arguments.json.read_text())["parts"]["throughput"]["values"] == {"figure": 1.0}
 
 
+@pytest.mark.slow
 def test_an_earlier_out_is_kept(tmp_path):
     path = tmp_path / "out.json"
     path.write_text("earlier")

@@ -115,6 +115,7 @@ def test_four_ranks_then_two_then_one_are_one_run(write_config, tmp_path):
     assert state_of(tmp_path / "one") == state_of(tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_after_an_odd_number_of_rows(write_config, tmp_path):
     """Which rank reads which lane then differs from a run that began on two ranks; the position must not."""
     path = write_config(lr_scheduler_type="constant", eval_strategy="no", eval_steps=None, save_steps=1)

@@ -45,7 +45,8 @@ def run_tasks(tasks: list[Task], processes: int | None = None) -> Iterator[tuple
     """Yields each task's record when it is done; one that failed has only `error`."""
     os.environ.update(ENVIRONMENT)  # inherited by the fork server, which imports torch after that
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.zoo.run", "tests.zoo.others"])  # imports once what takes long to import
+    # imports once what takes long to import
+    context.set_forkserver_preload(["tests.zoo.run", "tests.zoo.others", "tests.zoo.frozen"])
     pool = ThreadPoolExecutor(processes or os.cpu_count() or 1)
     waiting = {pool.submit(_run, context, task): task for task in sorted(tasks, key=lambda task: -task.cost)}
     try:
