@@ -2,16 +2,19 @@
 
 import argparse
 import atexit
+import difflib
+import itertools
 import logging
 import os
 import sys
 from pathlib import Path
 
 from recipe.errors import DataError, UserError, exit_code_of, handle_endings, is_disk_error, message_of
-from recipe.key_names import check_names
 from recipe.plain_json import dumps
-from recipe.redact import configure_logging
+from recipe.read_config import read_config
+from recipe.redact import configure_logging, configure_transformers_logging
 from recipe.rundir import ended_on_purpose_before, write_exit
+from recipe.threads import choose_waiting
 
 USAGE = """usage: python -m recipe COMMAND ...
 
@@ -23,8 +26,13 @@ USAGE = """usage: python -m recipe COMMAND ...
   tokenize CONFIG.json OUT_DIR [--field value ...]    write the source's token ids once; then use OUT_DIR as `source`
   report RUN_DIR [--bundle]                           findings and curve -> RUN_DIR/report.html; --bundle packs what
                                                       is needed to debug a finding, without data or paths
+  new FILE.json [--size 3m|15m|60m|180m]              write a starting config; never overwrites
   explain [ID]                                        what a finding means, how it was measured, what to try
   trajectory record OUT.json RUN_DIR [RUN_DIR ...]    healthy runs of one config -> a reference curve
+"""
+CONFIG_COMMANDS = ("train", "check", "verify-data", "plan", "tokenize")
+KEYS = """
+--field value overrides any key of the config; a bare --field means true, null unsets. Keys, their types and defaults:
 """
 GOOD, UNEXPECTED, USER_INPUT, STOPPED_BY_GUARD = 0, 1, 2, 3
 
@@ -52,7 +60,7 @@ def check(arguments: list[str]) -> int:
 
 
 def plan(arguments: list[str]) -> int:
-    options, config = _parse(_config_parser("plan"), arguments)
+    options, config = _parse(_config_parser("plan"), arguments, reads_data=False)
     from recipe.plan import format_plan, make_plan
 
     result = make_plan(config)
@@ -90,10 +98,16 @@ def _config_parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _parse(parser: argparse.ArgumentParser, arguments: list[str]):
+def _parse(parser: argparse.ArgumentParser, arguments: list[str], reads_data: bool = True):
     """The command's own options, and the configuration; all remaining words are overrides."""
     options, overrides = parser.parse_known_args(arguments)
-    check_names(options.config, overrides)  # at once: what follows takes seconds to import
+    reading = read_config(options.config, overrides)
+    if reads_data:
+        reading.check_source()
+    reading.refuse()  # at once: what follows takes seconds to import
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("recipe").info("loading torch and transformers: some seconds, up to a minute the first time")
+    configure_transformers_logging()
     from recipe.arguments import parse_config
     from recipe.model import hardware_defaults
 
@@ -106,6 +120,17 @@ def _positive(word: str) -> int:
     if not word.isdigit() or int(word) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {word}")
     return int(word)
+
+
+def new(arguments: list[str]) -> int:
+    from recipe.new import SIZES, write_config
+
+    parser = argparse.ArgumentParser("recipe new", description="Write a starting config; never overwrites.")
+    parser.add_argument("file", type=Path, metavar="FILE.json")
+    parser.add_argument("--size", choices=SIZES, default="3m", help="parameters of the model (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    print(write_config(options.file, options.size))
+    return GOOD
 
 
 def report(arguments: list[str]) -> int:
@@ -149,6 +174,7 @@ COMMANDS = {
     "verify-data": verify_data,
     "tokenize": tokenize,
     "report": report,
+    "new": new,
     "explain": explain,
     "trajectory": trajectory,
 }
@@ -160,12 +186,16 @@ def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return GOOD if arguments else USER_INPUT
-    if arguments[0] in COMMANDS and {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
+    if arguments[0] in CONFIG_COMMANDS and {"-h", "--help"} & set(arguments):
+        print(help_of(arguments[0]))
         return GOOD
     if arguments[0] not in COMMANDS:
-        return _fail(USER_INPUT, f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0.7)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        return _fail(USER_INPUT, f"no command {arguments[0]!r}; {hint}")
     try:
+        if arguments[0] not in (*CONFIG_COMMANDS, "new") and not {"-h", "--help"} & set(arguments):
+            configure_transformers_logging()
         return COMMANDS[arguments[0]](arguments[1:])
     except (UserError, DataError) as error:
         return _fail(error.exit_code, message_of(error))
@@ -175,6 +205,17 @@ def run(arguments: list[str]) -> int:
         if not is_disk_error(error):
             raise
         return _fail(exit_code_of(error), message_of(error))
+
+
+def help_of(command: str) -> str:
+    """Its lines of the usage, and every key of a configuration."""
+    from recipe.keys import format_help
+
+    lines = USAGE.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith(f"  {command} "))
+    more = (line for line in lines[first + 1 :])
+    own = [lines[first], *itertools.takewhile(lambda line: line.startswith("      "), more)]
+    return "\n".join([*own, KEYS, format_help()])
 
 
 def _fail(code: int, reason: str) -> int:
@@ -191,6 +232,7 @@ def _terminate(number, frame):
 def main() -> None:
     """Entry point of the command line. Leaves by `os._exit`: threads of streaming readers may abort an interpreter
     that is shutting down."""
+    choose_waiting()
     configure_logging()
     for name in ("httpx", "filelock", "fsspec", "datasets", "torch", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -200,6 +242,8 @@ def main() -> None:
         os._exit(GOOD)  # torchrun would start it again; run_clm.sh returns the code that was reported
     try:
         code = run(sys.argv[1:])
+    except BrokenPipeError:  # of `| head`
+        os._exit(GOOD)
     except KeyboardInterrupt as interrupt:
         code = _fail(exit_code_of(interrupt), "interrupted while not training, so no new checkpoint was saved")
     except Exception:

@@ -1,25 +1,25 @@
-"""One flat JSON, then `--field value` overrides -> a checked `Config`.
+"""The recipe's own keys, and a configuration -> a checked `Config`.
 
 TrainingArguments' keys and the recipe's own share one namespace. Nothing passes silently: every key, type, range
-and combination is checked before anything is built (`config_checks.py`), and all problems are reported at once. Keys
-that begin with "_" are comments.
+and combination is checked before anything is built, and all problems are reported at once. `read_config.py` does what
+needs no torch. The comment behind a field, or above it, is its line in `recipe train --help`.
 """
 
-import glob
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Sequence, Set
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
 from recipe import config_checks as checks
-from recipe.errors import UserError
+from recipe.conflicts import find_machine_conflicts
+from recipe.read_config import ConfigError, Reading, defaults, read_config
 from recipe.redact import remember
 
 logger = logging.getLogger(__name__)
@@ -94,35 +94,6 @@ class GuardArguments:
 OURS = (ModelArguments, DataArguments, GuardArguments)
 TRAINING_FIELDS = {f.name: f for f in fields(TrainingArguments) if f.name not in checks.REFUSED}
 FIELDS = {f.name: f for group in OURS for f in fields(group)} | TRAINING_FIELDS
-# The recipe's own defaults for keys of TrainingArguments.
-DEFAULTS = {name: value for name, (value, _) in checks.FIXED.items()} | {
-    "logging_steps": 10,
-    "report_to": [],
-    "disable_tqdm": False,
-    "prediction_loss_only": False,
-    "ddp_find_unused_parameters": False,  # Trainer's default walks the graph in each step
-    "trackio_static_space_id": False,  # unset, a push to the hub also creates a Space
-    "seed": 42,
-}
-HINTS = {name: hint for group in (*OURS, TrainingArguments) for name, hint in get_type_hints(group).items()}
-# transformers' own hints are too wide (a string of kwargs only fails later) or wrong (`fsdp` is a bool in v5).
-HINTS |= {"lr_scheduler_kwargs": dict | None, "activation_checkpointing_kwargs": dict | None}
-HINTS |= {"fsdp": bool | str | None, "output_dir": str, "report_to": str | list[str]}
-HINTS |= {"trackio_static_space_id": bool | str | None}
-TYPES = {name: checks.split_hint(HINTS[name]) for name in FIELDS}
-SOURCE_TYPES = {name: checks.split_hint(hint) for name, hint in get_type_hints(SourceArguments).items()}
-FILES, FOLDERS = ("model_config", "trajectory"), ("tokenizer", "model_name_or_path")
-HUB_NAME = r"(?!tokenizer/)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(?<!\.json)(?<!\.model)"
-
-
-class ConfigError(UserError):
-    """The configuration cannot be used; `problems` holds every (key, message) found."""
-
-    def __init__(self, path: str | os.PathLike, problems: Sequence[checks.Problem]):
-        self.problems = list(problems)
-        lines = [f"  {key}: {message}" if key else f"  {message}" for key, message in self.problems]
-        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-        super().__init__("\n".join([f"{os.fspath(path)}: {count}", *lines]))
 
 
 @dataclass(frozen=True)
@@ -164,43 +135,22 @@ class Config:
 def parse_config(
     path: str | os.PathLike, overrides: Sequence[str] = (), machine_defaults: dict | None = None
 ) -> Config:
-    """The JSON at `path`, then `overrides` (`--field value`, `--field=value`, bare `--flag`), checked and resolved.
+    """The configuration that `read_config` reads, checked against this machine too, and resolved.
 
-    `machine_defaults` apply where neither sets a key. Paths are looked up as in `find_path`. An override of
-    `train_tokens` or `max_steps` replaces the file's choice of the two; the same holds for `model_config` and
-    `model_name_or_path`. Raises `ConfigError` with every problem found.
+    Raises `ConfigError` with every problem found.
     """
-    path = Path(path)
-    given, problems = _read_json(path)
-    options, misread = _read_overrides(overrides)
-    replaced = {name for pair in checks.ALTERNATIVES if options.keys() & pair for name in pair}
-    given = {k: v for k, v in given.items() if not k.startswith("_") and k not in replaced} | options
-
-    found = {name: checks.find_problem(name, value, TYPES) for name, value in given.items()}
-    if not isinstance(given.get("source", ""), str):
-        found["source"] = checks.find_mixture_problem(given["source"], SOURCE_TYPES)
-    elif given.get("source", "").lstrip().startswith("[{"):
-        found["source"] = f"looks like a list of sources, but is no JSON: {checks.show(given['source'])}"
-    found = {name: message for name, message in found.items() if message}
-    values = _defaults() | {"output_dir": f"runs/{path.stem}"} | (machine_defaults or {})
-    if given.get("fp16") is True and "bf16" not in given:
-        values["bf16"] = False  # the user's fp16 overrides the machine's bf16
-    for name in given.keys() - found.keys():
-        is_whole = isinstance(given[name], float) and float not in TYPES[name].kinds  # such as 1e9
-        values[name] = int(given[name]) if is_whole else given[name]
-    found |= {name: "is required" for name, value in values.items() if value is MISSING and name not in found}
-    found |= checks.find_conflicts(values, given.keys(), {*found}) | _resolve_paths(values, path, {*found})
-    labels = {name: f"--{name}" for name in options}
-    problems += misread + [(labels.get(name, name), message) for name, message in found.items()]
-    if problems:
-        raise ConfigError(path, problems)
+    reading = read_config(path, overrides, machine_defaults)
+    values, found = reading.values, reading.found
+    found |= find_machine_conflicts(values, {*found})
+    reading.refuse()
     remember(values["hub_token"])
-    training = _build_training(path, values, labels)
+    training = _build_training(reading)
     model, data, guards = (group(**{f.name: values[f.name] for f in fields(group)}) for group in OURS)
-    return Config(path, model, data, guards, training, tuple(overrides))
+    return Config(reading.path, model, data, guards, training, tuple(overrides))
 
 
-def _build_training(path: Path, values: dict[str, Any], labels: dict[str, str]) -> TrainingArguments:
+def _build_training(reading: Reading) -> TrainingArguments:
+    values = reading.values
     for name in ("deepspeed", "fsdp"):
         if values[name]:
             logger.warning("%s is passed on to transformers, but this recipe has not been tested with it", name)
@@ -209,124 +159,13 @@ def _build_training(path: Path, values: dict[str, Any], labels: dict[str, str]) 
     except (ValueError, TypeError, KeyError, NotImplementedError, ImportError, OSError) as error:
         message = " ".join(str(error).split())
         key = next((word for word in re.findall(r"\w+", message) if word in TRAINING_FIELDS), "TrainingArguments")
-        raise ConfigError(path, [(labels.get(key, key), message)]) from error
-
-
-def _defaults() -> dict[str, Any]:
-    fresh = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in FIELDS.values()}
-    return fresh | DEFAULTS
+        raise ConfigError(reading.path, [(reading.label(key), message)]) from error
 
 
 def format_config(config: Config) -> str:
     """The resolved keys that differ from their defaults, one per line, aligned; then the number of other keys."""
-    resolved, defaults = config.to_dict(), _defaults()
-    different = {k: v for k, v in resolved.items() if v != defaults[k] and (v or defaults[k])}
+    resolved, usual = config.to_dict(), defaults()
+    different = {k: v for k, v in resolved.items() if v != usual[k] and (v or usual[k])}
     width = max(map(len, different))
     lines = [f"{name:<{width}}  {json.dumps(value, ensure_ascii=False)}" for name, value in different.items()]
     return "\n".join([*lines, f"{len(resolved) - len(different)} other keys at their defaults"])
-
-
-# Paths
-
-
-def find_path(value: str, config_path: str | os.PathLike) -> Path | None:
-    """The first place where `value` exists: as given, beside the config, in the project, in the package."""
-    return next((place for place in _places(value, config_path) if os.path.exists(place)), None)
-
-
-def _places(value: str, config_path: str | os.PathLike) -> list[Path]:
-    path, package = Path(os.path.expanduser(value)), Path(__file__).resolve().parent
-    places = [path, Path(config_path).resolve().parent / path, package.parent / path]
-    if path.parts[:1] == ("tokenizer",):  # a wheel has this top-level folder inside the package
-        places.append(package / "_tokenizer" / Path(*path.parts[1:]))
-    return list(dict.fromkeys(places))  # an absolute path has one
-
-
-def _resolve_paths(values: dict[str, Any], config_path: Path, unsound: Set[str]) -> dict[str, str]:
-    """Put the place where each file and folder lies into `values`; returns key -> message for those that cannot be."""
-    problems = {}
-    for name in (*FILES, *FOLDERS):
-        value, is_folder = values[name], name in FOLDERS
-        if name in unsound or value in (None, "auto", "none"):
-            continue
-        place = find_path(value, config_path)
-        values[name] = str(place or value)
-        if place is None and not (is_folder and re.fullmatch(HUB_NAME, value)):
-            places = ", ".join(map(str, _places(value, config_path)))
-            problems[name] = f"{value} not found; looked for {places}{'; nor is it a hub name' if is_folder else ''}"
-        elif place is not None and place.is_dir() != is_folder:
-            kind, fix = ("file", "folder that holds it") if is_folder else ("folder", "JSON file in it")
-            problems[name] = f"{value} is a {kind}; name the {fix}"
-    if "source" not in unsound:
-        values["source"] = _locate_source(values["source"], config_path)
-    return problems
-
-
-def _locate_source(source: str | list, config_path: Path) -> str | list:
-    """A path or glob relative to the config's folder is made absolute; everything else stays as it is."""
-    if isinstance(source, list):
-        return [{**entry, "path": _locate_source(entry["path"], config_path)} for entry in source]
-    beside = str(config_path.resolve().parent / source)
-    return beside if "://" not in source and not glob.glob(source) and glob.glob(beside) else source
-
-
-# Reading
-
-
-def _read_json(path: Path) -> tuple[dict[str, Any], list[checks.Problem]]:
-    repeated = []
-
-    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs if not name.startswith("_")]
-        repeated.extend((name, "is given twice; keep one") for name in dict.fromkeys(names) if names.count(name) > 1)
-        return dict(pairs)
-
-    try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=to_dict)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(path, [("", _why_unreadable(error))]) from error
-    if not isinstance(given, dict):
-        raise ConfigError(path, [("", f"must be a JSON object of keys and values, not {checks.show(given)}")])
-    return given, repeated
-
-
-def _why_unreadable(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, IsADirectoryError):
-        return "is a folder; name the JSON file in it"
-    if isinstance(error, UnicodeDecodeError):
-        return f"is not UTF-8 (byte {error.start}); save it as UTF-8"
-    if not isinstance(error, json.JSONDecodeError):
-        return f"cannot be read: {error}"
-    if not error.doc.strip():
-        return "is empty"
-    before, rest = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
-    where = f"line {error.lineno} column {error.colno}"
-    if rest.startswith(("//", "/*", "#")):
-        return f'{where}: JSON has no comments; use a key that begins with "_", such as "_comment"'
-    if re.match(r"(,\s*)?[}\]]", rest) and (before.endswith(",") or rest.startswith(",")):
-        return f"{where}: trailing comma before the closing bracket; remove it"
-    return f"{where}: invalid JSON: {error.msg}"
-
-
-def _read_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[checks.Problem]]:
-    """`--field value`, `--field=value` and bare `--flag` -> values of their field's type, and what was wrong."""
-    options, problems, words = {}, [], list(words)
-    while words:
-        word = words.pop(0)
-        if not re.match(r"--\w", word):
-            problems.append((word, "is not an option; options are --field value"))
-            continue
-        name, equals, text = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if not equals and words and not words[0].startswith("--"):
-            equals, text = "=", words.pop(0)
-        kinds = TYPES[name].kinds if name in TYPES else (bool, str)
-        if name in options:
-            problems.append((f"--{name}", "is given twice; keep one"))
-        elif not equals and bool not in kinds:
-            problems.append((f"--{name}", "needs a value"))
-        else:
-            options[name] = checks.convert_word(text, kinds) if equals else True
-    return options, problems

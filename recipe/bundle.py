@@ -10,13 +10,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from recipe import config_checks as checks
-from recipe.arguments import FIELDS, TYPES
+from recipe.arguments import FIELDS
 from recipe.errors import UserError
 from recipe.guards import FINDING_IDS
 from recipe.guards.guard import SEVERITIES
 from recipe.guards.records import iterate_lines, parse_object
 from recipe.guards.trajectory import TRAJECTORIES
 from recipe.plain_json import dumps
+from recipe.read_config import known_types
 from recipe.rundir import PACKAGES
 
 FILES = ("run.json", "exit.json", "findings.jsonl", "steps.jsonl", "evals.jsonl")
@@ -33,7 +34,7 @@ SECTIONS = {  # of run.json -> the keys that are kept, None for all
 }
 # None of these strings can be a name that the user chose.
 WORDS = {
-    *(word for kind in TYPES.values() for word in kind.choices),
+    *(word for kind in known_types().values() for word in kind.choices),
     *(word for words in checks.WORDS.values() for word in words),
     *(path.stem for path in TRAJECTORIES.glob("*.json")),
     *("none", "docstrings", "passive", "inductor", "default", "reduce-overhead", "max-autotune", "nccl", "gloo"),

@@ -242,6 +242,23 @@ def choose(resume_from_checkpoint: str | None, output_dir: Path) -> Path | None:
     raise UserError(f"resume_from_checkpoint {resume_from_checkpoint}: {output_dir} holds {problem}; {fix}")
 
 
+def problem_of_path(wanted: str, output_dir: Path) -> str | None:
+    """What is wrong with a path to resume from, without reading its files, and what to give instead."""
+    path = Path(wanted)
+    if wanted.lower() == "true":  # as Trainer takes it
+        return "true is no path; did you mean --resume_from_checkpoint latest?"
+    if step_of(path) >= 0 and path.is_dir():
+        return None
+    if path.name == "final" and path.is_dir():
+        fix = f"did you mean --model_name_or_path {wanted} (a new run from its weights)?"
+        return f"{wanted} is a finished model, without optimizer and position; {fix}"
+    inside, beside = (list_checkpoints(place) for place in (path, path.parent))
+    near = next((found[0] for found in (inside, beside, list_checkpoints(output_dir)) if found), None)
+    what = "a run" if inside else "a folder without a checkpoint's name" if path.is_dir() else "no such folder"
+    fix = f"did you mean --resume_from_checkpoint {near}?" if near else "for a new run remove it"
+    return f"{wanted} is {what}; {fix}"
+
+
 def newest_whole(output_dir: Path) -> Path | None:
     """Without reading its files."""
     return next((path for path in list_checkpoints(output_dir) if not problems_of(path)), None)

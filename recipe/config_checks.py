@@ -1,34 +1,25 @@
-"""The values that the keys of a configuration accept: refused names, types, choices, ranges, combinations.
+"""The values that the keys of a configuration accept, one key at a time: refused names, types, choices, ranges.
 
-Each check says what is wrong and how to fix it. `arguments.py` defines which keys exist.
+Each check says what is wrong and how to fix it. `keys.py` knows which keys exist, `conflicts.py` has the combinations.
+Nothing here imports torch.
 """
 
+import ast
 import difflib
 import json
 import math
-import os
-from collections.abc import Collection, Iterator, Mapping, Set
-from enum import Enum
-from types import NoneType, SimpleNamespace, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+import re
+from collections.abc import Collection, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import NoneType
+from typing import Any
 
-import torch
-from transformers import get_scheduler
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.training_args import trainer_log_levels
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
-
-from recipe.key_names import unknown_key
+from recipe.keys import FieldType, unknown_key
 
 Problem = tuple[str, str]  # key (`--key` when it came from the command line, "" for the file itself), message
 
-
-class FieldType(NamedTuple):
-    kinds: tuple[type, ...]  # plain types; a value must have one of them
-    choices: tuple[str, ...]  # the only strings allowed, where a Literal or an Enum limits them
-
-
-NO_BF16 = "no GPU here computes in bf16, and on most CPUs it is slower than fp32 (many emulate it)"
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", NoneType: "null"}
 TYPE_NAMES |= {list: "a list of strings", dict: "an object"}
 # TrainingArguments would accept these without any effect, or with a wrong one; from evaluation_strategy on they are
@@ -54,10 +45,39 @@ REFUSED = {
     "save_safetensors": "weights are always safetensors",
 }
 REFUSED = {name: reason for names, reason in REFUSED.items() for name in names.split()}
+# Trackers of transformers -> the packages of which one is needed.
+TRACKERS = {
+    "trackio": "trackio",
+    "tensorboard": "tensorboard tensorboardX",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "comet_ml": "comet_ml",
+    "azure_ml": "azureml-core",
+    "clearml": "clearml",
+    "codecarbon": "codecarbon",
+    "dagshub": "dagshub",
+    "dvclive": "dvclive",
+    "neptune": "neptune neptune-client",
+    "swanlab": "swanlab",
+}
+# Optimizers -> the package that has them. The first that matches; all others are torch's or transformers' own.
+OPTIMIZERS = (
+    ("galore_", "galore-torch"),
+    ("apollo_", "apollo-torch"),
+    ("schedule_free_", "schedulefree"),
+    ("lomo|adalomo", "lomo-optim"),
+    ("grokadamw", "grokadamw"),
+    ("stable_adamw", "torch-optimi"),
+    ("adamw_torch_[48]bit", "torchao"),
+    ("adamw_anyprecision", "torchdistx"),
+    ("adamw_torch_xla", "torch_xla"),
+    ("adamw_torch_npu", "torch_npu"),
+    (".*(bnb|8bit|paged|lion|ademamix)", "bitsandbytes"),
+)
 # Choices that the type hint does not list.
 WORDS = {
-    "report_to": ("none", "all", *get_available_reporting_integrations()),
-    "log_level": tuple(trainer_log_levels),
+    "report_to": ("none", "all", *TRACKERS, "kubeflow"),
+    "log_level": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
 }
 # A condition on numbers, its test, and the keys that it applies to. The first that fails is reported.
@@ -87,32 +107,77 @@ FIXED = {
     "label_smoothing_factor": (0.0, "perplexity, n-gram baseline and references need the plain next-token loss"),
     "enable_jit_checkpoint": (False, "the recipe saves a checkpoint itself when it is interrupted"),
 }
+# The recipe's own defaults for keys of TrainingArguments.
+DEFAULTS = {name: value for name, (value, _) in FIXED.items()} | {
+    "logging_steps": 10,
+    "report_to": [],
+    "disable_tqdm": False,
+    "prediction_loss_only": False,
+    "ddp_find_unused_parameters": False,  # Trainer's default walks the graph in each step
+    "trackio_static_space_id": False,  # unset, a push to the hub also creates a Space
+    "seed": 42,
+}
 ALTERNATIVES = (("train_tokens", "max_steps"), ("model_config", "model_name_or_path"))
 
 
-# One key
-
-
 def find_problem(name: str, value: Any, types: Mapping[str, FieldType]) -> str | None:
-    """What is wrong with `value` for the key `name`; `types` holds every known key."""
-    if name in REFUSED:
-        return f"is refused: {REFUSED[name]}"
-    if name not in types:
-        return unknown_key(name, types)
+    """What is wrong with `value` for the known key `name`."""
     kinds, choices = types[name]
     if not any(_fits(value, kind) for kind in kinds):
         return _type_problem(value, kinds, choices)
     if name in FIXED and value != FIXED[name][0]:
         return f"must stay {show(FIXED[name][0])}: {FIXED[name][1]}"
+    if problem := _missing_package(name, value):
+        return problem
     if isinstance(value, (str, list)):
-        return _word_problem(name, value, _finding_ids() if name == "disabled_guards" else WORDS.get(name, choices))
+        return _word_problem(name, value, finding_ids() if name == "disabled_guards" else WORDS.get(name, choices))
     return _number_problem(name, value) if type(value) in (int, float) else None
 
 
-def _finding_ids() -> tuple[str, ...]:
-    from recipe.guards import FINDING_IDS  # with all guards, which takes a second
+@cache
+def finding_ids() -> tuple[str, ...]:
+    """From the sources of the guards, which take seconds to import: `FINDING_IDS` in another order."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (Path(__file__).parent / "guards").glob("*.py")]
+    constants = {name: value for tree in trees for node in tree.body for name, value in _assigned(node)}
+    in_classes = (node for tree in trees for each in tree.body if isinstance(each, ast.ClassDef) for node in each.body)
+    tables = [value for node in in_classes for name, value in _assigned(node) if name == "ids"]
+    keys = [key for table in tables if isinstance(table, ast.Dict) for key in table.keys]
+    return tuple((constants[key.id] if isinstance(key, ast.Name) else key).value for key in keys)
 
-    return FINDING_IDS
+
+def _assigned(node: ast.stmt) -> list[tuple[str, ast.expr]]:
+    """Names and values of an assignment, also of `A, B = "a", "b"`."""
+    if not isinstance(node, ast.Assign):
+        return []
+    sides = (getattr(side, "elts", [side]) for side in (node.targets[0], node.value))
+    return [(name.id, value) for name, value in zip(*sides, strict=False) if isinstance(name, ast.Name)]
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
+def _missing_package(name: str, value: Any) -> str | None:
+    if name == "optim" and isinstance(value, str) and (package := _package_of(value)):
+        return f"{value} needs the package {package}, which is not installed; --optim adamw_torch would do"
+    if name == "deepspeed" and value and not is_installed("deepspeed"):
+        return "needs the package deepspeed, which is not installed; install it, or remove it"
+    if name == "use_liger_kernel" and value is True and not is_installed("liger-kernel"):
+        return "needs the package liger-kernel, which is not installed; --use_liger_kernel false would do"
+    for word in ([value] if isinstance(value, str) else value) if name == "report_to" else ():
+        if word in TRACKERS and not any(map(is_installed, TRACKERS[word].split())):
+            package = TRACKERS[word].split()[0]
+            return f"{word} needs the package {package}, which is not installed; --report_to none would do"
+    return None
+
+
+def _package_of(optimizer: str) -> str | None:
+    """The package that an optimizer needs and that is not installed."""
+    package = next((package for pattern, package in OPTIMIZERS if re.match(pattern, optimizer)), None)
+    return package if package and not is_installed(package) else None
 
 
 def find_mixture_problem(entries: Any, types: Mapping[str, FieldType]) -> str | None:
@@ -125,21 +190,10 @@ def find_mixture_problem(entries: Any, types: Mapping[str, FieldType]) -> str | 
         if not isinstance(entry, dict) or "path" not in entry:
             return f"entry {number} must be an object with a path, such as {example}"
         for name, value in entry.items():
-            if problem := find_problem(name, value, types):
+            problem = find_problem(name, value, types) if name in types else unknown_key(name, types)
+            if problem:
                 return f"entry {number}: {name}: {problem}"
     return None
-
-
-def split_hint(hint: Any) -> FieldType:
-    kinds, choices = [], []
-    for member in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
-        if get_origin(member) is Literal:
-            choices += get_args(member)
-        elif isinstance(member, type) and issubclass(member, Enum):
-            choices += [item.value for item in member]
-        else:
-            kinds.append(get_origin(member) or member)
-    return FieldType(tuple(dict.fromkeys([str] * bool(choices) + kinds)), tuple(choices))
 
 
 def convert_word(text: str, kinds: Collection[type]) -> Any:
@@ -150,10 +204,10 @@ def convert_word(text: str, kinds: Collection[type]) -> Any:
     if bool in kinds and lowered in ("true", "false"):
         return lowered == "true"
     try:
-        if int in kinds or float in kinds:
-            return int(text) if text.lstrip("-").isdigit() else float(text)
         if (list in kinds or dict in kinds) and text[:1] in ("[", "{"):
             return json.loads(text)
+        if int in kinds or float in kinds:
+            return int(text) if text.lstrip("-").isdigit() else float(text)
     except ValueError:
         return text
     if list in kinds and str not in kinds:
@@ -185,14 +239,13 @@ def _word_problem(name: str, value: str | list[str], choices: Collection[str]) -
     if name == "hub_token" and value == "<HUB_TOKEN>":
         return "is the mask of a stored config; remove it and set HF_TOKEN in the environment"
     if name in ("eval_strategy", "save_strategy", "logging_strategy") and value == "epoch":
-        return 'the stream has no epochs; use "steps"'
+        return f"the stream has no epochs; --{name} steps would do"
     words = [value] if isinstance(value, str) else value
     unknown = next((word for word in words if choices and word not in choices), None)
     if unknown is None:
         return None
-    if name == "report_to" and unknown in INTEGRATION_TO_CALLBACK:
-        return f"{unknown} is not installed here; install it, or leave it out"
-    nearest = sorted(choices, key=lambda choice: -difflib.SequenceMatcher(None, unknown.lower(), choice).ratio())
+    usable = [choice for choice in choices if name != "optim" or not _package_of(choice)]
+    nearest = sorted(usable, key=lambda choice: -difflib.SequenceMatcher(None, unknown.lower(), choice).ratio())
     more = f", ... ({len(nearest)} in all)" if len(nearest) > 8 else ""
     return f"{show(unknown)} is not one of {', '.join(nearest[:8])}{more}"
 
@@ -204,67 +257,3 @@ def _number_problem(name: str, value: float) -> str | None:
         if name in names.split() and not holds(value):
             return f"must be {what}, got {show(value)}"
     return None
-
-
-# Several keys together
-
-
-def find_conflicts(values: Mapping[str, Any], given: Set[str], unsound: Set[str]) -> dict[str, str]:
-    """Key -> what is wrong with its combination with others; `given` are the keys that the user set. Combinations with
-    an `unsound` key are not checked."""
-    found = [(keys.split(), message) for keys, message in _conflicts(SimpleNamespace(**values), given)]
-    return {keys[0]: message for keys, message in found if unsound.isdisjoint(keys)}
-
-
-def _conflicts(v: SimpleNamespace, given: Set[str]) -> Iterator[tuple[str, str]]:
-    """The keys of each impossible combination, the one to report first, and what is wrong."""
-    for pair in ALTERNATIVES:
-        num_set = sum(getattr(v, name) not in (None, -1) for name in pair)
-        if num_set != 1:
-            yield " ".join(pair), f"give {' or '.join(pair)}; {'both are' if num_set else 'neither is'} set"
-
-    lanes = 32 if v.num_lanes == "auto" else v.num_lanes
-    ranks, workers = int(os.environ.get("WORLD_SIZE", "1")), max(1, v.dataloader_num_workers)
-    if lanes % ranks:
-        yield "num_lanes", f"{lanes} lanes cannot be dealt to {ranks} processes; start a divisor of {lanes}"
-    elif lanes % (ranks * workers):
-        fitting = [str(n) for n in range(lanes // ranks + 1) if lanes % (ranks * max(1, n)) == 0]
-        message = f"num_lanes {lanes} cannot be dealt to {ranks} x {workers} (processes x workers)"
-        yield "dataloader_num_workers num_lanes", f"{message}; {', '.join(fitting)} would do"
-
-    on_cpu = v.use_cpu or not torch.accelerator.is_available()
-    if v.bf16 and v.fp16:
-        yield "bf16 fp16", "bf16 and fp16 are both true; keep one (bf16 where the GPU has it)"
-    elif v.bf16 and not v.use_cpu and not is_torch_bf16_gpu_available():
-        yield "bf16 fp16 use_cpu", f"{NO_BF16}; use --bf16 false"
-    elif v.fp16 and on_cpu:
-        yield "fp16 bf16 use_cpu", "needs a GPU; on a CPU use --fp16 false: fp32 is faster there"
-    if v.fsdp and on_cpu:
-        yield "fsdp use_cpu", "needs GPUs: on a CPU accelerate ignores it without a message, and every rank holds all"
-    if v.tf32 and not is_torch_tf32_available():
-        yield "tf32", "this machine has no TF32; leave the key out, the recipe turns TF32 on where it exists"
-    if v.attn_implementation.startswith(("flash", "flex")) and on_cpu:
-        yield "attn_implementation use_cpu", f"{v.attn_implementation} needs a GPU to train; use auto, sdpa or eager"
-    if v.document_masking and v.use_cache:
-        yield "use_cache document_masking", "true silently turns document_masking off; remove it"
-
-    if v.eval_strategy == "steps" and v.eval_steps is None:
-        yield "eval_steps eval_strategy", 'is required when eval_strategy is "steps"'
-    if v.eval_steps is not None and "eval_strategy" not in given:
-        yield "eval_steps", 'does nothing while eval_strategy is unset; add "eval_strategy": "steps"'
-    if v.save_strategy == "best" and (v.eval_strategy == "no" or v.metric_for_best_model is None):
-        needed = "eval_strategy metric_for_best_model"
-        yield f"save_strategy {needed}", '"best" needs an eval_strategy and metric_for_best_model, such as "loss"'
-
-    if v.push_to_hub and v.hub_strategy in ("checkpoint", "all_checkpoints"):
-        yield "hub_strategy push_to_hub", "would upload file names and positions; use every_save or end"
-
-    kind = v.lr_scheduler_type
-    if kind == "constant" and v.warmup_steps:
-        yield "warmup_steps lr_scheduler_type", "constant ignores it; use constant_with_warmup, or remove it"
-    # Built once on a dummy: transformers would reject a wrong or missing kwarg only after the data has been opened.
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=v.learning_rate)
-    try:
-        get_scheduler(kind, optimizer, 0, 100_000, dict(v.lr_scheduler_kwargs or {}))
-    except (TypeError, ValueError, ArithmeticError) as error:
-        yield "lr_scheduler_kwargs lr_scheduler_type learning_rate", f"do not suit {kind}: {error}"

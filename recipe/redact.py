@@ -58,9 +58,7 @@ class _Formatter(logging.Formatter):
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Log to stderr, without credentials; also what transformers logs and what Python warns of."""
-    from transformers.utils import logging as of_transformers
-
+    """Log to stderr, without credentials; also what Python warns of."""
     remember(*(value for name, value in os.environ.items() if ENVIRONMENT.search(name)))
     root = logging.getLogger()
     if not root.handlers:
@@ -68,6 +66,14 @@ def configure_logging(level: int = logging.INFO) -> None:
         handler.setFormatter(_Formatter("%(levelname)s %(name)s | %(message)s"))
         root.addHandler(handler)
     root.setLevel(level)
+    logging.captureWarnings(True)
+
+
+def configure_transformers_logging() -> None:
+    """What transformers logs goes the same way, where `configure_logging` was called. Imports it: a second."""
+    if not any(isinstance(handler.formatter, _Formatter) for handler in logging.getLogger().handlers):
+        return
+    from transformers.utils import logging as of_transformers
+
     of_transformers.disable_default_handler()
     of_transformers.enable_propagation()
-    logging.captureWarnings(True)

@@ -10,16 +10,18 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from recipe import arguments, config_checks
+from recipe import arguments, config_checks, read_config
 from recipe.arguments import (
     DataArguments,
     GuardArguments,
     ModelArguments,
-    find_path,
     format_config,
     parse_config,
 )
+from recipe.conflicts import find_conflicts
 from recipe.errors import UserError
+from recipe.keys import HINTS, TEXTS, source_types
+from recipe.read_config import find_path
 
 CONFIGS = Path(arguments.__file__).parent / "configs"
 TRAINING_NAMES = {field.name for field in fields(TrainingArguments)}
@@ -36,6 +38,7 @@ def write(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.json").write_text("{}")
     (tmp_path / "tok").mkdir()
+    (tmp_path / "tok/tokenizer.json").write_text("{}")
 
     def write(**changes) -> Path:
         good = {
@@ -147,7 +150,7 @@ BAD_VALUES = [
     # several fields together
     ({"train_tokens": 1000}, "train_tokens", "both are set"),
     ({"max_steps": ...}, "train_tokens", "neither is set"),
-    ({"model_name_or_path": "tok"}, "model_config", "both are set"),
+    ({"model_name_or_path": "owner/name"}, "model_config", "both are set"),
     ({"model_config": ...}, "model_config", "neither is set"),
     ({"tokenizer": ...}, "tokenizer", "is required"),
     ({"source": ...}, "source", "is required"),
@@ -211,6 +214,8 @@ def test_unreadable_file(tmp_path, content, says):
 
 def test_missing_file_and_folder(tmp_path):
     assert problems_of(tmp_path / "nope.json") == {"": "no such file"}
+    (tmp_path / "mine.json").write_text("{}")
+    assert problems_of(tmp_path / "mime.json")[""] == f"no such file; did you mean {tmp_path / 'mine.json'}?"
     assert "is a folder" in problems_of(tmp_path)[""]
 
 
@@ -330,7 +335,7 @@ def test_lanes_fit_processes_and_workers(write, monkeypatch, world_size, workers
     given = {"num_lanes": 32, "dataloader_num_workers": workers}
     values = parse_config(write()).to_dict() | given
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    assert list(config_checks.find_conflicts(values, values.keys(), set())) == [key] * (key is not None)
+    assert list(find_conflicts(values, values.keys(), set(), set())) == [key] * (key is not None)
     if key == "dataloader_num_workers":
         assert "0, 1, 2, 4, 8, 16 would do" in problems_of(write(**given))[key]
 
@@ -382,7 +387,7 @@ def test_paths_are_found_beside_the_config_and_in_the_project(write, tmp_path, m
 def test_installed_package_holds_the_tokenizer_folder(tmp_path, monkeypatch):
     folder = tmp_path / "site-packages" / "recipe" / "_tokenizer" / "llama-9k"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(arguments, "__file__", str(folder.parents[1] / "arguments.py"))
+    monkeypatch.setattr(read_config, "__file__", str(folder.parents[1] / "read_config.py"))
     assert find_path("tokenizer/llama-9k", tmp_path / "demo.json") == folder
 
 
@@ -401,7 +406,7 @@ def test_a_folder_called_auto_does_not_change_the_trajectory(write, tmp_path):
 
 def test_recipe_defaults(write):
     training = parse_config(write()).training
-    assert {name: getattr(training, name) for name in arguments.DEFAULTS} == arguments.DEFAULTS
+    assert {name: getattr(training, name) for name in config_checks.DEFAULTS} == config_checks.DEFAULTS
     assert training.output_dir == "runs/demo"
 
 
@@ -485,11 +490,12 @@ def test_tables_name_only_keys_that_exist():
     known = set(arguments.FIELDS)
     checks = config_checks
     in_ranges = {name for _, _, names in checks.RANGES for name in names.split()}
-    assert in_ranges <= known | set(arguments.SOURCE_TYPES)
-    assert set().union(arguments.DEFAULTS, checks.WORDS, *checks.ALTERNATIVES) <= known
-    assert {*arguments.FILES, *arguments.FOLDERS} <= known
+    assert in_ranges <= known | set(source_types())
+    assert set().union(checks.DEFAULTS, checks.WORDS, *checks.ALTERNATIVES, TEXTS, HINTS) <= known
+    assert {*read_config.FILES, *read_config.FOLDERS} <= known
     assert not set(checks.REFUSED) & known
-    assert {kind for known_type in arguments.TYPES.values() for kind in known_type.kinds} <= set(checks.TYPE_NAMES)
+    kinds = {kind for known_type in read_config.known_types().values() for kind in known_type.kinds}
+    assert kinds <= set(checks.TYPE_NAMES)
 
 
 def test_refused_names_are_not_spelled_wrong():

@@ -328,10 +328,10 @@ def test_a_mistake_is_one_message_and_the_right_code(write_config, capsys, chang
 
 
 def test_an_unknown_command_names_those_that_exist(capsys):
-    assert run(["trian"]) == 2
-    assert (
-        "there are train, check, plan, verify-data, tokenize, report, explain, trajectory" in capsys.readouterr().err
-    )
+    assert run(["trian"]) == run(["launch"]) == 2
+    error = capsys.readouterr().err
+    assert "no command 'trian'; did you mean train?" in error
+    assert "there are train, check, plan, verify-data, tokenize, report, new, explain, trajectory" in error
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

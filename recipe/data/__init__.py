@@ -14,5 +14,5 @@
 
 A stage imports only earlier stages. `fitting.py` chooses hold-out and lanes for a source. `pipeline.py` builds them
 from a configuration; `token_cache.py` writes a source's token ids to files that replace it; `docstrings.py` builds the
-corpus that comes with the recipe.
+corpus that comes with the recipe; `estimate.py` says how many tokens a pass has, about.
 """

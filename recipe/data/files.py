@@ -165,7 +165,9 @@ def _hub_files(source: str) -> list[str]:
     """The train split's files of a hub dataset, as URLs that fsspec opens by range requests."""
     import datasets
 
-    owner, name, *config = [part for part in source.removeprefix("hf://").split("/") if part] + ["", ""][:2]
+    owner, name, *config = [
+        part for part in source.removeprefix("hf://").removeprefix("datasets/").split("/") if part
+    ] + ["", ""][:2]
     config = "/".join(part for part in config if part) or None
     if not owner or not name:
         raise UserError(f"source {source!r}: a hub dataset is hf://OWNER/NAME or hf://OWNER/NAME/CONFIG")
@@ -199,10 +201,9 @@ def _list_files(source: str) -> list[str]:
     except OSError as error:
         raise DataError(f"source {source!r}: cannot be listed ({first_line(error)}); {HUB_OFFLINE_HINT}") from error
     if not found:
-        raise UserError(
-            f"source {source!r}: {_why_nothing(source)}; a source is docstrings, hf://OWNER/NAME, or a path, glob or "
-            f"URL of {', '.join(FORMATS)} files"
-        )
+        why = _why_nothing(source)
+        kinds = f"a source is docstrings, hf://OWNER/NAME, or a path, glob or URL of {', '.join(FORMATS)} files"
+        raise UserError(f"source {source!r}: {why}" + ("" if "did you mean" in why else f"; {kinds}"))
     return [filesystem.unstrip_protocol(file) if "://" in source else file for file in sorted(found)]
 
 
@@ -213,7 +214,7 @@ def _why_nothing(source: str) -> str:
         hint = f", but {', '.join(suffixes[:8])}; plain text must be named .txt" if suffixes else ""
         return f"the folder has no data file{hint}"
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.parent.exists():
-        return f"no such file; for a dataset of the hub, --source hf://{source}"
+        return f"no such file; did you mean --source hf://{source} (a dataset of the hub)?"
     folder = path.parent
     names = [entry.name for entry in folder.iterdir() if entry.exists()] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, [*names, "docstrings"], n=1)

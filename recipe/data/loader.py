@@ -20,7 +20,7 @@ from recipe.data.files import first_line
 from recipe.data.packing import Row
 from recipe.data.stream import RowStream, check_division, source_of_row
 from recipe.errors import DataError, UserError, message_of
-from recipe.redact import configure_logging
+from recipe.redact import configure_logging, configure_transformers_logging
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 PREFETCHED_ROWS = 64  # per worker: it tokenizes dozens of rows at once, and must not wait for the others
@@ -158,6 +158,7 @@ def _begin_worker(settings: tuple, worker_id: int) -> None:
     their rows. `settings` are the main process's."""
     level, files.RETRY_SECONDS, files.STALL_SECONDS = settings
     configure_logging(level)
+    configure_transformers_logging()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
