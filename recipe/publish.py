@@ -6,9 +6,13 @@ Trainer would upload the run directory, which has paths, texts and findings in i
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
+
+from recipe.data.files import first_line
+from recipe.errors import UserError
 
 PUBLISHED = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
@@ -37,3 +41,15 @@ def upload_checkpoint(trainer: Trainer, folder: Path) -> None:
     if trainer.args.hub_strategy != HubStrategy.END and (trainer.args.hub_always_push or not is_busy):
         job = upload(trainer, folder, f"Training in progress, step {trainer.state.global_step}", blocking=False)
         trainer.push_in_progress = PushInProgress([job]) if job else trainer.push_in_progress
+
+
+def check_login(token: str | None) -> None:
+    """Raise `UserError` unless the hub can be reached and knows the user: Trainer would ask with all data open."""
+    without = "--push_to_hub false trains without it"
+    try:
+        HfApi().whoami(token)
+    except LocalTokenNotFoundError:
+        raise UserError(f"push_to_hub: not logged in; set HF_TOKEN, or run hf auth login; {without}") from None
+    except Exception as error:  # the hub client raises a different class for each way a network can fail
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"push_to_hub: the hub cannot be reached, or refuses ({reason}); {without}") from error

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import is_liger_kernel_available
 from transformers.utils.logging import disable_progress_bar
 
 from recipe import checkpoints, rundir
+from recipe.announce import FirstStepsCallback, announce_data, announce_run, announce_training
 from recipe.arguments import Config
 from recipe.data.loader import start_server
 from recipe.data.pipeline import Data, build_data
@@ -25,6 +25,7 @@ from recipe.internals import load_weights
 from recipe.memory import check_fits
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
 from recipe.model import agree_on_tf32, build_model, choose_attention, read_model_config, why_not_compile
+from recipe.publish import check_login
 from recipe.redact import redact_all
 from recipe.results import Outcome, conclude, describe_run
 from recipe.resume import check_settings, load_position, read_stream_state, settings_of
@@ -63,6 +64,8 @@ def run_claimed(config: Config, output_dir: Path) -> Outcome:
     trainer.lineage = checkpoints.begin_part(run.checkpoint)
     describe_run(config, output_dir, data, trainer.model, run.checkpoint, trainer.lineage)
     first = trainer.lineage[-1]["step"]
+    if is_main:
+        announce_training(config)
     if is_main and (moved := checkpoints.abandon(output_dir, first)):
         logger.warning("the run goes on from step %d; its later checkpoints are now %s", first, ", ".join(moved))
     try:
@@ -99,6 +102,8 @@ def assemble(config: Config, output_dir: Path) -> Assembled:
     )
     if config.training.dataloader_num_workers:
         start_server()
+    if config.training.process_index == 0:
+        announce_data(config)
     data = build_data(config, flash_attention=attention.startswith("flash"))
     model = build_model(
         model_config=config.model.model_config,
@@ -154,14 +159,16 @@ def open_run(config: Config) -> Path:
         )
     if training.world_size != int(os.environ.get("WORLD_SIZE", "1")):
         raise UserError("several processes were started, but this machine has no GPU for them; add --use_cpu true")
-    if training.use_liger_kernel and not is_liger_kernel_available():
-        raise UserError("use_liger_kernel needs the package liger-kernel, which is not installed; set it to false")
     if config.guards.trajectory not in ("auto", "none"):
         load_reference(config.guards.trajectory)  # report a bad file now, not when the training starts
+    if training.push_to_hub and training.process_index == 0:
+        check_login(training.hub_token)
     is_default = training.output_dir == f"runs/{config.path.stem}"
     chosen = [rundir.choose_output_dir(training.output_dir, is_default, training.resume_from_checkpoint)]
     if training.world_size > 1:
         torch.distributed.broadcast_object_list(chosen)
+    if training.process_index == 0:
+        announce_run(config, chosen[0])
     if training.torch_compile and (reason := why_not_compile()):
         logger.warning("torch_compile is on but does not work here: %s; running uncompiled", reason)
         training.torch_compile, training.torch_compile_backend, training.torch_compile_mode = False, None, None
@@ -237,6 +244,7 @@ def build_trainer(config: Config, data: Data, model, guards: RegressionCallback,
             SampleCallback(prompts, data.tokenizer, data.sources, guards),
             signals,
             ProgressBarCallback(guards),
+            FirstStepsCallback(),
         ],
     )
     trainer.remove_callback(ProgressCallback)

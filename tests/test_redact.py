@@ -115,6 +115,9 @@ def test_what_is_pushed_is_the_allow_list(write_config, tmp_path, monkeypatch):
     uploads = []
 
     class Api:
+        def whoami(self, token):
+            assert token == TOKEN
+
         def upload_folder(self, **given):
             assert (Path(given["folder_path"]) / "config.json").exists()
             uploads.append(given)
