@@ -21,6 +21,8 @@ recipe/configs/cpu_demo.json. --field value overrides any key of the config. The
   bash run_clm.sh --max_steps 100 --learning_rate 1e-3
   bash run_clm.sh my_config.json --output_dir runs/mine
 
+All keys: python -m recipe train --help, in the environment. A config to start from: python -m recipe new my.json
+
 All GPUs are used, by torch.distributed.run. Environment variables:
   CUDA_VISIBLE_DEVICES   the GPUs to use; empty: none
   NPROC                  number of processes, also without a GPU (default: one per GPU)
