@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from recipe.guards.batches import IGNORE_INDEX
-from recipe.guards.guard import CannotJudge
+from recipe.guards.batches import IGNORE_INDEX, SeenTokens, flags_of
+from recipe.guards.guard import CannotJudge, Finding
 from recipe.guards.head import LossTargets, targets_from_gradient
 from recipe.guards.initial_loss import InitialLoss
+from recipe.guards.labels import judge_last_position, judge_linear, judge_prompts, judge_sums
 from recipe.guards.recording import record, recover_loss_targets
 from recipe.guards.targets import LossTarget, add_loss
 
@@ -81,11 +82,11 @@ def test_masked_positions_that_are_not_scored_are_no_fault():
 
 def test_a_last_position_that_is_scored_is_found():
     found = scored_but(slice(0, 0))
-    assert LossTarget.judge_last_position(IDS, found, IDS) is None
+    assert judge_last_position(LossTarget().wrong_target, IDS, found, IDS) is None
     found.targets[:, -1] = 7
-    assert LossTarget.judge_last_position(IDS, found, IDS).id == "wrong_loss_target"
+    assert judge_last_position(LossTarget().wrong_target, IDS, found, IDS).id == "wrong_loss_target"
     assert (
-        LossTarget.judge_last_position(IDS, found, IDS.roll(-1, dims=1)) is None
+        judge_last_position(LossTarget().wrong_target, IDS, found, IDS.roll(-1, dims=1)) is None
     )  # next tokens as labels: there is one
 
 
@@ -239,8 +240,8 @@ def loss_of_next(model, **changes):
 
 def test_a_first_loss_without_targets_cannot_be_judged(tiny_model):
     recording = record(tiny_model, lambda: -loss_of_next(tiny_model))
-    run = SimpleNamespace(step=0, is_new_model=True)
-    batch = SimpleNamespace(targets=lambda: recording.only().targets, recording=recording, run=run)
+    run = SimpleNamespace(step=0, is_new_model=True, is_next_token=True, trainer=None, model=tiny_model)
+    batch = SimpleNamespace(targets=lambda: recording.only().targets, recording=recording, run=run, inputs={})
     with pytest.raises(CannotJudge, match="no target"):
         list(InitialLoss().probe(batch))
 
@@ -267,6 +268,135 @@ def test_a_row_whose_labels_are_not_as_in_most_rows():
     found = list(LossTarget.judge_labels("next", count, following, own))
     assert [finding.id for finding in found] == ["wrong_loss_target", "missing_label_shift"]
     assert not list(LossTarget.judge_labels("neither", count, own, following))
+
+
+def seen(ids: np.ndarray, labels: np.ndarray) -> SeenTokens:
+    flags = flags_of(torch.from_numpy(ids), torch.from_numpy(labels), None, None, None)
+    return SeenTokens(ids, flags.numpy())
+
+
+def watch_labels(shares: list[float]) -> list:
+    """Of steps of one micro-batch of 400 labels, that share of which are not the tokens."""
+    guard, found = LossTarget(), []
+    guard.setup(None)
+    run = SimpleNamespace(is_next_token=True)
+    for number, share in enumerate(shares, 1):
+        labels = np.random.default_rng(number).integers(4, 60, (4, 101))
+        ids = labels.copy()
+        ids[:, 1 : 1 + int(100 * share)] += 1
+        step = SimpleNamespace(run=run, head=[], tokens=[(0, 0, seen(ids, labels))], number=number)
+        found += [verdict for verdict in guard.observe(step) if isinstance(verdict, Finding)]
+    return found
+
+
+def test_inputs_overwritten_from_some_step_on_are_found():
+    found = watch_labels([0.0] * 4 + [0.3] * 20)
+    assert len(found) == 5 and found[0].id == "wrong_loss_target"
+    assert found[0].found == "30% of labels are not the own tokens, from step 5 on"
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [0.3] * 30,  # denoising with labels of its own, from the first step on
+        [0.0] * 4 + [0.3] * 10 + [0.0] + [0.3] * 20,  # a mixture of batches
+        [0.0] * 10 + [0.04] * 20,
+        [0.0, 0.3] * 15,
+    ],
+)
+def test_labels_that_differ_on_purpose_are_no_change(shares):
+    assert not watch_labels(shares)
+
+
+def answers(prompt: int, copied: int) -> SeenTokens:
+    """4 rows of a BOS, a masked prompt and an answer that begins with the first `copied` tokens of it."""
+    rows = np.random.default_rng(0).integers(4, 60, (4, 40))
+    rows[:, 0] = 1
+    rows[:, 1 + prompt : 1 + prompt + copied] = rows[:, 1 : 1 + copied]
+    labels = rows.copy()
+    labels[:, : 1 + prompt] = IGNORE_INDEX
+    return seen(rows, labels)
+
+
+def test_answers_that_begin_with_their_prompt_are_found():
+    finding = judge_prompts(LossTarget().wrong_target, answers(12, 12))
+    assert finding.severity == "warning" and finding.evidence["copied_tokens"] == [12] * 4
+
+
+@pytest.mark.parametrize(("prompt", "copied"), [(12, 11), (7, 7), (12, 0), (0, 0)])
+def test_other_answers_are_silent(prompt, copied):
+    assert judge_prompts(LossTarget().wrong_target, answers(prompt, copied)) is None
+
+
+def targets_of(loss_of) -> LossTargets:
+    """Of a loss of `logits`, `labels`, and a teacher's probabilities over the vocabulary."""
+    torch.manual_seed(0)
+    logits, teacher = (0.5 * torch.randn(4, 48, 257)).requires_grad_(), torch.randn(4, 48, 257).softmax(-1)
+    (gradient,) = torch.autograd.grad(loss_of(logits, torch.randint(0, 257, (4, 48)), teacher), logits)
+    return targets_from_gradient(logits.detach(), gradient)
+
+
+def mixed(dim: int):
+    """A fifth cross entropy, four fifths divergence with the student's softmax over `dim`."""
+
+    def loss_of(logits, labels, teacher):
+        divergence = F.kl_div(logits.log_softmax(dim), teacher, reduction="sum") / labels.numel()
+        return 0.2 * F.cross_entropy(logits.transpose(1, 2), labels) + 0.8 * divergence
+
+    return loss_of
+
+
+def with_z_loss(reduce):
+    def loss_of(logits, labels, _):
+        return F.cross_entropy(logits.transpose(1, 2), labels) + 1e-3 * reduce(logits.logsumexp(-1).square())
+
+    return loss_of
+
+
+def test_a_softmax_over_positions_is_found():
+    assert judge_sums(LossTarget().wrong_target, targets_of(mixed(dim=1))).severity == "error"
+    for loss_of in (mixed(dim=-1), with_z_loss(torch.mean), with_z_loss(torch.sum)):
+        assert judge_sums(LossTarget().wrong_target, targets_of(loss_of)) is None
+
+
+def test_a_z_loss_that_outweighs_the_cross_entropy_is_found():
+    finding = InitialLoss.judge_normalizer(targets_of(with_z_loss(torch.sum)))
+    assert finding.severity == "warning" and "all logits" in finding.found
+    for loss_of in (mixed(dim=-1), with_z_loss(torch.mean)):
+        assert InitialLoss.judge_normalizer(targets_of(loss_of)) is None
+
+
+def sharpened(loss_of) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What `probabilities_of` gives for this loss of `logits` and a teacher's probabilities."""
+    torch.manual_seed(0)
+    logits, teacher, pairs = 0.3 * torch.randn(2, 12, 97), (4 * torch.randn(2, 12, 97)).softmax(-1), []
+    for scale in (1.0, 4.0):
+        values = (scale * logits).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_of(values, teacher), values)
+        pairs.append((values.detach().softmax(-1), gradient))
+    return pairs
+
+
+def divergence(of_student):
+    return lambda logits, teacher: F.kl_div(of_student(logits, dim=-1), teacher, reduction="sum") / 24
+
+
+def test_a_divergence_of_probabilities_is_found():
+    finding = judge_linear(LossTarget().wrong_target, *sharpened(divergence(F.softmax)))
+    assert finding.severity == "warning" and finding.evidence["positions"] == 24
+
+
+@pytest.mark.parametrize(
+    "loss_of",
+    [
+        divergence(F.log_softmax),
+        lambda z, q: (z.softmax(-1) * (z.log_softmax(-1) - q.log())).sum(-1).mean(),  # reverse
+        lambda z, q: (z.softmax(-1) - q).square().sum(-1).mean(),  # Brier
+        lambda z, q: (z - q.log()).square().mean(),  # of logits
+    ],
+)
+def test_other_losses_with_a_teacher_are_silent(loss_of):
+    assert judge_linear(LossTarget().wrong_target, *sharpened(loss_of)) is None
 
 
 def test_loss_by_position():

@@ -11,6 +11,7 @@
     oracle.py        a second implementation of some models, to compare them with
     sandbox.py       running the trainer's own code without leaving a trace
     objective.py     what the loss is, by intervention; recording.py: one computation of it
+    labels.py        a part of targets.py; policy.py: what a preference loss is compared with
     records.py       the files of a run; checkpoint.py: the guards' state in checkpoints
 
 Each other module is one guard, or a family that shares its measurement. A guard is added by a new module and a line in

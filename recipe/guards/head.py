@@ -32,13 +32,16 @@ class LossTargets:
     """All `[rows, positions]`. `targets` int64: the token that each position is really scored on, IGNORE_INDEX where
     it is not scored or was not looked at. `weights` float32: how much it counts in the loss. `losses` float32: its
     cross entropy, nats. `is_silent` bool: the loss does not depend on its logits at all. `are_shares`: the logits of
-    each position are probabilities."""
+    each position are probabilities. `sums`, `pulls` float32: the gradient's sum over the vocabulary, 0 for any loss of
+    a softmax over it, and minus its lowest entry; None without logits."""
 
     targets: torch.Tensor
     weights: torch.Tensor
     losses: torch.Tensor
     is_silent: torch.Tensor
     are_shares: bool = False
+    sums: torch.Tensor | None = None
+    pulls: torch.Tensor | None = None
 
 
 # --- recovering
@@ -70,7 +73,16 @@ def targets_from_gradient(logits: torch.Tensor, gradient: torch.Tensor) -> LossT
     """`logits`, `gradient`: `[rows, positions, vocab_size]`, any float type. Row by row, to keep the memory to one
     row's."""
     rows = [target_of_logits(*row) for row in zip(logits, gradient, strict=True)]
-    return LossTargets(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+    sums, pulls = (torch.stack([reduce(row.float()) for row in gradient]) for reduce in (_sum, _pull))
+    return LossTargets(*(torch.stack(parts) for parts in zip(*rows, strict=True)), sums=sums, pulls=pulls)
+
+
+def _sum(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.sum(dim=-1)
+
+
+def _pull(gradient: torch.Tensor) -> torch.Tensor:
+    return -gradient.amin(dim=-1)
 
 
 def target_of_logits(logits: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:

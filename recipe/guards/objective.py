@@ -60,7 +60,8 @@ class Objective:
     """`words`: what it is. `is_next_token`: a cross entropy with one target a position, which has to be the next of
     `input_ids`. `has_shift`: at least a part of it scores positions on tokens that should be the next ones.
     `is_denoising`: it restores tokens that are hidden from the model, which may look both ways. `is_negated`: a
-    new model is made to unlearn what it does not know. `moves`: of what was changed."""
+    new model is made to unlearn what it does not know. `follows_nothing`: neither labels nor tokens, as where there is
+    a teacher. `moves`: of what was changed."""
 
     words: str
     is_next_token: bool = False
@@ -68,6 +69,7 @@ class Objective:
     is_denoising: bool = False
     is_negated: bool = False
     scores_rows: bool = False
+    follows_nothing: bool = False
     moves: tuple[Move, ...] = ()
 
 
@@ -272,4 +274,4 @@ def _without_moves(base: Recording, is_mapped: bool) -> Objective:
             hits = count_hits(call.ids, call.targets.targets).sum(dim=0).tolist()
     if is_mapped or max(hits[1:4]) > MAJORITY * hits[0]:
         return Objective(NEXT_TOKEN, is_next_token=True, has_shift=True)
-    return Objective("no cross entropy with labels or tokens (distillation, a score)")
+    return Objective("no cross entropy with labels or tokens (distillation, a score)", follows_nothing=True)

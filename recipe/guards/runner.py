@@ -131,11 +131,14 @@ class Runner:
 
     def _probe(self, guard: Guard, batch) -> list[Verdict]:
         """It runs the user's own code: an exception there says nothing about the guard, which goes on."""
-        begin = time.perf_counter()
+        begin, verdicts = time.perf_counter(), []
         try:
-            return [checked(verdict) for verdict in guard.probe(batch)]
-        except CannotJudge as reason:
-            return [Skip(name, reason) for name in guard.ids]
+            for verdict in guard.probe(batch):
+                verdicts.append(checked(verdict))
+            return verdicts
+        except CannotJudge as reason:  # of what is left
+            found = {verdict.id for verdict in verdicts}
+            return verdicts + [Skip(name, reason) for name in guard.ids if name not in found]
         except Exception as error:
             logger.debug("the probe of %s failed", type(guard).__name__, exc_info=error)
             return [Skip(name, CannotJudge(PROBE_FAILED)) for name in guard.ids]

@@ -60,11 +60,12 @@ class Batch:
         """Two rows, and their first positions where that is possible."""
         return first_positions(first_rows(self.inputs, EVAL_ROWS))
 
-    def seen_tokens(self) -> SeenTokens:
-        """`inputs` as the tokens tap gives them."""
+    def seen_tokens(self, all_rows: bool = False) -> SeenTokens:
+        """`inputs`, or the whole micro-batch, as the tokens tap gives them."""
+        inputs = self.all_inputs if all_rows else self.inputs
         names = ("input_ids", "labels", "attention_mask", "position_ids")
-        flags = flags_of(*map(self.inputs.get, names), self.run.pad_token_id)
-        return SeenTokens(self.inputs["input_ids"].cpu().numpy(), flags.cpu().numpy())
+        flags = flags_of(*map(inputs.get, names), self.run.pad_token_id)
+        return SeenTokens(inputs["input_ids"].cpu().numpy(), flags.cpu().numpy())
 
     def loss_of(self, inputs: dict | None = None) -> Callable[[], torch.Tensor]:
         """The trainer's own loss of these inputs, in the trainer's precision."""
@@ -222,6 +223,25 @@ def eagerly(trainer: Trainer):
     return torch.compiler.set_stance("force_eager") if is_compiled(trainer) else nullcontext()
 
 
+def places_of(model: torch.nn.Module, values: Mapping) -> list[tuple[dict, str, torch.nn.Parameter]]:
+    """Where modules hold the parameters that are keys of `values`, and what is to stand there."""
+    tables = [module._parameters for module in model.modules()]
+    return [(own, name, values[p]) for own in tables for name, p in own.items() if p in values]
+
+
+@contextmanager
+def replaced(places: list[tuple[dict, str, object]]) -> Iterator[None]:
+    """Dictionaries hold other values, for as long as this is open."""
+    before = [own[name] for own, name, _ in places]
+    try:
+        for own, name, value in places:
+            own[name] = value
+        yield
+    finally:
+        for (own, name, _), value in zip(places, before, strict=True):
+            own[name] = value
+
+
 @contextmanager
 def without_autocast(model: torch.nn.Module) -> Iterator[None]:
     """accelerate replaces the model's forward by one with autocast, and keeps the original."""
@@ -240,7 +260,7 @@ def twin_of(trainer: Trainer) -> Trainer:
     twin = copy.copy(trainer)
     for name, value in vars(trainer).items():
         if name not in DATASETS:
-            setattr(twin, name, _own_containers(value))
+            setattr(twin, name, own_containers(value))
     twin.state, twin.control = copy.copy(trainer.state), copy.copy(trainer.control)
     twin.accelerator = _alone(trainer.accelerator)
     vars(twin).pop("training_step", None)
@@ -257,12 +277,12 @@ def _alone(accelerator: Accelerator) -> Accelerator:
     return alone
 
 
-def _own_containers(value):
+def own_containers(value):
     """A copy of what methods may change in place: containers, small tensors, generators. Other objects are shared."""
     if isinstance(value, dict):
         own = copy.copy(value)
         for key, inner in value.items():
-            own[key] = _own_containers(inner)
+            own[key] = own_containers(inner)
         return own
     if isinstance(value, (list, set, deque)):
         return copy.copy(value)

@@ -9,6 +9,15 @@ import torch
 from recipe.guards.batches import IGNORE_INDEX, LABEL_IS_NEXT, LABEL_IS_TOKEN, SeenTokens
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
 from recipe.guards.head import MIN_POSITIONS, POSITIONS, LossTargets, count_hits
+from recipe.guards.labels import (
+    count_changes,
+    judge_answers,
+    judge_change,
+    judge_last_position,
+    judge_prompts,
+    judge_softmax,
+    share_off,
+)
 from recipe.guards.objective import most, shifts_of
 from recipe.guards.recording import HeadCall
 
@@ -44,14 +53,18 @@ class LossTarget(Guard):
         at every step, and at every second one 18 positions in up to 4 rows of each micro-batch.
     Measured: what the loss is, by changing up to 8 labels a row, else tokens, at the same logits: the gradient there
         moves where a changed one is the target, and with what sign. Most targets so found at token i or i+2 are an
-        error in any loss (preferences, mixtures, several heads). The gradient of a cross entropy is
-        `w (p - onehot(y))`, so its one negative entry is the target y that is really used. Positions count whose token
-        and the next two all differ, at least 8 in a row. A row is at fault with more than half of its targets at token
-        i or i+2, or a tenth elsewhere (half in the samples during training). If the loss follows labels that differ
-        from the tokens in less than half of the places, it is information (token dropout). Before step 1 also a
-        warning if over 1 % of the positions with a label are not scored (information for a loss of your own), or if
-        the last position of most rows is; an error if the loss of an untrained model is minus a cross entropy. Labels:
-        once 64 have shown what they are in this run (90 % the token itself, or the next), a row with less than half.
+        error in any loss (preferences, mixtures, several heads). The gradient of a cross entropy is `w (p -
+        onehot(y))`, so its one negative entry is the target y that is really used. Positions count whose token and the
+        next two all differ, at least 8 in a row. A row is at fault with more than half of its targets at token i or
+        i+2, or a tenth elsewhere (half in the samples during training). If the loss follows labels that differ from
+        the tokens in less than half of the places, it is information (token dropout). Before step 1 also a warning if
+        over 1 % of the positions with a label are not scored (information for a loss of your own), or if the last
+        position of most rows is; an error if the loss of an untrained model is minus a cross entropy. Labels: once 64
+        have shown what they are in this run (90 % the token itself, or the next), a row with less than half. A warning
+        where 4 steps or more had at most 1 % other labels, and then 16 in a row have over 5 %: from some step on
+        tokens or labels are changed on the way. A warning before step 1 where a loss that follows no label is linear
+        in the probabilities, and where the answer of every row of the first micro-batch (4 at least) begins with a
+        copy of its masked prompt, of 8 tokens or more.
     Try (missing_label_shift): `labels = input_ids` for a Hugging Face model, which shifts inside. A loss of your own
         must compare `logits[:, :-1]` with `labels[:, 1:]`.
     Try (double_label_shift): removing your own shift; pass labels unshifted.
@@ -93,11 +106,11 @@ class LossTarget(Guard):
 
     def setup(self, run) -> None:
         # "own" (the token itself), "next" or "neither", None while too few labels were seen; count and sum of the
-        # sampled losses at positions 0, 1, 2-3, 4-7, ...
-        self.state = {"labels_are": None, "losses_by_position": []}
+        # sampled losses at positions 0, 1, 2-3, 4-7, ...; of `count_changes`
+        self.state = {"labels_are": None, "losses_by_position": [], "changes": [0, 0]}
 
     def on_resume(self, step: int) -> None:
-        self.state["labels_are"] = None  # the data may have been fixed
+        self.state |= {"labels_are": None, "changes": [0, 0]}  # the data may have been fixed
 
     def evidence(self) -> dict:
         """Mean loss by position in the block: it falls where a model learns from context."""
@@ -105,12 +118,19 @@ class LossTarget(Guard):
         enough = {1 << i >> 1: total / count for i, (count, total) in places if count >= self.MIN_LOSSES}
         return {"loss_by_position": {str(first): mean for first, mean in enough.items()}}
 
+    def inspect(self, run) -> Iterator[Verdict]:
+        yield from filter(None, [judge_answers(self.wrong_target, run.trainer)])
+
+    def wrong_target(self, *arguments, **keywords) -> Finding:
+        return self.finding(*arguments, id="wrong_loss_target", **keywords)
+
     # --- the probe
 
     def probe(self, batch) -> Iterator[Verdict]:
         """The shift of any loss whose targets are tokens, as what was changed shows it. Of a next-token cross entropy
         also the targets of all positions."""
         objective, heads = batch.objective, batch.recording.heads
+        yield from judge_softmax(self.wrong_target, batch)
         if not objective.has_shift:
             raise NotApplicable(f"the objective is {objective.words}")
         findings = [self.finding("error", *NEGATED, id="wrong_loss_target")] if objective.is_negated else []
@@ -119,7 +139,9 @@ class LossTarget(Guard):
             # Heads further on predict later tokens: what they showed when one was changed is all that is asked
             told = [head for number, head in enumerate(heads) if len(heads) == 1 or most(shifts[number]) == 1]
             findings = [finding for head in told if (finding := self._judge_head_call(batch, head, bool(shifts[0])))]
-        if not findings and (finding := self.judge_shifts(shifts)):
+        if not findings and (
+            finding := self.judge_shifts(shifts) or judge_prompts(self.wrong_target, batch.seen_tokens(all_rows=True))
+        ):
             findings = [finding]
         yield from self._verdicts(findings, PROBE)
 
@@ -134,7 +156,7 @@ class LossTarget(Guard):
                 raise
             return None
         finding = finding or self.judge_unscored(found, labels, batch.has_own_loss)
-        return finding or self.judge_last_position(ids, found, labels)
+        return finding or judge_last_position(self.wrong_target, ids, found, labels)
 
     @classmethod
     def judge_shifts(cls, shifts: list[list[int | None]]) -> Finding | None:
@@ -218,25 +240,6 @@ class LossTarget(Guard):
             evidence={"unscored": silent, "positions": count},
         )
 
-    @classmethod
-    def judge_last_position(cls, ids: torch.Tensor, found: LossTargets, labels: torch.Tensor) -> Finding | None:
-        """A row's last position has no next token in it. With labels that are the tokens themselves nothing says what
-        it should be scored on."""
-        are_own = labels.shape == ids.shape and (labels == ids).float().mean() > cls.MAJORITY
-        last = found.targets[:, -1].tolist()
-        number = sum(target != IGNORE_INDEX for target in last)
-        if not are_own or number <= cls.MAJORITY * len(last):
-            return None
-        return cls.finding(
-            "warning",
-            id="wrong_loss_target",
-            found=f"the last position of {number} of {len(last)} rows is scored",
-            expected="no target there: no next token",
-            causes=("labels rolled over the batch, not within each row",),
-            action="shift within each row, and leave its last position out",
-            evidence={"rows": number, "targets": last},
-        )
-
     # --- during training
 
     def observe(self, step) -> Iterator[Verdict]:
@@ -249,6 +252,8 @@ class LossTarget(Guard):
                 finding.evidence.update(rank=rank, micro_step=micro_step)
             if given:
                 yield from self._verdicts([finding for finding, *_ in found], check)
+        if step.tokens and self.state["labels_are"] in ("own", "next"):
+            yield self._judge_change(step) or self.clear("wrong_loss_target", "change")
 
     def _judge_head(self, sampled: dict) -> list[Finding]:
         place = sampled["first_position"] + POSITIONS // 2
@@ -256,6 +261,13 @@ class LossTarget(Guard):
             if hits[0]:
                 add_loss(self.state["losses_by_position"], place, loss)
         return self.judge_rows(dict(enumerate(sampled["hits"], sampled["first_row"])), self.MAX_ELSEWHERE_SAMPLED)
+
+    def _judge_change(self, step) -> Finding | None:
+        off, labels_are = share_off(step, self.state["labels_are"]), self.state["labels_are"]
+        if off is None:
+            return None
+        self.state["changes"] = count_changes(*self.state["changes"], off)
+        return judge_change(self.wrong_target, *self.state["changes"], off, step.number, labels_are)
 
     def _judge_labels(self, seen: SeenTokens) -> Iterator[Finding]:
         kinds = [(seen.flags & flag != 0) & seen.scored for flag in (LABEL_IS_TOKEN, LABEL_IS_NEXT)]

@@ -1,5 +1,6 @@
 """Labels and loss."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -31,6 +32,35 @@ def change_batch(run: Run, change: Callable[[dict], None]) -> None:
         return batch
 
     run.collator = changed
+
+
+def overwrite(batch: dict, share: float, seed: int) -> None:
+    """`share` of the tokens of each row become others; the labels are kept."""
+    ids, generator = batch["input_ids"], torch.Generator().manual_seed(seed)
+    noise = torch.randint(32, 127, ids.shape, generator=generator)
+    batch["input_ids"] = ids.where(torch.rand(ids.shape, generator=generator) >= share, noise)
+
+
+def change_batches(run: Run, share_of: Callable[[int], float]) -> None:
+    """`share_of`: what is overwritten of batch 1, 2, ..."""
+    numbers = itertools.count(1)
+    change_batch(run, lambda batch: overwrite(batch, share_of(number := next(numbers)), number))
+
+
+@bug("wrong_loss_target", AREA, "inputs overwritten later", "own", Setting(steps=60), onset=4)
+def inputs_overwritten_later(run: Run):
+    """From step 5 on a corrupting transform is active: 30 % of the input ids are others, the labels are kept."""
+    change_batches(run, lambda number: 0.3 if number > 4 else 0.0)
+
+
+def denoised(run: Run):
+    """30 % of the tokens of every row are noise, the labels are the text: token dropout from the first step on."""
+    change_batches(run, lambda number: 0.3)
+
+
+def denoised_in_turn(run: Run):
+    """Five batches of text alone, then five with noise, in turn."""
+    change_batches(run, lambda number: 0.3 * ((number - 1) // 5 % 2))
 
 
 def change_targets(run: Run, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -151,3 +181,9 @@ def z_loss_reported(run: Run):
         return loss + 1e-3 * logits.logsumexp(-1).square().mean()
 
     run.model.loss_function = loss_function
+
+
+HEALTHY = {
+    "30 % of the tokens are noise": Setting(steps=60, change=denoised),
+    "noise in every second five batches": Setting(steps=60, change=denoised_in_turn),
+}

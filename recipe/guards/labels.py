@@ -1,0 +1,200 @@
+"""Labels that are changed on the way or hold their prompt, and a softmax over the wrong axis: parts of `LossTarget`.
+
+`make`: its `finding`, with the id.
+"""
+
+from collections.abc import Callable, Iterator, Sized
+
+import torch
+
+from recipe.guards.batches import IGNORE_INDEX, LABEL_IS_NEXT, LABEL_IS_TOKEN, SeenTokens
+from recipe.guards.guard import PROBE, CannotJudge, Finding
+from recipe.guards.head import MIN_POSITIONS, LossTargets, head_of
+from recipe.guards.recording import record
+from recipe.guards.sandbox import places_of, replaced
+
+# Share of a step's labels that are not the tokens: at most before a change, at least after it; steps before, and
+# in a row after it. Derived: of a mixture that changes some batches on purpose, at any share q, the first 20 steps
+# look like this in (1 - q)^4 q^16 < 5e-5 of the runs.
+CHANGE_BEFORE, CHANGE_AFTER, STEPS_BEFORE, STEPS_AFTER = 0.01, 0.05, 4, 16
+# Rows of the first micro-batch, and tokens of each prompt, that its answer repeats. Chosen, not measured.
+REPEATED_ROWS, REPEATED_TOKENS = 4, 8
+# Rows that are more than a trial. Chosen, not measured.
+KTO_ROWS = 64
+# Of the absolute sums over the vocabulary, in their sum over a row; of the gradient's lowest entries, in these.
+# Derived: fp32 leaves 1e-6 of either where it should be 0; measured 0.1 of the other (random logits, dim=1).
+ZERO_SUM, CLEAR_SUM = 1e-4, 1e-3
+# Times that the head's weights are larger, to see how the gradient follows; share of its variance that is left; least
+# probability of a token that is looked at. Derived: fp32 leaves 1e-12; a Brier score leaves 1e-4.
+SHARPER, LINEAR, LEAST_SHARE = 4.0, 1e-9, 1e-6
+# Of the labels, and of the rows of a micro-batch. Chosen, not measured: a majority.
+MOST = 0.5
+
+Make = Callable[..., Finding]
+
+
+def judge_answers(make: Make, trainer) -> Finding | None:
+    """KTO learns from the difference between good and bad answers: there must be both."""
+    rows, names = getattr(trainer, "train_dataset", None), {kind.__name__ for kind in type(trainer).__mro__}
+    if "KTOTrainer" not in names or "label" not in (getattr(rows, "column_names", None) or ()):
+        return None
+    if not isinstance(rows, Sized) or len(rows) < KTO_ROWS or len(kinds := set(rows.unique("label"))) > 1:
+        return None
+    return make(
+        "warning",
+        found=f"the label of all {len(rows):,} answers is {kinds.pop()}",
+        expected="good and bad ones",
+        causes=("labels were read as strings, of which bool() makes True",),
+        action="compare the column label with its source: bool('False') is True",
+        evidence={"rows": len(rows)},
+        check=PROBE,
+    )
+
+
+def judge_softmax(make: Make, batch) -> Iterator[Finding]:
+    """Of any loss: over the wrong axis, or without its logarithm. `batch`: a `sandbox.Batch`."""
+    sums = (judge_sums(make, head.targets) for head in batch.recording.heads)
+    yield from list(filter(None, sums))[:1]
+    if batch.objective.follows_nothing:
+        yield from filter(None, [judge_linear(make, *probabilities_of(batch))])
+
+
+def judge_sums(make: Make, found: LossTargets) -> Finding | None:
+    """A softmax over the vocabulary leaves gradients whose sum over it is 0 at each position; one over the
+    positions, such whose sum is 0 over each row alone."""
+    if found.sums is None or found.sums.shape[1] < MIN_POSITIONS:
+        return None
+    sums, absolute, pulls = found.sums.sum(dim=1).abs(), found.sums.abs().sum(dim=1), found.pulls.sum(dim=1)
+    has_loss = pulls > 0
+    is_over_positions = (sums <= ZERO_SUM * absolute) & (absolute >= CLEAR_SUM * pulls)
+    if not has_loss.any() or not is_over_positions[has_loss].all():
+        return None
+    return make(
+        "error",
+        found="the loss has a softmax over the positions of each row",
+        expected="over the vocabulary",
+        causes=("softmax or log_softmax with the wrong dim",),
+        action="use dim=-1, the vocabulary, for student and teacher",
+        evidence={"row_sums": sums.tolist(), "absolute": absolute.tolist(), "pulls": pulls.tolist()},
+        check="sums",
+    )
+
+
+def judge_prompts(make: Make, seen: SeenTokens) -> Finding | None:
+    """Answers that begin with their whole prompt, which is not scored itself. A BOS before it is left out."""
+    lengths = []
+    for ids, scored, valid in zip(seen.ids, seen.scored, seen.valid, strict=True):
+        text, first = ids[valid].tolist(), int(scored[valid].argmax())
+        copies = (k for k in (0, 1) if text[k:first] == text[first : 2 * first - k])
+        lengths.append(first - next(copies, first))
+    if len(lengths) < REPEATED_ROWS or min(lengths) < REPEATED_TOKENS:
+        return None
+    return make(
+        "warning",
+        found=f"the answers of all {len(lengths)} rows begin with a copy of their prompt",
+        expected="the answers alone",
+        causes=("the completion was made from the whole text, prompt included",),
+        action="print a row of the dataset: its completion must begin where its prompt ends",
+        evidence={"copied_tokens": lengths},
+    )
+
+
+def judge_change(
+    make: Make, before: int, after: int, off: float, step: int, labels_are: str = "own"
+) -> Finding | None:
+    """`before`: steps in which labels were what they should be; `after`: steps since, all with others, of which
+    the last has the share `off`."""
+    if before < STEPS_BEFORE or after < STEPS_AFTER:
+        return None
+    return make(
+        "warning",
+        found=f"{off:.0%} of labels are not the {labels_are} tokens, from step {step - after + 1} on",
+        expected=f"none, as in the {before} steps before",
+        causes=("input_ids are overwritten after the labels were made", "labels are changed from some step on"),
+        action="compare a row of the dataset with what the model is given, at this step and at the first",
+        evidence={"share": off, "steps_before": before, "steps_after": after},
+        check="change",
+    )
+
+
+def share_off(step, labels_are: str) -> float | None:
+    """Of the scored labels of a `taps.Step`, that are not the token itself (`own`), or the next."""
+    flag = LABEL_IS_TOKEN if labels_are == "own" else LABEL_IS_NEXT
+    count = sum(seen.num_scored for *_, seen in step.tokens)
+    fit = sum(int(((seen.flags & flag != 0) & seen.scored).sum()) for *_, seen in step.tokens)
+    return 1 - fit / count if count else None
+
+
+def count_changes(before: int, after: int, off: float) -> list[int]:
+    """Steps whose labels fitted, and after them steps in a row whose labels did not, with one more of which the share
+    `off` does not fit. Below 0 for good where some fit again: what comes back belongs to a mixture of objectives."""
+    if before < 0 or CHANGE_BEFORE < off <= CHANGE_AFTER:
+        return [before, after]
+    if off > CHANGE_AFTER:
+        return [before, after + 1]
+    return [-1 if after else before + 1, 0]
+
+
+def judge_last_position(make: Make, ids: torch.Tensor, found: LossTargets, labels: torch.Tensor) -> Finding | None:
+    """A row's last position has no next token in it. With labels that are the tokens themselves nothing says what
+    it should be scored on."""
+    are_own = labels.shape == ids.shape and (labels == ids).float().mean() > MOST
+    last = found.targets[:, -1].tolist()
+    number = sum(target != IGNORE_INDEX for target in last)
+    if not are_own or number <= MOST * len(last):
+        return None
+    return make(
+        "warning",
+        found=f"the last position of {number} of {len(last)} rows is scored",
+        expected="no target there: no next token",
+        causes=("labels rolled over the batch, not within each row",),
+        action="shift within each row, and leave its last position out",
+        evidence={"rows": number, "targets": last},
+    )
+
+
+def probabilities_of(batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Probabilities and gradient at the logits, `[rows, positions, vocab_size]`, of the batch's loss as it is and with
+    a sharper head, of the same embeddings. Empty where the loss cannot be computed so."""
+    model, compute_loss, ids = batch.model, batch.loss_of(), batch.inputs["input_ids"]
+    try:
+        base = record(model, compute_loss, ids=ids)
+        weight = getattr(head_of(model), "weight", None)
+        if not isinstance(weight, torch.nn.Parameter):
+            return []
+        sharper = {weight: torch.nn.Parameter(SHARPER * weight.detach())}
+        with replaced(places_of(model, sharper)):
+            calls = base.only(), record(model, compute_loss, base, ids).only()
+    except CannotJudge:
+        return []
+    if any(call.is_hidden for call in calls) or calls[0].values.shape != calls[1].values.shape:
+        return []
+    return [(call.values.float().softmax(-1), call.gradient.float()) for call in calls]
+
+
+def judge_linear(make: Make, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Finding | None:
+    """`pairs`: of `probabilities_of`. For a loss `-sum q p` the gradient is `p (c - q)`: divided by p it moves by the
+    same for all tokens when p does. A cross entropy has `1 - q / p` there."""
+    if not pairs:
+        return None
+    usable = (pairs[0][0] > LEAST_SHARE) & (pairs[1][0] > LEAST_SHARE)
+    first, second = (torch.where(usable, g / p.clamp_min(LEAST_SHARE), 0.0) for p, g in pairs)
+    count = usable.sum(-1).clamp_min(1)
+
+    def variance(values: torch.Tensor) -> torch.Tensor:
+        mean = values.sum(-1) / count
+        return torch.where(usable, (values - mean.unsqueeze(-1)).square(), 0.0).sum(-1) / count
+
+    spread, left = variance(first), variance(second - first)
+    scored = (count >= MIN_POSITIONS) & (spread > 0)
+    if not scored.any() or bool((left > LINEAR * spread)[scored].any()):
+        return None
+    return make(
+        "warning",
+        found="the loss is linear in the model's probabilities",
+        expected="in their logarithms",
+        causes=("kl_div is given probabilities", "an expected value over the vocabulary, on purpose"),
+        action="kl_div takes log_softmax(logits) first, and the teacher's probabilities second",
+        evidence={"positions": int(scored.sum()), "left": float((left / spread.clamp_min(1e-30))[scored].max())},
+        check="linear",
+    )
