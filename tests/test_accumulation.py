@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
-from recipe.guards.accumulation import AccumulationMismatch, two_rows, uneven_labels
+from recipe.guards.accumulation import AccumulationMismatch, two_rows, uneven_labels, weigh
 from recipe.guards.batches import IGNORE_INDEX
 from recipe.guards.gradients import GradientNorms, GradientTap
 from recipe.guards.guard import CannotJudge
@@ -60,6 +60,28 @@ def test_the_ratio_names_the_cause(parts, cause, ratios):
 def test_a_mean_of_means_over_rows_scored_alike_is_information():
     assert AccumulationMismatch.judge_parts(WHOLE, weights(1 / 64, 1 / 8), is_even=True).severity == "info"
     assert AccumulationMismatch.judge_parts(WHOLE, WHOLE / 2, is_even=True).severity == "warning"
+
+
+@pytest.mark.parametrize(("first", "second", "is_found"), [(2.0, 2.0, True), (0.5, 0.5, True), (1.0, 1.0, False)])
+def test_gradients_of_any_loss_are_weighed(first, second, is_found):
+    gradient = torch.randn(2, 20, 11, generator=torch.Generator().manual_seed(0))
+    gradient[1, 12:] = 0.0
+    parts = gradient * torch.tensor([first, second]).reshape(2, 1, 1)
+    finding = AccumulationMismatch.judge_parts(*weigh(gradient, parts), is_even=True)
+    assert (finding is not None) == is_found and (not is_found or finding.severity == "warning")
+
+
+def test_a_mean_of_means_of_any_loss_is_information():
+    gradient = torch.randn(2, 20, 11, generator=torch.Generator().manual_seed(0))
+    gradient[1, 4:] = 0.0  # 20 and 4 positions
+    parts = gradient * torch.tensor([24 / 40, 24 / 8]).reshape(2, 1, 1)
+    assert AccumulationMismatch.judge_parts(*weigh(gradient, parts), is_even=True).severity == "info"
+
+
+def test_rows_that_depend_on_each_other_are_not_weighed():
+    gradient = torch.randn(2, 20, 11, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(CannotJudge, match="other rows"):
+        weigh(gradient, gradient + 0.3 * gradient.flip(0))
 
 
 def test_rows_are_two_and_uneven():
@@ -216,6 +238,15 @@ NAN = math.nan
 
 def check_sum(norms, num_micro_batches, is_low=False):
     return AccumulationMismatch.judge_sum(GradientNorms("norm", is_low, *norms), num_micro_batches)
+
+
+def test_gradients_unscaled_once_too_often_are_a_warning():
+    """Backward was given a mean cross entropy; else a loss scale of the user's own may be undone."""
+    norms = GradientNorms("norm", False, 2.0, 2.0 - 2.0**-15, 2.0**-15, 2.0**-15, 0.0, 2.0)
+    assert AccumulationMismatch.judge_sum(norms, 1, is_mean=True).severity == "warning"
+    assert AccumulationMismatch.judge_sum(norms, 1).severity == "info"
+    halved = GradientNorms("norm", False, 2.0, 1.0, 1.0, 1.0, 0.0, 2.0)
+    assert AccumulationMismatch.judge_sum(halved, 1, is_mean=True).severity == "info"
 
 
 @pytest.mark.parametrize(

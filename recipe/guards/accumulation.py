@@ -12,7 +12,7 @@ from recipe.guards.batches import IGNORE_INDEX, LABEL_IS_TOKEN
 from recipe.guards.evaluation import name_factor
 from recipe.guards.gradients import GradientNorms
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
-from recipe.guards.recording import recover_loss_targets
+from recipe.guards.recording import record, recover_loss_targets
 from recipe.guards.sandbox import first_positions, scaled_loss_of
 from recipe.guards.updates import shorten
 
@@ -24,6 +24,10 @@ KEPT = 8
 MAX_WEIGHT_ERROR = 0.05
 # Positions of one micro-batch that weigh differently by more: a loss weighted on purpose. Chosen, not measured.
 WEIGHTED_LOSS = 1.2
+# Cosine between a position's gradients in the whole batch and in its micro-batch, and the share of the positions of a
+# row with it. Derived: equal but for rounding where only the weight differs; terms that are divided differently turn
+# it. Below the first share of the largest gradient's energy a position is not scored. Chosen, not measured.
+ALIGNED, MOST_ALIGNED, SMALL_GRADIENT = 0.999, 0.9, 1e-6
 # Of a position's weight in the gradient. Derived: it is exact in fp32, and known to 0.4 % in bf16.
 MAX_COUNT_ERROR = 0.01
 
@@ -37,12 +41,15 @@ class AccumulationMismatch(Guard):
     When: before step 1 where a step has several micro-batches or ranks; then at every step.
     Measured: before step 1, what a scored position weighs in the gradient: two rows, the second with an eighth of its
         labels, through the trainer's own `training_step`, whole and as two micro-batches, to 0.05 (information where
-        only means are averaged and this run's rows are scored alike). During training, weights: all of a step are 1
-        together and equal in its micro-batches, to 0.05; three steps off in a row are a warning. Count: where the loss
-        is divided by `num_items_in_batch`, this is the number of scored tokens; information below 2 %, and below 10 %
-        for labels counted before the shift, as stock Trainer does for models without a `loss_type`. Sum, on one rank:
-        the gradient of a small parameter and of a matrix at the step is the sum of what its micro-batches gave, to 1 %
-        (half precision 20 %); 2 of 20 steps off are a warning, or information where it is filtered or scaled.
+        only means are averaged and this run's rows are scored alike). Of a loss that is no cross entropy alone, such
+        as one mixed with a divergence, two rows of the batch as they are: how much of the gradient at the logits each
+        has in its micro-batch, where it points as in the whole at nine positions of ten (means of means: information).
+        During training, weights: all of a step are 1 together and equal in its micro-batches, to 0.05; three steps off
+        in a row are a warning. Count: where the loss is divided by `num_items_in_batch`, this is the number of scored
+        tokens; information below 2 %, and below 10 % for labels counted before the shift, as stock Trainer does for
+        models without a `loss_type`. Sum, on one rank: the gradient of a small parameter and of a matrix at the step
+        is the sum of what its micro-batches gave, to 1 % (half precision 20 %); 2 of 20 steps off are a warning, or
+        information where it is filtered or scaled (by 500 and more of a mean cross entropy: a warning).
     Try: dividing the sum of the losses by `num_items_in_batch`, the scored tokens of the whole step, and by nothing
         else; `zero_grad` once, after each optimizer step.
     Cannot see: before step 1, a `training_step` replaced on the trainer itself, tensors that cannot be divided into
@@ -63,6 +70,9 @@ class AccumulationMismatch(Guard):
     # Steps at fault before it is reported, of the last ones: a training step may drop one bad batch on purpose.
     # Chosen, not measured.
     SUM_STEPS, SUM_WINDOW = 2, 20
+    # Times that a gradient is larger or smaller than what backward gave. Chosen: fp16 loss scales are 2^10 and more,
+    # and gradients that far down are near Adam's epsilon; factors of the user's own are not that large.
+    FAR_SCALED = 500.0
     # Of the count, off the scored tokens. Rows of 64 counted without the shift are 1.6 % off, which no training
     # notices and a comparison of losses may. Above it the losses of two runs no longer compare. Chosen.
     MAX_COUNT_OFF = 0.02
@@ -83,15 +93,19 @@ class AccumulationMismatch(Guard):
     def probe(self, batch) -> Iterator[Verdict]:
         if batch.run.args.gradient_accumulation_steps * batch.run.world_size == 1:
             raise NotApplicable("one micro-batch a step: nothing is accumulated")
-        if not batch.run.is_next_token:
-            raise NotApplicable(f"the objective is {batch.run.objective.words}")
         if batch.run.own_step is not None:
             raise CannotJudge("training_step was replaced on the trainer itself, so it cannot be run without a step")
 
         def scaled_loss(*given) -> torch.Tensor:
             return scaled_loss_of(batch.twin, batch.model, *given)
 
-        yield self.judge_model(batch.model, first_positions(batch.inputs), scaled_loss) or self.clear(check=PROBE)
+        judge = self.judge_model if batch.run.is_next_token else judge_gradients
+        try:
+            yield judge(batch.model, first_positions(batch.inputs), scaled_loss) or self.clear(check=PROBE)
+        except CannotJudge as reason:
+            if batch.run.is_next_token:
+                raise
+            raise NotApplicable(f"the objective is {batch.run.objective.words}") from reason
 
     def observe(self, step) -> Iterator[Verdict]:
         weights = {(rank, micro): mean_weight(rows["weights"]) for rank, micro, rows in step.head}
@@ -100,7 +114,7 @@ class AccumulationMismatch(Guard):
         if self.run.is_next_token:
             yield from self._observe_count(step, list(weights.values()))
         if not self.run.is_loss_scaled and self.run.world_size == 1:  # several ranks have averaged the gradient
-            yield from self._observe_sum(step)
+            yield from self._observe_sum(step, is_mean=is_mean_loss(step, weights))
 
     def _observe_weights(self, step, weights: dict[Place, float | None]) -> Iterator[Verdict]:
         counts = {(rank, micro): seen.num_scored for rank, micro, seen in step.tokens}
@@ -134,9 +148,9 @@ class AccumulationMismatch(Guard):
         self.state["right_counts"] += num_items == scored
         yield self.judge_count(num_items, scored, unshifted, weight, is_choice) or self.clear(check="items")
 
-    def _observe_sum(self, step) -> Iterator[Verdict]:
+    def _observe_sum(self, step, is_mean: bool) -> Iterator[Verdict]:
         for norms in step.gradients:
-            finding = self.judge_sum(norms, len(step.losses))
+            finding = self.judge_sum(norms, len(step.losses), is_mean)
             off = [*self.state["off_sums"].get(norms.name, [])[1 - self.SUM_WINDOW :], finding is not None]
             self.state["off_sums"][norms.name] = off
             yield finding if finding and sum(off) >= self.SUM_STEPS else self.clear(check="sum")
@@ -153,8 +167,8 @@ class AccumulationMismatch(Guard):
         num_items = (labels[:, 1:] != IGNORE_INDEX).sum()
 
         def weights(rows: slice, num_micro_batches: int) -> torch.Tensor:
-            part = {name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-            return recover_loss_targets(model, lambda: scaled_loss(dict(part), num_items, num_micro_batches)).weights
+            part = cut(batch, rows)
+            return recover_loss_targets(model, lambda: scaled_loss(part, num_items, num_micro_batches)).weights
 
         whole, parts = weights(slice(0, 2), 1), [weights(slice(row, row + 1), 2) for row in (0, 1)]
         return cls.judge_parts(whole, torch.cat(parts), is_even)
@@ -236,15 +250,17 @@ class AccumulationMismatch(Guard):
         return cls.finding(severity, found, f"{scored:,} scored tokens", causes, action, evidence, check="items")
 
     @classmethod
-    def judge_sum(cls, norms: GradientNorms, num_micro_batches: int) -> Finding | None:
+    def judge_sum(cls, norms: GradientNorms, num_micro_batches: int, is_mean: bool = False) -> Finding | None:
         """Information where it may be on purpose: one micro-batch's gradient, changed into something else than nothing
-        or its sum with the last step's (a filter); or all of it scaled."""
+        or its sum with the last step's (a filter); or all of it scaled. `is_mean`: backward was given the mean cross
+        entropy, so that no loss scale is undone."""
         total, error, before = norms.total, norms.error, norms.before
         largest = max(total, before)
         limit = cls.MAX_SUM_ERROR[norms.is_low] * largest
         if not math.isfinite(largest + error) or error <= limit:  # other guards name what is not finite
             return None
         is_scaled = before > 0 and abs(error - abs(before - total)) <= limit
+        is_far = is_mean and cls.FAR_SCALED * min(total, before) < largest
         is_filtered = num_micro_batches == 1 and before > 0 and norms.rest > limit
         cause = "gradients of the step before were not set to zero" if before else "the gradient was dropped"
         if num_micro_batches > 1:
@@ -253,9 +269,40 @@ class AccumulationMismatch(Guard):
         found = f"gradient of {shorten(norms.name)} {error / largest:.0%} off {where}"
         causes = (cause, "gradients are changed or dropped after backward")
         action = "zero the gradients once, after each optimizer step, and step once in a window"
+        if is_scaled and is_far:
+            factor = before / total if total else math.inf
+            found = f"gradient of {shorten(norms.name)} {factor:.3g} times {where}"
+            causes = ("gradients are scaled after backward, such as unscaled twice", "they are set to almost nothing")
+            action = "leave unscaling to accelerate: look for what divides the gradients before the step"
         evidence = {"sum": total, "difference": error, "at_step": before, "micro_batches": num_micro_batches}
-        severity = "info" if is_scaled or is_filtered else "warning"
+        severity = "info" if (is_scaled or is_filtered) and not (is_scaled and is_far) else "warning"
         return cls.finding(severity, found, "the same", causes, action, evidence, check="sum")
+
+
+def judge_gradients(model, inputs: dict, scaled_loss: Callable[..., torch.Tensor]) -> Finding | None:
+    """As `AccumulationMismatch.judge_model` for any loss of single positions, on two rows as they are."""
+    batch, _ = two_rows(inputs)
+    num_items = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+
+    def gradient(rows: slice, num_micro_batches: int) -> torch.Tensor:
+        part = cut(batch, rows)
+        return record(model, lambda: scaled_loss(part, num_items, num_micro_batches)).only().gradient.float()
+
+    whole, parts = gradient(slice(0, 2), 1), [gradient(slice(row, row + 1), 2) for row in (0, 1)]
+    return AccumulationMismatch.judge_parts(*weigh(whole, torch.cat(parts)), is_even=True)
+
+
+def is_mean_loss(step, weights: dict[Place, float | None]) -> bool:
+    """Whether the step's positions weigh 1 together in the loss, as far as they were sampled."""
+    if len(weights) < len(step.tokens) or None in weights.values():
+        return False
+    return (
+        abs(sum(weights[rank, micro] * seen.num_scored for rank, micro, seen in step.tokens) - 1) <= MAX_WEIGHT_ERROR
+    )
+
+
+def cut(batch: dict, rows: slice) -> dict:
+    return {name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def two_rows(inputs: dict) -> tuple[dict, bool]:
@@ -276,6 +323,17 @@ def two_rows(inputs: dict) -> tuple[dict, bool]:
         raise CannotJudge("one row, with tensors that cannot be cut in two")
     half = ids.shape[1] // 2  # not doubled, which could take more memory than training does
     return inputs | {name: value[:, : 2 * half].reshape(2, half) for name, value in tensors.items()}, is_even
+
+
+def weigh(whole: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of the positions in one batch, 1, and in micro-batches, both `[rows, positions]`, 0 where there is no
+    gradient. `whole`, `parts`: gradients at the logits, `[rows, positions, width]`. Raises `CannotJudge`."""
+    size, along, own = (whole * whole).sum(-1), (whole * parts).sum(-1), (parts * parts).sum(-1)
+    has = size > SMALL_GRADIENT * size.amax()
+    is_parallel = has & (along > ALIGNED * (size * own).sqrt())
+    if not has.any(dim=1).all() or (is_parallel.sum(dim=1) < MOST_ALIGNED * has.sum(dim=1)).any():
+        raise CannotJudge("a position's gradient depends on the other rows of its micro-batch")
+    return is_parallel.float(), torch.where(is_parallel, along / size.clamp_min(1e-30), 0.0)
 
 
 def uneven_labels(labels: torch.Tensor) -> torch.Tensor:

@@ -74,6 +74,25 @@ def distilled_without_shift(run: Run):
     distil(run, sure=1e4, share=0.5, shift=0)
 
 
+def distilled_and_divided(run: Run):
+    """The same over 4 micro-batches; the loss ignores `num_items_in_batch`, and the Trainer is told so: it divides."""
+    distilled_and_trained(run)
+    run.on_trainer.append(lambda trainer: setattr(trainer, "model_accepts_loss_kwargs", False))
+
+
+@bug(
+    "accumulation_mismatch",
+    "accumulation",
+    "a mixed loss that nothing divides",
+    "MakazhanAlpamys/Soup#720",
+    SHORT.changed(batch=2, accumulation=4, change=distilled_and_divided),
+)
+def mixed_loss_not_divided(run: Run):
+    """The Trainer is not told that the loss ignores `num_items_in_batch`: nothing divides by 4 micro-batches."""
+    run.on_trainer.clear()
+    run.took_effect()
+
+
 # --- denoising, classification
 
 
