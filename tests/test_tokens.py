@@ -11,7 +11,7 @@ from recipe.guards.double_bos import DoubleBos, count_bos
 from recipe.guards.eos import EosNeverTarget
 from recipe.guards.padding import PaddingIsTarget
 from recipe.guards.run import Run, bos_token_id_of, tokenizer_sizes_of
-from recipe.guards.token_range import TokenRange
+from recipe.guards.token_range import TokenRange, occurring
 
 
 def seen(rows, valid=True, scored=False):
@@ -142,6 +142,13 @@ def test_texts_that_begin_with_bos_are_counted(row, texts, doubled):
     assert guard.state == {"texts": texts + 1, "doubled": doubled + 1}
 
 
+@pytest.mark.parametrize(("begin", "is_found"), [([9, 9], True), ([9], False), ([9, 9, 9], False), ([], False)])
+def test_rows_that_begin_with_a_token_twice_are_found_without_a_known_bos(begin, is_found):
+    guard, texts = set_up(DoubleBos, bos_token_id=None), np.random.default_rng(0).integers(10, 60, (6, 4, 16))
+    found = [list(guard.observe(step_of(seen([[*begin, *row] for row in rows.tolist()])))) for rows in texts]
+    assert [bool(each) for each in found] == [is_found and number >= 3 for number in range(6)]
+
+
 @pytest.mark.parametrize("tokens", [3, 64])
 def test_an_ordinary_token_taken_for_bos_is_silent(tokens):
     guard, ids = set_up(DoubleBos, bos_token_id=1), np.random.default_rng(0).integers(tokens, size=(500, 8, 32))
@@ -189,3 +196,43 @@ def test_what_is_no_tokenizer_has_no_size():
         SimpleNamespace(size=3),
     )
     assert [tokenizer_sizes_of(other) for other in others] == [None] * len(others)
+
+
+# --- ids that were rounded or cut on the way
+
+ZIPF = np.minimum(np.random.default_rng(0).zipf(1.2, 60_000), 3999)
+LARGE = np.minimum(np.random.default_rng(0).zipf(1.05, 400_000), 151_000)
+
+
+def rounded(kind: torch.dtype) -> np.ndarray:
+    return torch.from_numpy(ZIPF).to(kind).long().numpy()
+
+
+@pytest.mark.parametrize(
+    ("ids", "rows", "cause"),
+    [
+        (rounded(torch.float16), 4001, "cast to float16"),
+        (rounded(torch.bfloat16), 4001, "cast to bfloat16"),
+        (ZIPF % 256, 1024, "stored in uint8"),
+        (LARGE % 65_536, 151_936, "stored in uint16"),
+    ],
+)
+def test_ids_that_lost_bits_are_found(ids, rows, cause):
+    finding = TokenRange.judge_kinds(occurring([ids], rows))
+    assert finding.severity == "warning" and cause in finding.likely_causes[0]
+
+
+@pytest.mark.parametrize(
+    ("ids", "rows"),
+    [
+        (ZIPF, 4001),
+        (LARGE, 151_936),
+        (ZIPF // 2 * 2, 4001),  # even ones by design
+        (np.arange(5000), 151_936),  # a few of many
+        (np.arange(256), 257),  # bytes, as the vocabulary says
+        (np.frombuffer("bytes of text: äöü".encode() * 9, np.uint8).astype(np.int64), 512),
+        (np.arange(65_000), 65_536),
+    ],
+)
+def test_ids_that_lost_none_are_silent(ids, rows):
+    assert TokenRange.judge_kinds(occurring([ids], rows)) is None

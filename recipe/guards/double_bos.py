@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from recipe.guards.batches import SeenTokens
-from recipe.guards.guard import PROBE, Finding, Guard, NotApplicable, Verdict
+from recipe.guards.guard import PROBE, Finding, Guard, NotApplicable, Skip, Verdict
 
 
 class DoubleBos(Guard):
@@ -13,9 +13,10 @@ class DoubleBos(Guard):
 
     When: before step 1 on the first micro-batch, then at every step.
     Measured: runs of BOS in the rows (padding apart); once 16 were seen, 80 % of them or more hold exactly two. Empty
-        documents are a few per cent. Where the BOS id is an ordinary token, runs of two are a quarter at most.
+        documents are a few per cent. Where the BOS id is an ordinary token, runs of two are a quarter at most. Where
+        no BOS is known: 80 % of 16 rows or more begin with exactly two of the token that the first row began with.
     Try: `add_special_tokens=False` where a chat template already adds BOS.
-    Cannot see: models whose BOS is also EOS or padding.
+    Cannot see: texts inside of rows where the BOS is also EOS or padding, or not known.
     """
 
     ids = {"double_bos": "Texts begin with two BOS tokens."}
@@ -27,25 +28,36 @@ class DoubleBos(Guard):
 
     def setup(self, run) -> None:
         self.bos = run.bos_token_id
-        if self.bos is None:
-            raise NotApplicable("no BOS token, or one that is EOS or padding too")
-        self.state = {"texts": 0, "doubled": 0}
+        self.state = {"texts": 0, "doubled": 0} | ({"first": None} if self.bos is None else {})
+
+    def inspect(self, run) -> Iterator[Verdict]:
+        if self.bos is None:  # the rows' beginnings are looked at all the same
+            yield Skip(self._only_id(), NotApplicable("no BOS token, or one that is EOS or padding too"))
 
     def probe(self, batch) -> Iterator[Verdict]:
         """The rows of one micro-batch hold enough texts only if they are packed."""
-        if finding := self.judge(*self.count(batch.seen_tokens()), check=PROBE):
+        if self.bos is not None and (finding := self.judge(*self.count(batch.seen_tokens()), check=PROBE)):
             yield finding
 
     def observe(self, step) -> Iterator[Verdict]:
         for _, _, seen in step.tokens:
-            texts, doubled = self.count(seen)
+            texts, doubled = self.count(seen) if self.bos is not None else self.count_beginnings(seen)
             self.state["texts"] += texts
             self.state["doubled"] += doubled
-        if step.tokens:
-            yield self.judge(self.state["texts"], self.state["doubled"]) or self.clear()
+        finding = self.judge(self.state["texts"], self.state["doubled"])
+        if finding or (step.tokens and self.bos is not None):
+            yield finding or self.clear()
 
     def count(self, seen: SeenTokens) -> tuple[int, int]:
         return count_bos((seen.ids == self.bos) & seen.valid)
+
+    def count_beginnings(self, seen: SeenTokens) -> tuple[int, int]:
+        """Rows, and those that begin with exactly two of the token that the first row of all began with."""
+        texts = [ids[:3].tolist() for ids, _ in seen.pieces if len(ids) > 2]
+        if texts and self.state["first"] is None:
+            self.state["first"] = texts[0][0]
+        doubled = [[token == self.state["first"] for token in text] == [True, True, False] for text in texts]
+        return len(texts), sum(doubled)
 
     @classmethod
     def judge(cls, texts: int, doubled: int, check: str = "step") -> Finding | None:

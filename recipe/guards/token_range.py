@@ -1,6 +1,8 @@
 """Token ids against the rows of the embedding."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 
 from recipe.guards.guard import PROBE, STEP, CannotJudge, Finding, Guard, Verdict
 from recipe.guards.ngrams import NO_VOCABULARY
@@ -16,33 +18,48 @@ class TokenRange(Guard):
     When: before step 1 on the first rows, then at every step.
     Measured: lowest and highest id so far. Beyond the embedding is an error, negative a warning, since some models
         take such ids for images. Before step 1, the tokenizer's size: more tokens than rows is a warning, since a
-        clamp or a modulo may hide it in the batches; information where only added tokens are beyond.
-    Try: the model's own tokenizer, or `model.resize_token_embeddings(len(tokenizer))`.
-    Cannot see: ids inside the range that mean another token; a tokenizer that is not the Trainer's `processing_class`.
+        clamp or a modulo may hide it in the batches; information where only added tokens are beyond. Which ids occur:
+        a warning where 32 different ones above 256 or 2,048 are even without exception, as bf16 or fp16 rounds them,
+        and where all 256 bytes occur and nothing else, or 32 different ones of the last 0.0625 before 65,536 and none
+        from there on, in a vocabulary of 1.5 times that and more: ids that were stored in too small a type have lost
+        their high bits.
+    Try: the model's own tokenizer, or `model.resize_token_embeddings(len(tokenizer))`. Rounded or cut ids: int32 or
+        int64 from the tokenizer to the batch.
+    Cannot see: other ids inside the range that mean another token; a tokenizer that is not the Trainer's
+        `processing_class`.
     """
 
-    ids = {"token_out_of_range": "Token ids lie outside the model's vocabulary."}
+    ids = {"token_out_of_range": "Token ids lie outside the model's vocabulary, or were rounded or cut on the way."}
     taps = ("tokens",)
+    # Different ids that are all even, or that lie just under a limit. Derived: by chance once in 2^32 vocabularies.
+    MIN_IDS = 32
+    # From so many times the limit on, the vocabulary goes well beyond it. Part of the range below a limit that has to
+    # be in use up to it: text of a low register that never comes near the limit is no fault. Chosen, not measured.
+    BEYOND, NEAR = 1.5, 1 / 16
 
     def setup(self, run) -> None:
         self.rows = run.embedding_rows
         if not self.rows:
             raise CannotJudge(NO_VOCABULARY)
-        self.state = {"lowest": 0, "highest": 0}
+        self.state = {"lowest": 0, "highest": 0, "occur": np.zeros(self.rows, bool)}
 
     def probe(self, batch) -> Iterator[Verdict]:
-        ids = batch.seen_tokens().ids
+        ids = batch.seen_tokens(all_rows=True).ids
         finding = self.judge(int(ids.min()), int(ids.max()), self.rows, check=PROBE)
         if finding is None and (sizes := tokenizer_sizes_of(batch.run.tokenizer)) is not None:
             finding = self.judge_sizes(*sizes, self.rows)
         yield finding or self.clear(check=PROBE)
+        if finding is None and (finding := self.judge_kinds(occurring([ids], self.rows))):
+            yield finding  # the steps look for more
 
     def observe(self, step) -> Iterator[Verdict]:
         for _, _, seen in step.tokens:
             self.state["lowest"] = min(self.state["lowest"], int(seen.ids.min()))
             self.state["highest"] = max(self.state["highest"], int(seen.ids.max()))
         if step.tokens:
-            yield self.judge(**self.state, rows=self.rows) or self.clear()
+            self.state["occur"] |= occurring([seen.ids for *_, seen in step.tokens], self.rows)
+            finding = self.judge(self.state["lowest"], self.state["highest"], self.rows)
+            yield finding or self.judge_kinds(self.state["occur"]) or self.clear()
 
     @classmethod
     def judge(cls, lowest: int, highest: int, rows: int, check: str = STEP) -> Finding | None:
@@ -54,6 +71,26 @@ class TokenRange(Guard):
         return cls.finding(severity, found, expected, CAUSES, ACTION, evidence, check=check)
 
     @classmethod
+    def judge_kinds(cls, occur: np.ndarray) -> Finding | None:
+        """`occur` bool `[rows of the embedding]`: which ids do."""
+        number, causes, action = np.flatnonzero(occur), (), "keep token ids in int32 or int64 all the way"
+        for limit, kind in ((256, "bfloat16"), (2048, "float16")):
+            above, below = number[number > limit], number[number < limit]
+            if not causes and len(above) >= cls.MIN_IDS and not (above % 2).any() and (below % 2).sum() >= cls.MIN_IDS:
+                found, expected = f"all {len(above)} different ids above {limit:,} are even", "odd ones too"
+                causes = (f"ids were cast to {kind}, which rounds them",)
+        for limit, kind in ((1 << 8, "uint8"), (1 << 16, "uint16")):
+            near = int((number >= limit - limit * cls.NEAR).sum())
+            is_full = len(number) == limit if limit == 1 << 8 else near >= cls.MIN_IDS  # no text holds all bytes
+            if not causes and len(occur) >= cls.BEYOND * limit and number.max(initial=0) < limit and is_full:
+                found = f"{len(number):,} different ids up to {int(number.max()):,}, none from {limit:,} on"
+                expected, causes = f"ids up to {len(occur) - 1:,}", (f"ids were stored in {kind}",)
+        if not causes:
+            return None
+        evidence = {"different_ids": len(number), "highest": int(number.max())}
+        return cls.finding("warning", found, expected, causes, action, evidence)
+
+    @classmethod
     def judge_sizes(cls, base: int, total: int, rows: int) -> Finding | None:
         """`base`, `total`: the tokenizer's tokens without and with those that were added, which may never be used."""
         if max(base, total) <= rows:
@@ -63,3 +100,11 @@ class TokenRange(Guard):
         expected = f"{rows:,} at most, the embedding"
         evidence = {"base": base, "total": total, "embedding_rows": rows}
         return cls.finding(severity, found, expected, CAUSES, ACTION, evidence, check=PROBE)
+
+
+def occurring(ids: Iterable[np.ndarray], rows: int) -> np.ndarray:
+    """Which of the embedding's rows are asked for."""
+    occur = np.zeros(rows, bool)
+    for each in ids:
+        occur[each[(each >= 0) & (each < rows)]] = True
+    return occur
