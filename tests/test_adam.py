@@ -29,7 +29,9 @@ def set_up(model, optimizer) -> OptimizerOff:
     guard = OptimizerOff()
     facts = dict(inner_optimizer=optimizer, optimizer=optimizer, named_parameters=list(model.named_parameters()))
     is_adam = "adam" in type(optimizer).__name__.lower()
-    guard.setup(SimpleNamespace(**facts, is_loss_scaled=False, is_main=True, is_adam=is_adam, is_sharded=False))
+    guard.setup(
+        SimpleNamespace(**facts, is_loss_scaled=False, is_main=True, is_adam=is_adam, is_sharded=False, world_size=1)
+    )
     return guard
 
 
@@ -191,3 +193,53 @@ def test_betas_given_for_each_other(betas, found):
     assert (finding is not None) is found
     assert not found or finding.id == "optimizer_off"
     assert OptimizerOff.judge_betas([{"momentum": 0.9}]) is None
+
+
+# --- decay of other optimizers
+
+
+class OwnAdamW(torch.optim.Optimizer):
+    """`scaled`: the decay is multiplied by the rate. It keeps numbers and a list of its own."""
+
+    def __init__(self, parameters, lr=1e-2, weight_decay=0.1, scaled=True):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        self.scaled, self.count, self.seen = scaled, 0, []
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.count += 1
+        self.seen.append(torch.rand(1))
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["m"] = p.grad.clone()
+                p.mul_(1 - group["weight_decay"] * (group["lr"] if self.scaled else 1.0)).sub_(p.grad * group["lr"])
+
+
+def test_decay_without_the_rate_is_found_and_leaves_the_optimizer_as_it_is():
+    optimizer = OwnAdamW(make_model().parameters(), scaled=False)
+    weights = [p.clone() for p in optimizer.param_groups[0]["params"]]
+    before = torch.get_rng_state()
+    finding = OptimizerOff.judge_decay(optimizer)
+    assert finding.severity == "warning" and finding.found.startswith("each step takes 0.1 off")
+    assert (optimizer.count, optimizer.seen, len(optimizer.state)) == (0, [], 0)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(map(torch.equal, weights, optimizer.param_groups[0]["params"]))
+
+
+class Failing(OwnAdamW):
+    def step(self, closure=None):
+        raise RuntimeError("needs the whole model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (OwnAdamW, {}),
+        (OwnAdamW, {"scaled": False, "weight_decay": 1e-4}),  # decoupled from the rate on purpose
+        (OwnAdamW, {"scaled": False, "weight_decay": 0.0}),
+        (Failing, {"scaled": False}),
+        (AdamW, {"weight_decay": 0.1}),
+    ],
+)
+def test_other_decay_is_silent(kind, settings):
+    assert OptimizerOff.judge_decay(kind(make_model().parameters(), **settings)) is None

@@ -119,3 +119,52 @@ def test_groups_with_rates_of_their_own_are_silent_and_each_is_judged():
     assert "group 1" in LearningRate.judge(40, [groups[0], (2e-2, 2e-2)], LINEAR, 1e-3).found
     assert LearningRate.judge(40, [(None, None)], LINEAR, 1e-3) is None  # an optimizer without a rate
     assert LearningRate.judge(40, [], LINEAR, 1e-3) is None
+
+
+# --- before step 1: a schedule of the user's own, rates of layers
+
+
+def linear(warmup: int, end: int):
+    return lambda step: min((step + 1) / warmup, max(0.0, (end - step) / (end - warmup)))
+
+
+def test_a_schedule_counted_in_micro_batches_is_found():
+    finding = LearningRate.judge_length(linear(80, 320), 40, {1: "ranks", 8: "micro-batches of a step"})
+    assert finding.severity == "warning" and finding.found == "the schedule ends after 320 steps"
+    assert "micro-batches of a step (8)" in finding.likely_causes[0]
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        linear(10, 40),
+        linear(10, 60),
+        lambda step: 1.0,
+        lambda step: 0.5 ** (step // 10),
+        lambda step: 1 / (1 + step) ** 0.5,
+        lambda step: 0.1 + 0.9 * abs(1 - step / 20 % 2),
+        lambda step: abs(1 - (step + 32) / 32 % 2),  # a cycle, at its lowest after 320 steps
+        [1.0 - number / 40 for number in range(41)].__getitem__,  # a table
+        None,
+    ],
+)
+def test_other_schedules_are_silent(factor):
+    assert LearningRate.judge_length(factor, 40, {8: "micro-batches of a step"}) is None
+
+
+def layered(*rates) -> tuple[list, SimpleNamespace]:
+    names = [f"model.layers.{number}.{part}.weight" for number in range(len(rates)) for part in ("attn", "mlp")]
+    named = [(name, torch.nn.Parameter(torch.zeros(1))) for name in [*names, "model.norm.weight"]]
+    rate_of = [rate for rate in rates for _ in range(2)] + [1e-3]
+    groups = [{"params": [p], "lr": rate} for (_, p), rate in zip(named, rate_of, strict=True)]
+    return named, SimpleNamespace(param_groups=groups)
+
+
+def test_rates_that_grow_towards_the_first_layer_are_found():
+    finding = LearningRate.judge_layers(*layered(4e-3, 2e-3, 1e-3))
+    assert finding.severity == "warning" and "divides by its factor, 0.5" in finding.likely_causes[0]
+
+
+@pytest.mark.parametrize("rates", [(1e-3, 2e-3, 4e-3), (1e-3,) * 3, (4e-3, 1e-3, 1e-3), (2e-3, 1e-3), ()])
+def test_other_rates_of_layers_are_silent(rates):
+    assert LearningRate.judge_layers(*layered(*rates)) is None

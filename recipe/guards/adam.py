@@ -1,6 +1,8 @@
 """What torch's Adam and AdamW do, in a few steps and on sampled weights, against their definition: Kingma & Ba 2015,
 algorithm 1, and Loshchilov & Hutter 2019, algorithm 2, with the constants that the parameter groups name."""
 
+import logging
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -9,10 +11,18 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from recipe.guards.gradients import sample
 from recipe.guards.guard import PROBE, Finding, Guard, NotApplicable, Verdict, contained
+from recipe.guards.run import plain_rate
+from recipe.guards.sandbox import generators_now, own_containers, restore_generators
 from recipe.guards.updates import shorten
 from recipe.internals import has_step_post_hooks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# What a copy of an optimizer has of its own; a scheduler replaces `step` on the instance.
+OWN = ("param_groups", "state", "step")
+# Of a share of a weight. Derived: fp32 rounds to 6e-8.
+DECAY_ERROR = 1e-6
+logger = logging.getLogger("recipe.guards")
+
 PARTS = ("first moment", "second moment", "step")
 LIKELY = {
     "first moment": "weight decay is added to the gradient instead of to the weights",
@@ -28,10 +38,13 @@ class OptimizerOff(Guard):
         every 100th.
     Measured: hooks on `optimizer.step` keep sampled elements of the smallest and the largest float32 parameter of each
         group, with their gradient and moments, and compare what the step makes of them with the published definition.
-        The difference may be 1 % of the change, plus rounding. Before step 1: beta1 must not be larger than beta2.
+        The difference may be 1 % of the change, plus rounding. Before step 1: beta1 must not be larger than beta2; a
+        copy of an optimizer that is not torch's makes a step of one small parameter without gradient at two rates: it
+        must not take all of `weight_decay` off (from 1e-3 and 10 times its product with the rate on).
     Try: comparing one step of this parameter with `torch.optim.AdamW` on a copy of it.
-    Cannot see: other optimizers than torch's own Adam and AdamW (a subclass may compute something else), parameters in
-        half precision, amsgrad, fp16 loss scaling, optimizers with hooks of other code after the step.
+    Cannot see: of other optimizers than torch's own Adam and AdamW (a subclass may compute something else) all but
+        betas and decay; parameters in half precision, amsgrad, fp16 loss scaling, optimizers with hooks of other code
+        after the step.
     """
 
     ids = {"optimizer_off": "The optimizer does not compute what its class and its settings say."}
@@ -41,6 +54,9 @@ class OptimizerOff(Guard):
     # Of the change. Derived: fp32 leaves 1e-6 of it, and ROUNDING of the size (16 units in the last place of 6e-8);
     # another algorithm (decay in the gradient, no correction of the bias) is off by 5 % and more (zoo).
     MAX_ERROR, ROUNDING = 0.01, 1e-6
+    # Share of a weight that a step may take off without the rate, and times the one with it. Chosen: 1e-3 halves all
+    # weights in 700 steps; decay that is decoupled from the rate on purpose is 1e-4 and less.
+    LARGE_DECAY, FAR_DECAY = 1e-3, 10.0
 
     def setup(self, run) -> None:
         self._hooks = []
@@ -52,9 +68,9 @@ class OptimizerOff(Guard):
         try:
             self._choose(run)
         except NotApplicable as reason:
-            if not run.is_adam or not self.judge_betas(run.optimizer.param_groups):
+            if not self._judge_settings(run):
                 raise
-            self._no_adam = reason  # the betas are still judged
+            self._no_adam = reason  # what its settings show is still said
         # Of each, steps since its moments were zero, by which Adam corrects them; None: by the optimizer's own count
         self._counts: list[int | None] = [None] * len(self._watched)
         self._num_seen = 0  # steps in this process
@@ -88,11 +104,17 @@ class OptimizerOff(Guard):
             hook.remove()
 
     def inspect(self, run) -> Iterator[Verdict]:
-        finding = self.judge_betas(run.optimizer.param_groups) if run.is_adam else None
+        finding = self._judge_settings(run)
         if self._watched or finding:
             yield finding or self.clear(check=PROBE)
         if self._no_adam is not None:
             raise self._no_adam
+
+    def _judge_settings(self, run) -> Finding | None:
+        finding = self.judge_betas(run.optimizer.param_groups) if run.is_adam else None
+        if finding is None and run.world_size == 1 and not run.is_sharded:  # a step may wait for other ranks
+            finding = self.judge_decay(run.inner_optimizer)
+        return finding
 
     @contained
     def _before_step(self, optimizer: Optimizer, *_) -> None:
@@ -175,6 +197,29 @@ class OptimizerOff(Guard):
         return None
 
     @classmethod
+    def judge_decay(cls, optimizer: Optimizer) -> Finding | None:
+        """Of an optimizer that is not torch's: what it takes off weights without gradient, at two rates. Some decay by
+        design without the rate, with numbers that are as small as its product with it."""
+        for group in optimizer.param_groups:
+            decay, rate = group.get("weight_decay"), plain_rate(group.get("initial_lr", group.get("lr")))
+            if type(optimizer).__module__.startswith("torch.optim") or not (decay and rate and group["params"]):
+                continue
+            taken = [decay_of(optimizer, group, each) for each in (rate, rate / 2)]
+            if any(share is None or abs(share / decay - 1) > cls.MAX_ERROR for share in taken):
+                continue
+            if decay >= max(cls.LARGE_DECAY, cls.FAR_DECAY * rate * decay):
+                return cls.finding(
+                    "warning",
+                    found=f"each step takes {decay:.2g} off each weight, at any rate",
+                    expected=f"{rate * decay:.2g}, the rate times it",
+                    causes=("weight decay is not multiplied by the learning rate",),
+                    action="p.mul_(1 - lr * weight_decay), as AdamW does, or a far smaller weight_decay",
+                    evidence={"weight_decay": decay, "learning_rate": rate},
+                    check=PROBE,
+                )
+        return None
+
+    @classmethod
     def judge_betas(cls, groups: Iterable[dict]) -> Finding | None:
         """The gradient's average is of fewer steps than that of its square."""
         swapped = [group["betas"] for group in groups if "betas" in group and group["betas"][0] > group["betas"][1]]
@@ -189,6 +234,29 @@ class OptimizerOff(Guard):
             evidence={"beta1": swapped[0][0], "beta2": swapped[0][1]},
             check=PROBE,
         )
+
+
+def decay_of(optimizer: Optimizer, group: dict, rate: float) -> float | None:
+    """Share of a weight that a step without gradient takes off it, None where that depends on the weight. `rate`: the
+    group's. The step is made by a copy that holds one small parameter; the optimizer itself is left as it is."""
+    weights = torch.tensor([1.0, -2.0, 4.0, 8.0])
+    parameter = torch.nn.Parameter(weights.clone().reshape(2, 2).to(group["params"][0].device))
+    parameter.grad = torch.zeros_like(parameter)
+    twin = object.__new__(type(optimizer))
+    kept = {name: own_containers(value) for name, value in vars(optimizer).items() if name not in OWN}
+    hooks = {name: type(value)() for name, value in kept.items() if "_hooks" in name}
+    vars(twin).update(kept | hooks, param_groups=[{**group, "params": [parameter], "lr": rate}])
+    twin.state = defaultdict(dict)
+    generators = generators_now()
+    try:
+        type(optimizer).step(twin)
+    except Exception as error:  # it may need more than its groups
+        logger.debug("a copy of the optimizer cannot make a step", exc_info=error)
+        return None
+    finally:
+        restore_generators(generators)
+    shares = 1 - parameter.detach().cpu().flatten() / weights
+    return float(shares[0]) if bool(((shares - shares[0]).abs() <= DECAY_ERROR).all()) else None
 
 
 def _moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:

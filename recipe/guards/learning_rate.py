@@ -1,6 +1,8 @@
 """The learning rate that the optimizer uses, against the schedule."""
 
+import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -26,7 +28,10 @@ class LearningRate(Guard):
         The initial rate must be the one asked for, unless the optimizer is the user's own. With a scheduler of the
         user's own: against what the scheduler says. Whoever's scheduler it is: an error at once where a rate is
         negative or not finite, a warning where it is more than 10 times the peak (the largest of `learning_rate`, the
-        optimizer's own rate, the group's initial one, and the `max_lr` of a cycle).
+        optimizer's own rate, the group's initial one, and the `max_lr` of a cycle). Before step 1, a warning where a
+        LambdaLR of the user's own ends after exactly the run's steps times the micro-batches of a step, or the ranks,
+        at a rate that this run stays 0.05 above; and where each layer's rate (of 3 or more) is lower than that of the
+        layer below it, all by one factor: layer-wise decay lowers those of the first layers.
     Try: printing `optimizer.param_groups` and `scheduler.last_epoch` at this step; building the scheduler from the
         optimizer that the Trainer is given.
     Cannot see: whether a schedule of the user's own is a sensible one; fp16 loss scaling, which skips steps now and
@@ -40,6 +45,9 @@ class LearningRate(Guard):
     MIN_STEPS = 2
     # Times the configured peak. Chosen, not measured: no schedule of transformers or torch goes above its peak.
     FAR_ABOVE = 10.0
+    # Of the way from a schedule's middle to its end, that the run's last step is still above it. Layers whose rates
+    # show a rule. Chosen, not measured.
+    LEFT, MIN_LAYERS = 0.05, 3
 
     def setup(self, run) -> None:
         self.schedule = schedule_of(run.trainer)
@@ -48,8 +56,13 @@ class LearningRate(Guard):
         self.state = {"off_steps": 0, "is_asked_for": run.args.learning_rate in initial}
 
     def inspect(self, run) -> Iterator[Verdict]:
-        if finding := self.judge_groups(run.named_parameters, run.optimizer):
-            yield finding
+        found = [self.judge_groups(run.named_parameters, run.optimizer)]
+        found.append(self.judge_layers(run.named_parameters, run.optimizer))
+        if isinstance(self.schedule, CannotJudge):
+            speeds = {run.args.gradient_accumulation_steps: "micro-batches of a step", run.world_size: "ranks"}
+            speeds |= {run.args.gradient_accumulation_steps * run.world_size: "micro-batches of all ranks"}
+            found.append(self.judge_length(lambda_of(run.trainer.lr_scheduler), run.max_steps, speeds))
+        yield from filter(None, found)
 
     def measure(self, local) -> int:
         """Steps before that were not applied, and did not advance the schedule."""
@@ -157,6 +170,54 @@ class LearningRate(Guard):
         )
 
     @classmethod
+    def judge_length(cls, factor: Callable[[int], float] | None, steps: int, speeds: dict[int, str]) -> Finding | None:
+        """`factor`: on the rate, by step. `speeds`: what else than updates its steps may have been counted in."""
+        for speed, unit in speeds.items() if factor is not None and steps > 1 else ():
+            end = steps * speed
+            try:
+                last, way = factor(end), [factor(step) for step in range(steps, end, 1 + (end - steps) // 500)]
+                is_end = factor(end - 1) > last and last <= min(map(factor, (end + 1, end + end // 7, 2 * end)))
+            except Exception:  # a table of the user's own that ends with the run, which is right
+                return None
+            if speed > 1 and is_end and min(way) > last and way[0] > last + cls.LEFT * (factor(end // 2) - last):
+                return cls.finding(
+                    "warning",
+                    found=f"the schedule ends after {end:,} steps",
+                    expected=f"{steps:,}, where it has {way[0]:.3g} of its rate left",
+                    causes=(f"its steps are counted in {unit} ({speed}), and the Trainer steps it once an update",),
+                    action="make the scheduler for max_steps, and its warm-up in updates too",
+                    evidence={"steps": steps, "end": end, "speed": speed},
+                    check=PROBE,
+                )
+        return None
+
+    @classmethod
+    def judge_layers(cls, parameters: Parameters, optimizer: torch.optim.Optimizer) -> Finding | None:
+        """Rates by layer that fall with its depth, each by the same factor."""
+        rate_of = {
+            id(p): plain_rate(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups for p in g["params"]
+        }
+        layers: dict[int, set] = {}
+        for name, p in parameters:
+            if (number := re.search(r"\.(?:layers?|h|blocks?)\.(\d+)\.", name)) and id(p) in rate_of:
+                layers.setdefault(int(number[1]), set()).add(rate_of[id(p)])
+        rates = [next(iter(layers[number])) for number in sorted(layers) if len(layers[number]) == 1]
+        if len(rates) < max(cls.MIN_LAYERS, len(layers)) or not all(rates):
+            return None
+        ratios = [first / second for first, second in itertools.pairwise(rates)]
+        if ratios[0] <= 1 + cls.TOLERANCE or not all(is_close(ratio, ratios[0]) for ratio in ratios):
+            return None
+        return cls.finding(
+            "warning",
+            found=f"rate {rates[0]:.3g} of the first layer, {rates[-1]:.3g} of the last",
+            expected="the lowest for the first",
+            causes=(f"layer-wise decay divides by its factor, {1 / ratios[0]:.3g}, or counts from the other end",),
+            action="multiply the rate by the factor once for each layer that lies above",
+            evidence={"rates": rates},
+            check=PROBE,
+        )
+
+    @classmethod
     def judge_groups(cls, parameters: Parameters, optimizer: torch.optim.Optimizer) -> Finding | None:
         """A parameter that is in the optimizer more than once is updated as often. Silent where parameters are
         missing, which is a finding of another guard."""
@@ -173,6 +234,12 @@ class LearningRate(Guard):
             evidence={"names": names[:20]},
             check=PROBE,
         )
+
+
+def lambda_of(scheduler) -> Callable[[int], float] | None:
+    """The factor of a LambdaLR, None for other schedulers."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+    return scheduler.lr_lambdas[0] if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR) else None
 
 
 def peak_of(group: dict, run) -> float:
