@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl, TrainingArguments
 
 from recipe.guards.gradients import GradientNorms
 from recipe.guards.guard import NotApplicable
+from recipe.guards.initial_loss import InitialLoss
 from recipe.guards.lost_updates import LostUpdates
+from recipe.guards.policy import ReferenceWatch, judge_best, judge_reference, judge_untrained, losses_of_both
 from recipe.guards.taps import LocalStep
 from recipe.guards.updates import FIRST_STEPS, count_moved, count_small, sample_gradients, sample_once
 
@@ -228,7 +230,7 @@ def test_of_a_resumed_run_without_state_and_of_other_optimizers_they_are_not_jud
         guard = set_up(model, optimizer, step=step)
         assert steps(guard, model, optimizer, [1e-3] * (FIRST_STEPS + 5)) == []
         with pytest.raises(NotApplicable, match="half-precision"):
-            list(guard.inspect(None))
+            list(guard.inspect(SimpleNamespace(args=TrainingArguments(use_cpu=True, report_to=[]))))
 
 
 @pytest.mark.parametrize(("rate", "found"), [(2e-5, True), (3e-3, False)])
@@ -296,3 +298,55 @@ def test_without_autocast_or_a_plain_layer_no_hook_is_set(facts):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(facts)):
         guard.before_micro_step(None)
     assert not model[0]._forward_hooks
+
+
+# --- what is loaded at the end, what the policy is compared with
+
+
+@pytest.mark.parametrize(
+    ("is_loaded", "metric", "is_greater_better", "is_found"),
+    [
+        (True, "eval_loss", True, True),
+        (True, "perplexity", True, True),  # as Trainer sets it by itself
+        (True, "loss", False, False),
+        (True, "accuracy", True, False),
+        (False, "loss", True, False),
+        (True, "loss", None, False),
+    ],
+)
+def test_the_worst_checkpoint_as_the_best(is_loaded, metric, is_greater_better, is_found):
+    facts = dict(load_best_model_at_end=is_loaded, metric_for_best_model=metric, greater_is_better=is_greater_better)
+    finding = judge_best(LostUpdates.finding, SimpleNamespace(**facts))
+    assert (finding is not None) == is_found and (not is_found or finding.severity == "warning")
+
+
+@pytest.mark.parametrize(("every", "found"), [(1, 4), (2, 2), (1000, 0)])
+def test_a_reference_that_is_synchronized(every, found):
+    policy, reference = llama(), llama()
+    run = SimpleNamespace(trainer=SimpleNamespace(ref_model=reference), model=policy, is_sharded=False)
+    watch, said = ReferenceWatch(run), []
+    for number in range(6):
+        said.append(watch.before_step())
+        with torch.no_grad():
+            for weight, other in zip(policy.parameters(), reference.parameters(), strict=True):
+                weight.add_(0.01)
+                if (number + 1) % every == 0:
+                    other.copy_(weight)
+    assert said == [None] * 4 + [found, None]
+    assert (judge_reference(LostUpdates.finding, found) is not None) == (every == 1)
+
+
+@pytest.mark.parametrize(("policy", "reference", "is_found"), [(2.5, 4.2, True), (2.5, 3.8, False), (3.9, 4.2, False)])
+def test_a_reference_that_was_never_loaded(policy, reference, is_found):
+    assert (judge_untrained(InitialLoss.finding, policy, reference, 64) is not None) == is_found
+
+
+def test_both_are_asked_for_the_same_tokens():
+    model, reference = llama(), llama()
+    run = SimpleNamespace(trainer=SimpleNamespace(ref_model=reference.train()), model=model, is_sharded=False)
+    ids, mask = torch.randint(0, 64, (2, 8)), torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    policy, other, vocab_size = losses_of_both(run, {"input_ids": ids, "attention_mask": mask})
+    expected = reference(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    assert abs(other - expected.item()) < 1e-5 and policy != other and vocab_size == 64 and reference.training
+    run.trainer.ref_model = None
+    assert losses_of_both(run, {"input_ids": ids}) is None

@@ -5,13 +5,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
+from recipe.guards.initial_loss import InitialLoss, drawn_factors
+from recipe.guards.ties import UntiedWeights
 from tests.test_guards_on_runs import alarms, as_rows, make_model, make_trainer, text, watch
 
 HEAD = {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "v_proj"]}
 
 
 def config(**changes) -> LoraConfig:
-    return LoraConfig(task_type="CAUSAL_LM", r=4, **{**HEAD, **changes})
+    return LoraConfig(task_type="CAUSAL_LM", **{"r": 4, **HEAD, **changes})
 
 
 def adapted(name_or_path: str = "", tied: bool = False, **changes):
@@ -29,7 +31,25 @@ def findings_of(tmp_path, model, steps=12, **run) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", ["", "trained-before"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_frozen_base_and_a_head_that_is_trained_are_silent(tmp_path, name, tied):
-    assert findings_of(tmp_path, adapted(name, tied)) == []
+    """But for a copy of one of two tied layers, of which PEFT warns too."""
+    assert findings_of(tmp_path, adapted(name, tied)) == [("untied_weights", "warning")] * tied
+
+
+def test_layers_that_stay_tied_and_adapters_of_a_known_start_are_silent(tmp_path):
+    model = adapted(tied=True, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    assert UntiedWeights.judge(model) is None and drawn_factors(model) == []
+
+
+def test_adapters_that_are_drawn_at_random_are_named(tmp_path):
+    model = adapted("trained-before", modules_to_save=None, r=16, lora_alpha=128, init_lora_weights=False)
+    assert len(drawn_factors(model)) == 4
+    assert ("init_loss_off", "warning") in findings_of(tmp_path, model)
+
+
+def test_a_base_that_is_worse_than_a_guess_is_named():
+    """As with the ids of another tokenizer."""
+    assert InitialLoss.judge_base(5.5, 3.0, 257).severity == "warning"  # ln 257 = 5.55
+    assert InitialLoss.judge_base(5.3, 3.0, 257) is None and InitialLoss.judge_base(5.6, 5.5, 257) is None
 
 
 @pytest.mark.parametrize("name", ["", "trained-before"])
@@ -52,6 +72,8 @@ def test_adapters_without_gradient_under_checkpointing_are_named(tmp_path, reent
     if reentrant:
         first = guards.findings[0]
         assert "no gradient with checkpointing" in first.found and "dropout" not in str(first.likely_causes)
+        frozen = next(finding for finding in guards.findings if finding.id == "frozen_parameters")
+        assert frozen.likely_causes[0].startswith("reentrant activation checkpointing")
 
 
 class Merges(TrainerCallback):

@@ -9,6 +9,7 @@ import torch
 from recipe.guards import updates
 from recipe.guards.gradients import MOVING_ELEMENTS
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
+from recipe.guards.recording import embeddings_of
 from recipe.guards.run import LOW_PRECISION, Parameters
 from recipe.guards.updates import FIRST_STEPS, MOVING_RATE, PLAIN_GRADIENT
 
@@ -106,7 +107,8 @@ class FrozenParameters(Guard):
         if "stopped" in measured:
             yield self.judge_stopped(self.training, measured["stopped"], self.state["takes_turns"])
         if "reached" in measured:
-            yield self.judge(self.training, *measured["reached"]) or self.clear(check="first_steps")
+            finding = self.judge(self.training, *measured["reached"], is_cut=cuts_gradients(step.run.model))
+            yield finding or self.clear(check="first_steps")
 
     def save(self) -> dict:
         return {**self.state, "reached": self.state["reached"].cpu().numpy()}
@@ -163,9 +165,11 @@ class FrozenParameters(Guard):
         return cls._finding("warning" if is_odd else "info", found, expected, causes, frozen, PROBE, action)
 
     @classmethod
-    def judge(cls, parameters: Parameters, largest: list[float], moved: list[float]) -> Finding | None:
+    def judge(
+        cls, parameters: Parameters, largest: list[float], moved: list[float], is_cut: bool = False
+    ) -> Finding | None:
         """Over the first steps every parameter is reached by a gradient, and moves. `largest`: of `largest_gradients`
-        over these steps; `moved`: whether each parameter moved in any of them."""
+        over these steps; `moved`: whether each parameter moved in any of them. `is_cut`: see `cuts_gradients`."""
         rows = [(n, p, *row) for (n, p), *row in zip(parameters, largest, moved, strict=True) if p.requires_grad]
         # In low precision it may be a lost update, and few elements may all sit still under small gradients.
         plain = [row for row in rows if row[1].dtype not in LOW_PRECISION and row[1].numel() >= MOVING_ELEMENTS]
@@ -176,6 +180,8 @@ class FrozenParameters(Guard):
             return cls._finding("error", found, "every one moves", causes, still, "first_steps")
         unreached = [name for name, _, top, has_moved in rows if top == 0.0 and not has_moved]
         causes = ("the forward pass does not use them", "detach() or no_grad() on their path to the loss")
+        if is_cut:
+            causes = ("reentrant activation checkpointing of layers whose inputs want no gradient", *causes)
         found = f"of {len(rows)} without gradient in {FIRST_STEPS} steps"
         return cls._without_gradient(unreached, parameters, found, 0.0, causes, "first_steps") if unreached else None
 
@@ -214,6 +220,18 @@ class FrozenParameters(Guard):
 
 def held_by(optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def cuts_gradients(model: torch.nn.Module) -> bool:
+    """Whether reentrant activation checkpointing gets inputs that want no gradient, as of a frozen embedding: then
+    nothing inside the layers has one. `enable_input_require_grads` leaves a hook at the embedding."""
+    functions = [vars(m).get("_gradient_checkpointing_func") for m in model.modules() if _is_checkpointed(m)]
+    is_reentrant = any(getattr(f, "keywords", {}).get("use_reentrant") for f in functions)
+    return is_reentrant and not any(e.weight.requires_grad or e._forward_hooks for e in embeddings_of(model))
+
+
+def _is_checkpointed(module: torch.nn.Module) -> bool:
+    return bool(vars(module).get("gradient_checkpointing"))
 
 
 def has_adapters(model: torch.nn.Module) -> bool:

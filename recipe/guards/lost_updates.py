@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from recipe.guards import sandbox, updates
 from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable, Verdict, contained
+from recipe.guards.policy import ReferenceWatch, judge_best, judge_reference
 from recipe.guards.run import LOW_PRECISION, Parameters, plain_rate
 from recipe.guards.updates import FIRST_STEPS, MOVING_RATE, SMALL_UPDATE
 
@@ -19,12 +20,14 @@ class LostUpdates(Guard):
     When: every 64 steps for half-precision weights; after the first 8 steps of a new run with a rate above 1e-6 for
         fp32 weights under Adam; at every step for casts; after each save and evaluation for writes.
     Measured: half-precision weights under Adam, Lamb, Lion or Adafactor: of at least 1,000 sampled elements that have
-        a gradient and that the rates of 64 steps should move by 5 spacings, less than 0.4 moved (plain bf16 moves 6
-        to 24 %; Kahan summation, stochastic rounding, fp32 copies 65 to 99 %). Fp32 weights: in the first 8 steps 0.6
-        of the elements with a gradient did not move against it by 0.05 of the rate. Writes: while the run was saved or
+        a gradient and that the rates of 64 steps should move by 5 spacings, less than 0.4 moved (plain bf16 moves 6 to
+        24 %; Kahan summation, stochastic rounding, fp32 copies 65 to 99 %). Fp32 weights: in the first 8 steps 0.6 of
+        the elements with a gradient did not move against it by 0.05 of the rate. Writes: while the run was saved or
         evaluated one small parameter changed, and the loss of the run's first two rows, in eval mode, rose by 0.05;
         merging adapters keeps it. Casts, where autocast is on before the micro-batch: 8 columns of the first fp32
-        linear layer as the forward pass used them differ from the weight in over 1 % of the elements: an error.
+        linear layer as the forward pass used them differ from the weight in over 1 % of the elements: an error. A
+        reference model (TRL's `ref_model`) that was the policy itself after each of 4 steps. Before step 1: the
+        checkpoint with the largest loss or perplexity is to be loaded at the end.
     Try: loading the model in float32 and training with `bf16=True` (autocast). In fp32: `adam_epsilon`, and what
         writes to the weights. Writes: putting the weights back after averaged ones were saved or evaluated. Casts:
         leaving the autocast context after each step, or `torch.clear_autocast_cache()`.
@@ -77,11 +80,13 @@ class LostUpdates(Guard):
             "small": torch.zeros(2, dtype=torch.int64, device=self.full[0][1].device if self.full else None),
             "rates": [],  # of the window
         }
+        self.reference = ReferenceWatch(run)
 
     def inspect(self, run) -> Iterator[Verdict]:
+        if finding := judge_best(self.finding, run.args):
+            yield finding
         if not self.low:
             raise NotApplicable("no half-precision weights with steps of known size")
-        return iter(())
 
     # --- casts
 
@@ -115,6 +120,8 @@ class LostUpdates(Guard):
     # --- the optimizer's step
 
     def before_step(self, local) -> None:
+        if (followed := self.reference.before_step()) is not None:
+            self._payload["followed"] = followed
         if self.state["num_steps"] == FIRST_STEPS:
             self._payload["small"] = self.state["small"]
             self.state["num_steps"] += 1
@@ -157,6 +164,8 @@ class LostUpdates(Guard):
             followed = [norms for norms in step.gradients if not norms.of_matrices and not step.run.is_loss_scaled]
             if finding := self.judge_writes([norms.changed for norms in followed], measured["rise"]):
                 yield finding
+        if "followed" in measured:
+            yield judge_reference(self.finding, measured["followed"]) or self.clear(check="reference")
         if "small" in measured:
             yield self.judge_small(*measured["small"]) or self.clear(check="small")
         if "moved" in measured:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
+from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
 from recipe.guards.updates import is_partial
 
 
@@ -12,8 +12,9 @@ class UntiedWeights(Guard):
     """Embedding and head should share their weights and do not.
 
     When: before step 1, after a resume too.
-    Measured: where the config says `tie_word_embeddings`, both must be one memory.
-    Try: `model.tie_weights()` before the optimizer is built, or `tie_word_embeddings: false`.
+    Measured: where the config says `tie_word_embeddings`, both must be one memory, those that PEFT trains as well.
+    Try: `ensure_weight_tying` in the config of PEFT's adapter (`modules_to_save`). Else `model.tie_weights()` before
+        the optimizer is built, or `tie_word_embeddings: false`.
     Cannot see: sharded weights, a head of another shape.
     """
 
@@ -29,8 +30,6 @@ class UntiedWeights(Guard):
         if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
             return None
         head = model.get_output_embeddings()
-        if any(hasattr(module, "modules_to_save") for module in (head, model.get_input_embeddings())):
-            raise NotApplicable("PEFT trains a copy of one of them (modules_to_save)")
         if head is None or not isinstance(getattr(head, "weight", None), torch.Tensor):
             raise CannotJudge("the model has no output embedding with a weight")
         embedding, output = model.get_input_embeddings().weight, head.weight
@@ -41,12 +40,19 @@ class UntiedWeights(Guard):
         if embedding.data_ptr() == output.data_ptr():
             return None
         is_equal = torch.equal(embedding, output.to(embedding))
+        causes = ("the model was moved, emptied or wrapped after tying", "a checkpoint without the head was loaded")
+        action = "model.tie_weights() before the optimizer is built, or tie_word_embeddings false"
+        if any(hasattr(module, "modules_to_save") for module in (head, model.get_input_embeddings())):
+            causes = (
+                "PEFT trains a copy of one of them (modules_to_save): merged, it is lost or overwrites the other",
+            )
+            action = "ensure_weight_tying=True in the adapter's config, or tie_word_embeddings false before it is made"
         return cls.finding(
             "warning",
             found=f"embedding and head are two tensors, {'equal so far' if is_equal else 'not equal'}",
             expected="one: tie_word_embeddings",
-            causes=("the model was moved, emptied or wrapped after tying", "a checkpoint without the head was loaded"),
-            action="model.tie_weights() before the optimizer is built, or tie_word_embeddings false",
+            causes=causes,
+            action=action,
             evidence={"shape": list(embedding.shape), "is_equal": is_equal},
             check=PROBE,
         )

@@ -6,7 +6,6 @@ goes to these, so hooks on parameters do not run.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch.nn import Module, Parameter
@@ -14,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from recipe.guards.evaluation import MAX_DIFFERENCE_FP32
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
-from recipe.guards.sandbox import generators_now, restore_generators, without_autocast
+from recipe.guards.sandbox import generators_now, places_of, replaced, restore_generators, without_autocast
 from recipe.internals import is_grad_switch
 
 DISCRETE = {"round", "sign", "floor", "ceil", "trunc", "heaviside", "topk", "argmax", "argmin", "sort", "argsort"}
@@ -82,7 +81,7 @@ class WrongGradient(Guard):
         # By the flag of transformers' modules, so that its functions and settings stay.
         on = [(vars(m), "gradient_checkpointing") for m in model.modules() if vars(m).get("gradient_checkpointing")]
         off = [(own, name, False) for own, name in on]
-        with _replaced(off):
+        with replaced(off):
             loss, gradients = _backward(model, compute_loss)
         if on:
             again, recomputed = _backward(model, compute_loss)
@@ -93,7 +92,7 @@ class WrongGradient(Guard):
                 return cls._missing(missing, sum(_has(gradients, p) for p in gradients))
             if gap > cls.MAX_RECOMPUTED_GAP:
                 return cls._recomputed_wrongly(gap)
-        with _replaced(off):
+        with replaced(off):
             ratios = [cls._ratio(model, compute_loss, gradients, cls.STEP * abs(loss))]
             if is_alone and abs(ratios[0] - 1) <= cls.MAX_OFF:
                 return None
@@ -119,7 +118,7 @@ class WrongGradient(Guard):
 
         def loss_at(far: float) -> float:
             moved = {p: Parameter(torch.add(p.detach(), gradients[p], alpha=far / norm)) for p, norm in norms.items()}
-            with torch.no_grad(), _replaced(_places(model, moved)):
+            with torch.no_grad(), replaced(places_of(model, moved)):
                 return float(compute_loss())
 
         return (loss_at(change / slope) - loss_at(-change / slope)) / (2 * change)
@@ -163,28 +162,10 @@ class WrongGradient(Guard):
 def _backward(model: Module, compute_loss: Callable) -> tuple[float, Gradients]:
     """By `backward`, since `torch.autograd.grad` refuses reentrant checkpointing."""
     leaves = {p: Parameter(p.detach().float()) for p in model.parameters() if p.requires_grad}
-    with _replaced(_places(model, leaves)):
+    with replaced(places_of(model, leaves)):
         loss = compute_loss()
         loss.backward()
     return float(loss.detach()), {p: leaf.grad for p, leaf in leaves.items() if leaf.grad is not None}
-
-
-def _places(model: Module, values: dict[Parameter, Parameter]) -> list[tuple[dict, str, Parameter]]:
-    tables = [module._parameters for module in model.modules()]
-    return [(own, name, values[p]) for own in tables for name, p in own.items() if p in values]
-
-
-@contextmanager
-def _replaced(places: list[tuple[dict, str, object]]) -> Iterator[None]:
-    """Dictionaries hold other values, for as long as this is open."""
-    before = [own[name] for own, name, _ in places]
-    try:
-        for own, name, value in places:
-            own[name] = value
-        yield
-    finally:
-        for (own, name, _), value in zip(places, before, strict=True):
-            own[name] = value
 
 
 def _largest_gap(gradients: Gradients, others: Gradients) -> float:
