@@ -379,6 +379,27 @@ def test_positions_that_restart_isolate_nothing_in_learned_positions():
 # --- what it leaves, what it cannot judge
 
 
+def refusing_a_mask(model):
+    """As Qwen's Omni thinkers, whose forward pass looks for what their config lacks."""
+    forward = model.forward
+
+    def own(*args, attention_mask=None, **kwargs):
+        if attention_mask is not None:
+            raise AttributeError("the config has no vision_start_token_id")
+        return forward(*args, **kwargs)
+
+    model.forward = own
+    return model
+
+
+def test_a_model_that_refuses_another_mask_is_judged_in_its_own_call():
+    healthy, leaking = refusing_a_mask(build("llama")), refusing_a_mask(build("llama"))
+    mix(leaking, 0.5, lambda hidden: hidden.roll(-1, dims=1))
+    results = probe_attention(healthy, batch_of())
+    assert results["non_causal_attention"] is None and results["row_leak"] is None
+    assert "non_causal_attention" in alarms(probe_attention(leaking, batch_of()))
+
+
 def test_it_leaves_no_trace():
     model = build("llama", attention_dropout=0.1)
     model.model.layers[0].eval()

@@ -20,8 +20,19 @@ from transformers.models.llama import modeling_llama
 from recipe.guards import GUARDS, RegressionCallback, oracle, reference_mismatch
 from recipe.guards.guard import CannotJudge, NotApplicable
 from recipe.guards.oracle import Oracle, read_architecture
-from recipe.guards.reference_mismatch import ROUNDING, Call, Gaps, ReferenceMismatch, measure, one_document, variants
+from recipe.guards.reference_mismatch import (
+    PADDING_COUNTED,
+    ROUNDING,
+    Call,
+    Gaps,
+    ReferenceMismatch,
+    count_text,
+    measure,
+    one_document,
+    variants,
+)
 from recipe.guards.sandbox import undisturbed
+from tests.test_guards_on_runs import as_rows, make_trainer, text, watch
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -264,6 +275,23 @@ def test_one_document_is_the_longest_one():
         one_document({"input_ids": ids, "labels": ids, "pixels": torch.zeros(2, 3)})
     with pytest.raises(CannotJudge, match="no document of 8 tokens"):
         one_document({"input_ids": ids, "labels": ids, "attention_mask": torch.zeros_like(ids)})
+
+
+@pytest.mark.parametrize("with_positions", [False, True])
+def test_learned_positions_that_count_the_padding_are_found(tmp_path, with_positions):
+    sizes = dict(vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_positions=128, eos_token_id=256)
+    torch.manual_seed(0)
+    rows = as_rows(text(8))
+    for row in rows:
+        row["attention_mask"] = (torch.arange(len(row["input_ids"])) >= 9).long()
+        row["labels"] = row["input_ids"].where(row["attention_mask"] != 0, -100)
+        if with_positions:
+            row["position_ids"] = count_text(row["attention_mask"] != 0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))
+    guards = watch(make_trainer(tmp_path, model=model, train=rows, steps=1))
+    found = [finding for finding in guards.findings if finding.id == "reference_mismatch"]
+    assert "reference_mismatch" in guards.judged and bool(found) != with_positions
+    assert with_positions or found[0].likely_causes == (PADDING_COUNTED,)
 
 
 def test_the_precision_of_products_is_tried():

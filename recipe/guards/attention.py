@@ -4,6 +4,7 @@ Read from the gradient, whose zeros are exact: a masked softmax gives masked tok
 precision and however weak the layer, while two sets of logits differ by rounding too."""
 
 import inspect
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -34,6 +35,8 @@ TEXTS = {
         "pass position_ids without attention_mask and with use_cache=False, or let positions run on over the row",
     ),
 }
+logger = logging.getLogger("recipe.guards")
+
 PADDING = -1
 GOLDEN = 0.618  # spreads positions over a row without meeting the powers of two where chunks and windows end
 
@@ -160,9 +163,16 @@ def probe_attention(model: torch.nn.Module, batch: dict, documents: torch.Tensor
     results = _probe_gradient(model, batch, probed, documents, training=True)
     if "row_leak" in _alarms(results) and len(probed) > 1:  # of one position it is certain whose gradient it is
         results = _probe_gradient(model, batch, dict([next(iter(probed.items()))]), documents, training=True)
+    places = (others or probed, documents, scored)
     try:
         variant, mask = other_mask(model, batch, documents)
-        in_eval = _change(model, variant, others or probed, documents, scored)
+        try:
+            in_eval = _change(model, variant, *places)
+        except CannotJudge:
+            raise
+        except Exception as error:  # training does not make this call: some models refuse it
+            logger.debug("the model cannot be run with another attention mask", exc_info=error)
+            mask, in_eval = "as given", _change(model, batch, *places)
     except CannotJudge:  # training's own mode has been judged
         return results
     for finding in in_eval.values():

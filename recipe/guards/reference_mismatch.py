@@ -25,6 +25,8 @@ GIVEN = ("input_ids", "attention_mask", "position_ids")
 KNOWN = (*GIVEN, "labels", "num_items_in_batch")
 # Of documents; inside of one there are none.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+PADDING_COUNTED = "positions count the padding on the left of each row"
+COUNT_TEXT = "pass position_ids that begin at the first token: (attention_mask.cumsum(-1) - 1).clamp(min=0)"
 FP32_ATTENTION = ("eager", "sdpa")  # flash attention refuses fp32
 
 
@@ -98,7 +100,8 @@ class ReferenceMismatch(Guard):
         self.architecture, self._is_found = read_architecture(run.model), False
 
     def probe(self, batch) -> Iterator[Verdict]:
-        row = one_document(batch.inputs, min(LENGTH, self.architecture.max_exact))
+        has_learned_positions = self.architecture.rope is None
+        row = one_document(batch.inputs, min(LENGTH, self.architecture.max_exact), has_learned_positions)
         weights = {name.replace("_orig_mod.", ""): value for name, value in batch.model.state_dict().items()}
         call, finding = record_call(batch, row), None
         are_exact = all(value.dtype == torch.float32 for value in weights.values() if value.is_floating_point())
@@ -114,6 +117,10 @@ class ReferenceMismatch(Guard):
         finding = self.judge(measure(self.architecture, weights, call), call.rounding)
         if finding is None:
             return None
+        plain = replace(call, positions=torch.arange(len(call.ids), device=call.ids.device))
+        is_padded = not torch.equal(call.positions, plain.positions)
+        if is_padded and self.judge(measure(self.architecture, weights, plain), call.rounding) is None:
+            return replace(finding, likely_causes=(PADDING_COUNTED,), action=COUNT_TEXT)
         for words, changed in variants(self.architecture):
             if self.judge(measure(changed, weights, call), call.rounding) is None:
                 severity = "info" if changed.rope is None else "warning"  # without positions on purpose
@@ -151,9 +158,9 @@ class ReferenceMismatch(Guard):
         return cls.FACTOR * gaps.loss_noise + cls.LOSS_ROUNDING * abs(gaps.losses[1])
 
 
-def one_document(inputs: dict, longest: int = LENGTH) -> dict:
+def one_document(inputs: dict, longest: int = LENGTH, with_padding: bool = False) -> dict:
     """The longest document of the batch, up to `longest` tokens, as a batch of one row: nothing in it has to be kept
-    apart. Raises `CannotJudge`."""
+    apart. `with_padding`: also what pads its row on the left. Raises `CannotJudge`."""
     shape, documents = inputs["input_ids"].shape, find_documents(inputs)
     inputs = {name: value for name, value in inputs.items() if name not in BOUNDARIES}
     odd = [name for name, value in inputs.items() if not isinstance(value, torch.Tensor) or value.shape != shape]
@@ -165,6 +172,8 @@ def one_document(inputs: dict, longest: int = LENGTH) -> dict:
     number, row = divmod(int(sizes.argmax()), shape[0])
     begin = int((documents[row] == number).nonzero()[0])
     end = begin + min(longest, int(sizes.max()))
+    if with_padding and begin < longest and bool((documents[row, :begin] < 0).all()):
+        begin, end = 0, min(end, longest)
     return {name: value[row : row + 1, begin:end] for name, value in inputs.items()}
 
 
@@ -192,17 +201,24 @@ def record_call(batch, row: dict, is_exact: bool = False, training: bool = False
     odd += [name for name in ("attention_mask", "position_ids") if not _fits(arguments.get(name), ids)]
     if odd:
         raise CannotJudge(f"compute_loss gives the model {', '.join(odd)}, which the reference does not know")
+    is_key = torch.ones_like(ids[0], dtype=torch.bool) if mask is None else mask[0] != 0
     is_own = batch.has_own_loss or batch.twin.label_smoother is not None or has_own_loss_function(model)
+    is_own |= not bool(is_key.all())  # the first token is scored where the padding before it is
     return Call(
         ids=ids[0],
-        positions=torch.arange(ids.shape[1], device=ids.device) if positions is None else positions[0],
-        is_key=torch.ones_like(ids[0], dtype=torch.bool) if mask is None else mask[0] != 0,
+        positions=count_text(is_key) if positions is None else positions[0],
+        is_key=is_key,
         logits=logits[0].float(),
         rounding=max([ROUNDING.get(dtype, 0.0) for dtype in dtypes] + [rounding_of_products(ids.device)]),
         loss=float(loss.mean()),
         is_exact=is_exact,
         labels=None if is_own or not _fits(labels, ids) or labels is None else labels[0],
     )
+
+
+def count_text(is_text: torch.Tensor) -> torch.Tensor:
+    """Positions of a row that begins at its first token: padding on the left of it has none of its own."""
+    return torch.arange(len(is_text), device=is_text.device).sub(int(is_text.int().argmax())).clamp_min(0)
 
 
 @contextmanager
