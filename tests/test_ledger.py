@@ -120,6 +120,14 @@ def test_shared_text_is_no_repetition(prompt, size):
     assert feed(Ledger(), pack(order, size) if size else order, eos_ids=(1,)) == []
 
 
+@pytest.mark.parametrize("size", [512, 1024])
+@pytest.mark.parametrize("prompt", [system_prompt, template])
+def test_shared_text_that_is_packed_without_eos_is_no_repetition(prompt, size):
+    """Where documents begin is not known: the text is told by how often it comes beside new text."""
+    order = [document[:-1] for document in dialogs(800, prompt, shortest=60)]
+    assert feed(Ledger(), pack(order, size)) == []
+
+
 @pytest.mark.parametrize("size", [0, 512])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_rows_with_shared_text_that_come_again_are_found(prompt, size):
