@@ -211,7 +211,7 @@ def layered_rates_grow(run):
 
 
 @bug(
-    "",
+    "token_out_of_range",
     "precision",
     "integer ids through a half-precision cast",
     "seen in collators that cast a whole batch to the model's dtype and back",

@@ -99,7 +99,7 @@ def best_at_end(run) -> None:
 
 
 @bug(
-    "",
+    "lost_updates",
     "evaluation",
     "the best checkpoint chosen by the wrong direction",
     "huggingface/transformers#31142",
