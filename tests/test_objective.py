@@ -18,6 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from recipe.guards.batches import SeenTokens, flags_of
 from recipe.guards.guard import CannotJudge, NotApplicable
 from recipe.guards.objective import NEXT_TOKEN, Objective, find_objective
 from recipe.guards.recording import record
@@ -45,7 +46,15 @@ def batch_of(model, compute_loss, inputs=BATCH, is_new=True, world_size=1):
         return record(model, lambda: compute_loss(model, changed), base, changed["input_ids"])
 
     objective = find_objective(again, base, inputs, run)
-    return SimpleNamespace(objective=objective, recording=base, inputs=inputs, run=run, has_own_loss=True)
+    own = {"loss_of": lambda: lambda: compute_loss(model, inputs), "seen_tokens": lambda all_rows: seen_tokens(inputs)}
+    return SimpleNamespace(
+        objective=objective, recording=base, inputs=inputs, run=run, has_own_loss=True, model=model, **own
+    )
+
+
+def seen_tokens(inputs) -> SeenTokens:
+    flags = flags_of(*map(inputs.get, ("input_ids", "labels", "attention_mask", "position_ids")), None)
+    return SeenTokens(inputs["input_ids"].numpy(), flags.numpy())
 
 
 def objective_of(model, compute_loss, inputs=BATCH, **about) -> Objective:

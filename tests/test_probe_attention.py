@@ -1,6 +1,7 @@
 """What logits depend on: on hand-made numbers, on tiny models of many families, and with seeded leaks."""
 
 from contextlib import nullcontext
+from functools import wraps
 from types import SimpleNamespace
 
 import pytest
@@ -383,6 +384,7 @@ def refusing_a_mask(model):
     """As Qwen's Omni thinkers, whose forward pass looks for what their config lacks."""
     forward = model.forward
 
+    @wraps(forward)
     def own(*args, attention_mask=None, **kwargs):
         if attention_mask is not None:
             raise AttributeError("the config has no vision_start_token_id")

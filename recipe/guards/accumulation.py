@@ -93,6 +93,14 @@ class AccumulationMismatch(Guard):
     def probe(self, batch) -> Iterator[Verdict]:
         if batch.run.args.gradient_accumulation_steps * batch.run.world_size == 1:
             raise NotApplicable("one micro-batch a step: nothing is accumulated")
+        try:
+            yield self._judge_batch(batch) or self.clear(check=PROBE)
+        except CannotJudge as reason:
+            if batch.run.is_next_token:
+                raise
+            raise NotApplicable(f"the objective is {batch.run.objective.words}") from reason
+
+    def _judge_batch(self, batch) -> Finding | None:
         if batch.run.own_step is not None:
             raise CannotJudge("training_step was replaced on the trainer itself, so it cannot be run without a step")
 
@@ -100,12 +108,7 @@ class AccumulationMismatch(Guard):
             return scaled_loss_of(batch.twin, batch.model, *given)
 
         judge = self.judge_model if batch.run.is_next_token else judge_gradients
-        try:
-            yield judge(batch.model, first_positions(batch.inputs), scaled_loss) or self.clear(check=PROBE)
-        except CannotJudge as reason:
-            if batch.run.is_next_token:
-                raise
-            raise NotApplicable(f"the objective is {batch.run.objective.words}") from reason
+        return judge(batch.model, first_positions(batch.inputs), scaled_loss)
 
     def observe(self, step) -> Iterator[Verdict]:
         weights = {(rank, micro): mean_weight(rows["weights"]) for rank, micro, rows in step.head}
