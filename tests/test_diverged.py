@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from recipe.guards.diverged import RISE, LossDiverged, sampled_loss
 from recipe.guards.guard import CannotJudge
 from tests.test_guards_on_runs import alarms, check_first, make_model, make_trainer, train, watch
+from tests.zoo.rows import RowStream, make_rows
 from tests.zoo.run import execute
 from tests.zoo.setting import Setting
 
@@ -144,15 +145,16 @@ def test_rows_without_a_scored_position_are_no_samples():
 # --- far above its own best
 
 
-def follow(losses, pinned=None, reported=None) -> list:
-    """Findings of a whole curve. `pinned`: the loss of the first rows, by step; else that of the step, as if the data
-    never changed: the least favourable for a healthy curve."""
+def follow(losses, pinned=None, reported=None, floors=None) -> list:
+    """Findings of a whole curve. `floors`: of n-gram models. `pinned`: the loss of the first rows, by step; else that
+    of the step, as if the data never changed: the least favourable for a healthy curve."""
     guard, found = fresh(), []
     for number, loss in enumerate(losses, 1):
         guard.add(number, (reported or losses)[number - 1], loss if number % 2 else None)
         of_first_rows = (pinned or losses)[number - 1] if number % guard.PINNED_STEPS == 0 else None
         guard.note_pinned(of_first_rows)
         if number % guard.STEPS == 0:
+            guard.state["floors"] = [[number, floors[number - 1]]] if floors else []
             guard.add_median(number)
             found += [guard.judge_rise(**{name: guard.state[name] for name in RISE}, step=number)]
     return [finding for finding in found if finding is not None]
@@ -199,6 +201,13 @@ def test_a_curriculum_is_silent(rise):
     assert follow(noisy(curve, 2), pinned=first_rows) == []
 
 
+def test_data_that_count_as_harder_too_are_no_divergence():
+    """The model forgets the first rows for other text: their loss rises as that of the steps does."""
+    curve = noisy([0.3 + 3.0 * (step > 400) + 5 / (1 + step / 20) for step in range(800)], 3)
+    assert follow(curve) and follow(curve, floors=[1.0 - 0.001 * step for step in range(800)])
+    assert follow(curve, floors=[0.8 + 2.5 * (step > 400) for step in range(800)]) == []
+
+
 # --- trainings
 
 
@@ -223,16 +232,26 @@ def test_a_training_that_goes_uphill_slowly(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_healthy", [False, True])
-def test_a_rate_that_grows_without_end_and_one_that_comes_back(tmp_path, is_healthy):
+@pytest.mark.parametrize("how", ["grows", "spike", "curriculum"])
+def test_a_rate_that_grows_without_end_a_spike_and_a_curriculum(how):
     """A warm-up that never ends, at rates that no bound calls absurd: the loss rises slowly and stays far above its
-    best, of 0.4, and far below a guess. A spike of the same size that takes 30 steps to fade is none."""
-    setting = Setting(text="templates", steps=440, batch=4, block=64, change=spike if is_healthy else rate_grows)
-    record = execute(setting, with_others=False)
+    best, of 0.4, and far below a guess. A spike of that size that takes 30 steps to fade is none, nor English after
+    templates, which are forgotten."""
+    change = {"grows": rate_grows, "spike": spike, "curriculum": harder_text}[how]
+    record = execute(
+        Setting(text="templates", steps=440, batch=4, block=64, stream=True, change=change), with_others=False
+    )
     rises = [each for each in record["findings"] if each["id"] == "loss_diverged"]
     medians = [round(sorted(record["losses"][at : at + 20])[10], 2) for at in range(0, 440, 20)]
-    assert [each["severity"] for each in rises] == ["warning"] * (not is_healthy), medians
+    assert [each["severity"] for each in rises] == ["warning"] * (how == "grows"), medians
     assert "loss_diverged" in record["judged_steps"]
+
+
+def harder_text(run):
+    half = len(run.train_dataset.rows) // 2
+    run.train_dataset = RowStream(
+        run.train_dataset.rows[:half] + make_rows(run.setting.changed(text="english"))[half:]
+    )
 
 
 def rate_grows(run):

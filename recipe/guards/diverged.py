@@ -23,7 +23,8 @@ class LossDiverged(Guard):
     Measured (its own best): medians of 20 steps. A warning when the last 5 of them or more (0.2 of the run so far,
         50 at most) are above the best one by 1.0 nat and 10 % and do not fall, the reported loss is above its own best
         by 10 %, and the run's first two rows, whose loss in eval mode is computed every 50 steps, are as far above
-        their best. Those rows stay the same where the data become harder on purpose.
+        their best. Those rows stay the same where the data become harder on purpose. None where n-gram models of the
+        data lose as well, by 0.5 of the rise: a model that forgets the first rows for other text.
     Try: a lower learning rate, warm-up, clipping; a checkpoint from before the rise.
     Cannot see: losses that are not known to be a cross entropy per token, such as of a compiled model that was trained
         before; a run of fewer than 20 steps; a rise of less than 1.0 nat, or of a run whose first rows cannot be kept.
@@ -58,6 +59,9 @@ class LossDiverged(Guard):
     # Medians above the best one: at least, share of all steps, at most. Chosen: spikes from which public runs recover
     # take tens of steps, more where the run is long; with 5 the simulated and public curves of the tests are silent.
     MIN_ABOVE, SHARE_ABOVE, MAX_ABOVE = 5, 0.2, 50
+    # Of the rise, in what n-gram models of the data lose as well. Chosen: a curriculum takes both up alike, and of the
+    # same data counts know more and more.
+    HARDER = 0.5
     # Steps between two losses of the first rows. Derived: two rows in eval mode then cost 0.2 % of steps of 8 rows.
     PINNED_STEPS = 50
     UNKNOWN = "the loss is not known to be a cross entropy per token: no samples, and it did not begin at ln V"
@@ -69,7 +73,8 @@ class LossDiverged(Guard):
         # `window`: the reported loss and the sampled one (None in steps without a sample) of the last steps.
         # `medians`: loss, reported loss and step of the last windows; `best` and `pinned_best`: the least so far.
         self.state = {"first_reported": None, "first_sampled": None, "window": []}
-        self.state |= {"medians": [], "best": None, "pinned": None, "pinned_best": None}
+        # `floors`: of the n-gram model, by step; a median of the last steps is the fourth number of `medians`.
+        self.state |= {"medians": [], "best": None, "pinned": None, "pinned_best": None, "floors": []}
 
     def inspect(self, run) -> Iterator[Verdict]:
         if run.max_steps < self.STEPS:  # it is followed all the same: a longer run may resume from it
@@ -88,6 +93,8 @@ class LossDiverged(Guard):
     def observe(self, step) -> Iterator[Verdict]:
         rows = [row for *_, head in step.head for row in zip(head["losses"], head["weights"], strict=True)]
         self.add(step.number, step.record["loss"], sampled_loss((loss, mean) for loss, (_, mean, _) in rows))
+        if "floor" in step.record:
+            self.state["floors"] = [*self.state["floors"][1 - self.STEPS :], [step.number, step.record["floor"]]]
         self.note_pinned(step.payload(self))
         if len(self.state["window"]) == self.STEPS:
             yield self.judge_window() or self.clear()
@@ -114,22 +121,26 @@ class LossDiverged(Guard):
             [x for x in column if x is not None] for column in zip(*self.state["window"], strict=True)
         )
         losses = sampled if len(sampled) >= self.MIN_SAMPLES else reported
-        new = [statistics.median(losses), statistics.median(reported), step]
+        floors = [floor for number, floor in self.state["floors"] if number > step - self.STEPS]
+        new = [statistics.median(losses), statistics.median(reported), step, statistics.median(floors or [0.0])]
         if all(map(math.isfinite, new)):
             best = self.state["best"] or new
-            self.state["best"] = new if new[0] < best[0] else [best[0], min(best[1], new[1]), best[2]]
+            self.state["best"] = new if new[0] < best[0] else [best[0], min(best[1], new[1]), *best[2:]]
             self.state["medians"] = [*self.state["medians"][1 - self.MAX_ABOVE :], new]
 
     @classmethod
     def judge_rise(cls, medians, best, pinned, pinned_best, step: int) -> Finding | None:
-        """`medians`: loss, reported loss and step of the last windows; `best`: the least so far. `pinned`,
-        `pinned_best`: loss of the run's first rows."""
+        """`medians`: loss, reported loss, step and n-gram floor (0 where there is none) of the last windows; `best`:
+        the least so far. `pinned`, `pinned_best`: loss of the run's first rows."""
         count = min(cls.MAX_ABOVE, max(cls.MIN_ABOVE, round(cls.SHARE_ABOVE * step / cls.STEPS)))
         if len(medians) < count or pinned is None:
             return None
-        losses, limit = [loss for loss, _, _ in medians[-count:]], best[0] + max(cls.NATS, cls.SHARE * best[0])
+        losses, limit = [loss for loss, *_ in medians[-count:]], best[0] + max(cls.NATS, cls.SHARE * best[0])
         is_above = min(losses) > limit and not falls(losses, limit) and losses[-1] >= statistics.median(losses)
         is_objective = medians[-1][1] > best[1] + cls.SHARE * abs(best[1])  # else it rises on purpose
+        harder = min(floor for *_, floor in medians[-count:]) - best[3]  # for counts too: other data
+        if harder > cls.HARDER * (losses[-1] - best[0]):
+            return None
         if not (is_above and is_objective and pinned > pinned_best + max(cls.NATS, cls.SHARE * pinned_best)):
             return None
         return cls.finding(

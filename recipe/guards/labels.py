@@ -125,6 +125,12 @@ def share_off(step, labels_are: str) -> float | None:
     return 1 - fit / count if count else None
 
 
+def are_noisy(step) -> bool:
+    """Whether labels differ from the tokens here and there: targets that are no token of the row are theirs."""
+    shares = [share_off(step, labels_are) for labels_are in ("own", "next")]
+    return None not in shares and CHANGE_AFTER < min(shares) < MOST
+
+
 def count_changes(before: int, after: int, off: float) -> list[int]:
     """Steps whose labels fitted, and after them steps in a row whose labels did not, with one more of which the share
     `off` does not fit. Below 0 for good where some fit again: what comes back belongs to a mixture of objectives."""

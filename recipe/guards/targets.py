@@ -10,6 +10,7 @@ from recipe.guards.batches import IGNORE_INDEX, LABEL_IS_NEXT, LABEL_IS_TOKEN, S
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
 from recipe.guards.head import MIN_POSITIONS, POSITIONS, LossTargets, count_hits
 from recipe.guards.labels import (
+    are_noisy,
     count_changes,
     judge_answers,
     judge_change,
@@ -105,8 +106,7 @@ class LossTarget(Guard):
     MIN_LOSSES = 30  # at a place of the block, to be evidence. Chosen, not measured.
 
     def setup(self, run) -> None:
-        # "own" (the token itself), "next" or "neither", None while too few labels were seen; count and sum of the
-        # sampled losses at positions 0, 1, 2-3, 4-7, ...; of `count_changes`
+        # "own", "next" or "neither", None so far; count and sum of losses at 0, 1, 2-3, 4-7, ...; of `count_changes`
         self.state = {"labels_are": None, "losses_by_position": [], "changes": [0, 0]}
 
     def on_resume(self, step: int) -> None:
@@ -245,6 +245,7 @@ class LossTarget(Guard):
     def observe(self, step) -> Iterator[Verdict]:
         if not step.run.is_next_token:
             return
+        self.max_elsewhere = 1.0 if are_noisy(step) else self.MAX_ELSEWHERE_SAMPLED
         checks = {"head": (step.head, self._judge_head), "labels": (step.tokens, self._judge_labels)}
         for check, (given, judge) in checks.items():
             found = [(finding, rank, micro_step) for rank, micro_step, each in given for finding in judge(each)]
@@ -260,7 +261,7 @@ class LossTarget(Guard):
         for hits, loss in zip(sampled["hits"], sampled["losses"], strict=True):
             if hits[0]:
                 add_loss(self.state["losses_by_position"], place, loss)
-        return self.judge_rows(dict(enumerate(sampled["hits"], sampled["first_row"])), self.MAX_ELSEWHERE_SAMPLED)
+        return self.judge_rows(dict(enumerate(sampled["hits"], sampled["first_row"])), self.max_elsewhere)
 
     def _judge_change(self, step) -> Finding | None:
         off, labels_are = share_off(step, self.state["labels_are"]), self.state["labels_are"]

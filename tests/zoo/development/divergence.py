@@ -5,7 +5,6 @@ from transformers import get_constant_schedule
 
 from tests.zoo.bug import bug
 from tests.zoo.development.unusual import own_loss, own_optimizer
-from tests.zoo.rows import RowStream, make_rows
 from tests.zoo.run import Run
 from tests.zoo.setting import Setting
 
@@ -39,16 +38,6 @@ def gradient_ascent(run: Run):
 
 
 # --- healthy
-
-LONG = Setting(text="templates", steps=360, batch=4, block=64)
-
-
-def harder_text(run: Run):
-    """A declared curriculum: templates, then English, which costs some nats more."""
-    half = len(run.train_dataset.rows) // 2
-    run.train_dataset = RowStream(
-        run.train_dataset.rows[:half] + make_rows(run.setting.changed(text="english"))[half:]
-    )
 
 
 def summed(run: Run):
@@ -86,9 +75,12 @@ HEALTHY = {
     "Mixtral with a router loss of 2 nats": NARROW.changed(family="mixtral", sizes={"router_aux_loss_coef": 1.0}),
     "a new vocabulary on old weights": NARROW.changed(change=new_vocabulary),
     "label smoothing of 0.3": NARROW.changed(arguments={"label_smoothing_factor": 0.3}),
-    "templates, then English": LONG.changed(stream=True, change=harder_text),
-    "warm restarts": LONG.changed(
-        arguments={"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 4}}
+    "warm restarts": Setting(
+        text="templates",
+        steps=200,
+        batch=4,
+        block=64,
+        arguments={"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 4}},
     ),
     "GPT-2 in rows of 64": NARROW.changed(family="gpt2"),
     "GPT-2 in rows of 32, padded": NARROW.changed(family="gpt2", block=32, rows="padded", batch=8, accumulation=2),
