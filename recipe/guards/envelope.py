@@ -6,6 +6,7 @@ from statistics import fmean
 import numpy as np
 
 from recipe.guards.guard import CannotJudge, Finding, Guard, Verdict
+from recipe.guards.labels import are_noisy
 
 
 class LossBelowEnvelope(Guard):
@@ -18,11 +19,11 @@ class LossBelowEnvelope(Guard):
         floor of every step.
     Try: the probes' findings first. A model that was trained before, or on this data before, gets there without a bug.
     Cannot see: models whose weights were loaded, and rows of which fewer than 8 tokens are scored, such as a class at
-        the end ("cannot judge"); anything after the n-gram models stop: 1,000 tokens
-        for each entry of the vocabulary or 20M were seen; 2^24 n-grams are kept (6.7M tokens of a 32k vocabulary);
-        pass 2 begins; a resume from a checkpoint without the guards' state; a first loss under both 0.75 ln V and the
-        unigram's. Leaks that leave the loss above the floor. Synthetic data whose rule is learned faster than counts
-        can (bigrams of rank 3: 0.13 to 0.51 below) trips it.
+        the end, or whose labels differ from the tokens ("cannot judge"); anything after the n-gram models stop: 1,000
+        tokens for each entry of the vocabulary or 20M were seen; 2^24 n-grams are kept (6.7M tokens of a 32k
+        vocabulary); pass 2 begins; a resume from a checkpoint without the guards' state; a first loss under both 0.75
+        ln V and the unigram's. Leaks that leave the loss above the floor. Synthetic data whose rule is learned faster
+        than counts can (bigrams of rank 3: 0.13 to 0.51 below) trips it.
     """
 
     ids = {"loss_below_envelope": "The loss is lower than a healthy model can reach on this data so early."}
@@ -39,6 +40,8 @@ class LossBelowEnvelope(Guard):
     MIN_SCORED = 8
     MARGIN = 0.3  # nats; on natural text a model stays 0.41 above the floor, on random tokens 0.01 below
 
+    is_noisy = False  # labels differ from the tokens here and there
+
     def setup(self, run) -> None:
         self.state = {"losses": [], "floors": []}
         if not run.is_new_model:
@@ -47,6 +50,9 @@ class LossBelowEnvelope(Guard):
     def observe(self, step) -> Iterator[Verdict]:
         if step.ngrams.stopped:
             raise CannotJudge(step.ngrams.stopped)
+        self.is_noisy |= are_noisy(step)
+        if self.is_noisy:
+            raise CannotJudge("labels differ from the tokens here and there, and n-grams count tokens")
         losses, floors = self.state["losses"], self.state["floors"]
         if step.ngrams.loss is not None:
             if step.ngrams.loss.tokens < self.MIN_SCORED * len(step.pieces):

@@ -110,7 +110,7 @@ class LossTarget(Guard):
         self.state = {"labels_are": None, "losses_by_position": [], "changes": [0, 0]}
 
     def on_resume(self, step: int) -> None:
-        self.state |= {"labels_are": None, "changes": [0, 0]}  # the data may have been fixed
+        self.state["labels_are"] = None  # the data may have been fixed
 
     def evidence(self) -> dict:
         """Mean loss by position in the block: it falls where a model learns from context."""
