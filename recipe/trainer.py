@@ -22,6 +22,7 @@ from recipe.data.files import first_line
 from recipe.data.loader import BatchLoader, merge_positions
 from recipe.data.source import Source
 from recipe.errors import DataError, is_disk_error
+from recipe.generate import Sampling, has_finite_logits, sample_tokens
 from recipe.guards import RegressionCallback
 from recipe.guards.records import append_line, keep_until
 from recipe.internals import reset_logged_loss
@@ -253,7 +254,8 @@ class SampleCallback(TrainerCallback):
             logger.warning("step %d | no sample: the model's logits are not finite", state.global_step)
             return
         for number, prompt in enumerate(self.prompts):
-            text = generate(model, self.tokenizer, prompt, SAMPLE_TOKENS, seed=args.seed + number)
+            ids = sample_tokens(model, self.tokenizer, prompt, Sampling(SAMPLE_TOKENS, seed=args.seed + number))
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
             record = {
                 "step": state.global_step,
                 "tokens_seen": self.guards.tokens_seen,
@@ -266,40 +268,6 @@ class SampleCallback(TrainerCallback):
         known = "" if share is None else f" ({share:.0%} of its words occur in the corpus)"
         sample = " ".join(f"{record['prompt']} >> {text}".split())
         logger.info("step %d | sample: %.85s%s", state.global_step, sample, known)  # samples.jsonl has all of it
-
-
-def has_finite_logits(model, prompt: list[int]) -> bool:
-    """Can the model be sampled from? Leaves its mode as it was."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt], device=model.device)).logits
-    model.train(was_training)
-    return bool(logits.isfinite().all())
-
-
-def generate(model, tokenizer, prompt: list[int], new_tokens: int, seed: int) -> str:
-    """Sample a continuation (temperature 0.7, nucleus 0.95), keeping the generators and the model's mode unchanged."""
-    was_training = model.training
-    devices = [model.device] if model.device.type == "cuda" else []
-    model.eval()
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        input_ids = torch.tensor([prompt], device=model.device)
-        output = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=new_tokens,
-            do_sample=True,
-            temperature=0.7,
-            top_p=0.95,
-            use_cache=True,
-            remove_invalid_values=True,  # NaN at a later position would end the run in an error of the sampling
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    model.train(was_training)
-    return tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
 
 
 def words_of(text: str) -> list[str]:

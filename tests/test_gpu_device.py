@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from recipe.generate import Sampling, sample_tokens
 from recipe.guards import RegressionCallback
 from recipe.model import agree_on_tf32, why_not_compile
-from recipe.trainer import generate
 from tests.gpu.assertions import DEVICE
 from tests.gpu.correctness import compare_losses
 from tests.gpu.environment import attention_kernels
@@ -128,6 +128,6 @@ def test_samples_leave_the_device_s_random_numbers_alone(tmp_path):
     run = build_run(SCALE, tmp_path, max_steps=1)
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if SCALE.is_cuda else [])]
     with suppress(ValueError):
-        generate(run.trainer.model, run.data.tokenizer, [5, 6, 7], new_tokens=4, seed=1)
+        sample_tokens(run.trainer.model, run.data.tokenizer, [5, 6, 7], Sampling(max_new_tokens=4, seed=1))
     now = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if SCALE.is_cuda else [])]
     assert all(map(torch.equal, states, now))
