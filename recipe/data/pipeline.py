@@ -10,7 +10,7 @@ from itertools import takewhile
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from recipe.arguments import Config
+from recipe.arguments import Config, DataArguments
 from recipe.data.collator import DataCollatorForPackedRows
 from recipe.data.files import FileFacts, is_remote
 from recipe.data.fitting import Wish, fit
@@ -41,7 +41,7 @@ def build_data(config: Config, flash_attention: bool = False) -> Data:
     """`flash_attention`: whether the model uses that kernel, see `DataCollatorForPackedRows`."""
     arguments, training = config.data, config.training
     tokenizer = load_tokenizer(config.model.tokenizer)
-    train_parts, eval_parts, num_lanes = build_parts(config, tokenizer)
+    train_parts, eval_parts, num_lanes = build_parts(arguments, tokenizer, config.model.tokenizer)
     eval_rows = HeldOutRows(eval_parts, tokenizer, arguments.block_size)
     stream = RowStream(
         train_parts,
@@ -62,20 +62,20 @@ def build_data(config: Config, flash_attention: bool = False) -> Data:
     return Data(sources, tokenizer, loader, collator, eval_rows, identity)
 
 
-def build_parts(config: Config, tokenizer) -> tuple[list[Part], list[Part], int]:
+def build_parts(arguments: DataArguments, tokenizer, tokenizer_name: str) -> tuple[list[Part], list[Part], int]:
     """Train and eval parts, one of each for every source, and the number of lanes that all of them can be dealt to.
 
     Source k is shuffled with `train_seed + k`. Each source gives the mixture's share of `eval_documents` to the
-    hold-out, rounded up, from its own `eval_skip`.
+    hold-out, rounded up, from its own `eval_skip`. `tokenizer_name`: for messages.
     """
-    arguments, train_parts, eval_parts, num_lanes = config.data, [], [], []
+    train_parts, eval_parts, num_lanes = [], [], []
     entries = arguments.sources
     total_weight = sum(entry.weight for entry in entries)
     for number, entry in enumerate(entries):
         source = open_source(entry.path, entry.text_column, arguments.on_bad_data)
         if source.tokenizer not in (None, hash_of_tokenizer(tokenizer)):
             raise UserError(
-                f"source {entry.path!r} holds token ids of another tokenizer than {config.model.tokenizer}; name the "
+                f"source {entry.path!r} holds token ids of another tokenizer than {tokenizer_name}; name the "
                 "one that made them, or write the cache again"
             )
         share, documents = entry.weight / total_weight, arguments.eval_documents
