@@ -5,8 +5,10 @@ import atexit
 import difflib
 import itertools
 import logging
+import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from recipe.errors import DataError, UserError, exit_code_of, handle_endings, is_disk_error, message_of
@@ -27,6 +29,11 @@ USAGE = """usage: python -m recipe COMMAND ...
   report RUN_DIR [--bundle]                           findings and curve -> RUN_DIR/report.html; --bundle packs what
                                                       is needed to debug a finding, without data or paths
   new FILE.json [--size 3m|15m|60m|180m]              write a starting config; never overwrites
+  generate RUN "prompt" [--num_samples N] [--json]    continue a prompt; RUN: a run, its final/, a checkpoint-N,
+                                                      or a folder of a transformers model
+  evaluate RUN [SOURCE ...] [--tasks NAMES] [--json]  loss, perplexity, bits per byte, accuracy; without SOURCE of the
+                                                      run's hold-out; tasks by lm-evaluation-harness
+  compare RUN RUN [RUN ...] [--out FILE] [--json]     curves, settings, first different step, end -> compare.html
   explain [ID]                                        what a finding means, how it was measured, what to try
   trajectory record OUT.json RUN_DIR [RUN_DIR ...]    healthy runs of one config -> a reference curve
 """
@@ -34,6 +41,7 @@ CONFIG_COMMANDS = ("train", "check", "verify-data", "plan", "tokenize")
 KEYS = """
 --field value overrides any key of the config; a bare --field means true, null unsets. Keys, their types and defaults:
 """
+MODEL = "a run, its final/, a checkpoint-N, or a folder of a transformers model"
 GOOD, UNEXPECTED, USER_INPUT, STOPPED_BY_GUARD = 0, 1, 2, 3
 
 
@@ -145,6 +153,99 @@ def report(arguments: list[str]) -> int:
     return GOOD
 
 
+def generate(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "recipe generate",
+        usage="recipe generate RUN PROMPT [options]",
+        description="Continue a prompt with a trained model.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help=MODEL)
+    parser.add_argument("prompt", help="the text to continue; may be empty")
+    _add(parser, "num_samples", _positive, 1, "continuations, with the seeds from --seed on")
+    _add(parser, "max_new_tokens", _positive, 128, "length of each, at most")
+    _add(parser, "temperature", _number(0, 100), 0.7, "of the probabilities; 0: always the most likely token")
+    _add(parser, "top_p", _number(1e-6, 1), 0.95, "among the most likely tokens that have this probability together")
+    _add(parser, "seed", _number(0, 2**31, int), 42, "of the random choices")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end, and no stream")
+    options = parser.parse_args(arguments)
+    from recipe.generate import Sampling, generate_samples
+    from recipe.trained import find_trained
+
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    result = generate_samples(
+        find_trained(options.run), options.prompt, sampling, options.num_samples, not options.json
+    )
+    if options.json:
+        print(dumps(result))
+    return GOOD
+
+
+def evaluate(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "recipe evaluate",
+        usage="recipe evaluate RUN [SOURCE ...] [options]",
+        description="How well a trained model predicts other text.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help=MODEL)
+    parser.add_argument(
+        "sources", nargs="*", metavar="SOURCE", help="as `source` of a config; none: the run's hold-out"
+    )
+    _add(parser, "text_column", str, None, "column or key of the text; default: that of the run, or text")
+    _add(parser, "block_size", _positive, None, "tokens in a block; default: that of the run")
+    _add(parser, "batch_size", _positive, 8, "blocks that are scored at once")
+    _add(parser, "max_tokens", _positive, 1_000_000, "of each source, at most")
+    _add(parser, "tasks", str, None, "names of lm-evaluation-harness, with commas between")
+    _add(parser, "include_path", Path, None, "folder with task files of your own")
+    _add(parser, "limit", _positive, None, "examples of each task, at most")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    options = parser.parse_args(arguments)
+    from recipe.evaluate import format_evaluation, run_evaluation
+    from recipe.trained import find_trained
+
+    result = run_evaluation(find_trained(options.run), options)
+    print(dumps(result) if options.json else format_evaluation(result))
+    return GOOD
+
+
+def compare(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "recipe compare",
+        usage="recipe compare RUN RUN ... [--out FILE] [--json]",
+        description="What differs between runs; none of them changes.",
+    )
+    parser.add_argument(
+        "run_dirs", type=Path, nargs="+", metavar="RUN", help="the first is what the others are held to"
+    )
+    _add(parser, "out", Path, Path("compare.html"), "the page to write")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the summary")
+    options = parser.parse_args(arguments)
+    from recipe.compare import compare_runs, format_comparison, write_page
+
+    comparison = compare_runs(options.run_dirs)
+    page = write_page(comparison, options.out)
+    print(dumps(comparison.result | {"page": str(page)}) if options.json else format_comparison(comparison, page))
+    return GOOD
+
+
+def _add(parser: argparse.ArgumentParser, name: str, kind: Callable, default, text: str) -> None:
+    shown = "" if default is None else " (default: %(default)s)"
+    parser.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=text + shown)
+
+
+def _number(low: float, high: float, kind: Callable = float) -> Callable[[str], float]:
+    def read(word: str) -> float:
+        try:
+            value = kind(word)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} from {low:g} to {high:g}, got {word}")
+        return value
+
+    return read
+
+
 def explain(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("recipe explain")
     parser.add_argument("id", nargs="?")
@@ -175,6 +276,9 @@ COMMANDS = {
     "tokenize": tokenize,
     "report": report,
     "new": new,
+    "generate": generate,
+    "evaluate": evaluate,
+    "compare": compare,
     "explain": explain,
     "trajectory": trajectory,
 }
