@@ -8,6 +8,7 @@ from recipe.report import key_figures, load_run, render
 
 # The folders of a path on this machine: "/data/web/" of "/data/web/*.parquet". URLs and relative names have none.
 FOLDERS = re.compile(r"(?<![\w:/.<])[~.]{0,2}/(?:[^\s/\"']+/)*")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_model_card(run_dir: Path, model_dir: Path) -> Path:
@@ -18,7 +19,13 @@ def write_model_card(run_dir: Path, model_dir: Path) -> Path:
     run = load_run(run_dir)
     run = replace(run, info=without_folders(run.info))
     model_dir.mkdir(parents=True, exist_ok=True)
-    values = {"run": run, "figures": key_figures(run), "arguments": run.part("arguments")}
+    hub_name = str(run.part("arguments").get("hub_model_id") or "")
+    values = {
+        "run": run,
+        "figures": key_figures(run),
+        "arguments": run.part("arguments"),
+        "name": hub_name if HUB_NAME.fullmatch(hub_name) else ".",
+    }
     return render("model_card.md.j2", values, model_dir / "README.md")
 
 

@@ -1,7 +1,9 @@
 """What a run writes: `run.json` when it starts; verdict, final model and report when it ends."""
 
+import json
 import logging
 import shlex
+import shutil
 import signal
 import statistics
 from collections import Counter
@@ -20,6 +22,7 @@ from recipe.data.source import counted
 from recipe.guards import GUARDS, RegressionCallback
 from recipe.model import count_flops_per_token, describe_kernels
 from recipe.model_card import write_model_card
+from recipe.next_steps import next_commands
 from recipe.report import write_report
 from recipe.signals import SignalCallback
 from recipe.trainer import PretrainTrainer, format_seconds
@@ -231,7 +234,7 @@ def write_results(
     rundir.update_json(output_dir / "run.json", {"finished": finished, "trajectory": reference, "result": result})
     report = write_report(output_dir)
     if is_whole:
-        data.tokenizer.save_pretrained(output_dir / "final")
+        save_tokenizer(data.tokenizer, config.model.tokenizer, output_dir / "final")
         write_model_card(output_dir, output_dir / "final")
     rundir.write_exit(result["exit_code"], result["verdict"], output_dir)
     if "eval_loss" in result:
@@ -249,6 +252,21 @@ def write_results(
         f"{counts['error']} errors, {counts['warning']} warnings, {counts['info']} info | "
         f"{guards.tokens_seen:,} tokens in {format_seconds(result['train_seconds'])} | {report}"
     )
+    if is_whole:
+        logger.info("what you can do now:\n  %s", "\n  ".join(next_commands(output_dir)))
+
+
+def save_tokenizer(tokenizer, name: str, folder: Path) -> None:
+    """With what transformers leaves out and llama.cpp's converter needs, where the tokenizer came from a folder that
+    has it: SentencePiece's file, for the scores of the pieces, and whether texts begin with BOS."""
+    tokenizer.save_pretrained(folder)
+    pieces, config = Path(name) / "tokenizer.model", Path(name) / "tokenizer_config.json"
+    if pieces.is_file():
+        shutil.copyfile(pieces, folder / pieces.name)
+    if config.is_file():
+        given = json.loads(config.read_text(encoding="utf-8"))
+        left_out = {key: given[key] for key in ("add_bos_token", "add_eos_token") if key in given}
+        rundir.update_json(folder / config.name, left_out)
 
 
 def say_how_to_continue(config: Config, output_dir: Path, checkpoint: Path | None) -> None:
