@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import contextlib
 import difflib
 import itertools
 import logging
@@ -9,10 +10,10 @@ import os
 import sys
 from pathlib import Path
 
+from recipe.console import configure_logging, configure_transformers_logging
 from recipe.errors import DataError, UserError, exit_code_of, handle_endings, is_disk_error, message_of
 from recipe.plain_json import dumps
 from recipe.read_config import read_config
-from recipe.redact import configure_logging, configure_transformers_logging
 from recipe.rundir import ended_on_purpose_before, write_exit
 from recipe.threads import choose_waiting
 
@@ -250,7 +251,8 @@ def main() -> None:
         logging.getLogger("recipe").exception("unexpected error; a bug in the recipe or in a library")
         write_exit(UNEXPECTED, "unexpected error", None)
         code = UNEXPECTED
-    atexit._run_exitfuncs()  # trackers finish their uploads here
+    with contextlib.redirect_stdout(sys.stderr):  # what was asked for is printed
+        atexit._run_exitfuncs()  # trackers finish their uploads here
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from recipe.report import key_figures, load_run, render
+from recipe.report import key_figures, load_run, render, write_page
 
 # The folders of a path on this machine: "/data/web/" of "/data/web/*.parquet". URLs and relative names have none.
 FOLDERS = re.compile(r"(?<![\w:/.<])[~.]{0,2}/(?:[^\s/\"']+/)*")
@@ -19,7 +19,7 @@ def write_model_card(run_dir: Path, model_dir: Path) -> Path:
     run = replace(run, info=without_folders(run.info))
     model_dir.mkdir(parents=True, exist_ok=True)
     values = {"run": run, "figures": key_figures(run), "arguments": run.part("arguments")}
-    return render("model_card.md.j2", values, model_dir / "README.md")
+    return write_page(render("model_card.md.j2", values), model_dir / "README.md")
 
 
 def without_folders(value):
