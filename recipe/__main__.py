@@ -7,6 +7,7 @@ import difflib
 import itertools
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from recipe.threads import choose_waiting
 
 USAGE = """usage: python -m recipe COMMAND ...
 
-  train CONFIG.json [--field value ...] [--json]      the run
+  train [CONFIG.json] [--field value ...] [--json]    the run; without CONFIG.json llama_180m on a GPU, else the demo
   check CONFIG.json [--field value ...] [--json]      every probe on the first batch, no training; 3: error
   verify-data CONFIG.json [--num_batches 100] [--workers W] [--field value ...] [--json]
                                                       read the stream as training does: repetition, hold-out, speed
@@ -36,9 +37,12 @@ KEYS = """
 --field value overrides any key of the config; a bare --field means true, null unsets. Keys, their types and defaults:
 """
 GOOD, UNEXPECTED, USER_INPUT, STOPPED_BY_GUARD = 0, 1, 2, 3
+PROJECT = Path(__file__).resolve().parent.parent  # of an installed recipe: where the package lies
 
 
 def train(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        arguments = [_default_config(), *arguments]
     options, config = _parse(_config_parser("train"), arguments)
     from recipe.train import run_training
 
@@ -48,6 +52,20 @@ def train(arguments: list[str]) -> int:
     if options.json and outcome.is_main:
         print(dumps(outcome.result))
     return outcome.code
+
+
+def _default_config() -> str:
+    name = "llama_180m" if _has_gpu() else "cpu_demo"
+    logging.getLogger("recipe").info("no CONFIG.json is given: training recipe/configs/%s.json", name)
+    return str(PROJECT / f"recipe/configs/{name}.json")
+
+
+def _has_gpu() -> bool:
+    if shutil.which("nvidia-smi") is None:  # torch takes seconds to import
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def check(arguments: list[str]) -> int:
@@ -102,6 +120,8 @@ def _config_parser(command: str) -> argparse.ArgumentParser:
 def _parse(parser: argparse.ArgumentParser, arguments: list[str], reads_data: bool = True):
     """The command's own options, and the configuration; all remaining words are overrides."""
     options, overrides = parser.parse_known_args(arguments)
+    if not Path(options.config).exists() and (PROJECT / options.config).is_file():  # as `bash run_clm.sh` does
+        options.config = str(PROJECT / options.config)
     reading = read_config(options.config, overrides)
     if reads_data:
         reading.check_source()

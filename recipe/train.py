@@ -27,8 +27,8 @@ from recipe.internals import load_weights
 from recipe.memory import check_fits
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
 from recipe.model import agree_on_tf32, build_model, choose_attention, read_model_config, why_not_compile
-from recipe.publish import check_login
 from recipe.progress import ProgressBarCallback
+from recipe.publish import check_login
 from recipe.redact import redact_all
 from recipe.results import Outcome, conclude, describe_run
 from recipe.resume import check_settings, load_position, read_stream_state, settings_of
