@@ -26,8 +26,9 @@ USAGE = """usage: python -m recipe COMMAND ...
                                                       read the stream as training does: repetition, hold-out, speed
   plan CONFIG.json [--field value ...] [--json]       parameters, FLOPs, memory, disk and hours, without a run
   tokenize CONFIG.json OUT_DIR [--field value ...]    write the source's token ids once; then use OUT_DIR as `source`
-  report RUN_DIR [--bundle]                           findings and curve -> RUN_DIR/report.html; --bundle packs what
-                                                      is needed to debug a finding, without data or paths
+  report RUN_DIR [--watch [PORT] | --bundle]          findings and curve -> RUN_DIR/report.html; --watch serves it on
+                                                      this machine while the run goes on; --bundle packs what is
+                                                      needed to debug a finding, without data or paths
   new FILE.json [--size 3m|15m|60m|180m]              write a starting config; never overwrites
   explain [ID]                                        what a finding means, how it was measured, what to try
   trajectory record OUT.json RUN_DIR [RUN_DIR ...]    healthy runs of one config -> a reference curve
@@ -38,6 +39,7 @@ KEYS = """
 """
 GOOD, UNEXPECTED, USER_INPUT, STOPPED_BY_GUARD = 0, 1, 2, 3
 PROJECT = Path(__file__).resolve().parent.parent  # of an installed recipe: where the package lies
+PORT = 8765  # of `report --watch`
 
 
 def train(arguments: list[str]) -> int:
@@ -154,14 +156,26 @@ def new(arguments: list[str]) -> int:
     return GOOD
 
 
+def _port(word: str) -> int:
+    if not word.isdigit() or not 1024 <= int(word) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"must be a port from 1024 on, got {word}; RUN_DIR comes first")
+    return int(word)
+
+
 def report(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("recipe report")
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--bundle", action="store_true")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--bundle", action="store_true")
+    kinds.add_argument("--watch", nargs="?", type=_port, const=PORT, metavar="PORT")
     options = parser.parse_args(arguments)
     from recipe.bundle import write_bundle
     from recipe.report import write_report
+    from recipe.watch import watch
 
+    if options.watch is not None:
+        watch(options.run_dir, options.watch)
+        return GOOD
     print(write_bundle(options.run_dir) if options.bundle else write_report(options.run_dir))
     return GOOD
 
