@@ -71,6 +71,7 @@ class RegressionCallback(TrainerCallback):
         self._history: list[StepRecord] = []
         self._trainer: Trainer | None = None
         self._checkpoint: Path | None = None
+        self._why_off: str | None = None  # from the beginning
         self._wrapping, self._lines = Wrapping(), BesideBars(logger)
         self.seconds, self._begun = 0.0, 0.0  # of the training that has ended
 
@@ -102,7 +103,7 @@ class RegressionCallback(TrainerCallback):
 
     @property
     def failure(self) -> str | None:
-        return self.session.failure if self.session else None
+        return self.session.failure if self.session else self._why_off
 
     @property
     def tokens_seen(self) -> int:
@@ -130,10 +131,9 @@ class RegressionCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._release()  # of a training that ended with an exception
-        self.session = None
+        self.session = self._why_off = None
         self._begun, self.seconds = time.perf_counter(), 0.0
-        if not self.is_saved_by_trainer:  # the recipe's own run has configured logging
-            self._lines.attach()
+        self._lines.attach()
         found, checkpoint = find_trainer(self)
         self._trainer = self._given_trainer or found
         if self._trainer is not None and _first_callback(self._trainer) is not self:
@@ -143,16 +143,16 @@ class RegressionCallback(TrainerCallback):
         self.open_files(args, state)
         if (reason := _why_not(self._trainer)) is not None:
             self._give_up(reason)
+            self._why_off = str(reason)
             self.reporter.log_start()
             self._trainer = None
             return
         given = Options(self.guards, self.trajectory, self._facts, self.only_check, self.documents_of)
-        ranks = Ranks(args.world_size, self.is_main)
-        self.session = Session(self._trainer, given, self.reporter, ranks, self.output_dir)
+        known = (self.reporter, Ranks(args.world_size, self.is_main), self.output_dir)
+        self.session = Session(self._trainer, given, *known)
         self.session.history = self._history
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
-        default = f"{args.output_dir}/checkpoint-{state.global_step}"
-        self._checkpoint = Path(checkpoint or default) if state.global_step else None
+        self._checkpoint = _checkpoint_of(args, state, checkpoint)
         self._wrapping.watch(self.session, self._checkpoint)
         _write_own_files(self, lambda own_run: own_run.describe(self, self._trainer, self._checkpoint))
 
@@ -222,9 +222,9 @@ class RegressionCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._judge_last(control)
         self.seconds = time.perf_counter() - self._begun
-        if self.session is not None:
-            _write_own_files(self, lambda own_run: own_run.conclude(self))
+        _write_own_files(self, lambda own_run: own_run.conclude(self))
         self._release()
+        self._lines.detach()
 
     def _judge_last(self, control) -> None:
         """The last step, and what has waited for the probes."""
@@ -269,7 +269,6 @@ class RegressionCallback(TrainerCallback):
         if self.session is not None:
             self.session.close()
         self._trainer = None
-        self._lines.detach()
 
     # --- files
 
@@ -290,6 +289,11 @@ def _why_not(trainer: Trainer | None) -> CannotJudge | None:
     if trainer.is_deepspeed_enabled:
         return NotApplicable("DeepSpeed keeps weights, gradients and loss scaling in an engine of its own")
     return None
+
+
+def _checkpoint_of(args, state, named: str | None) -> Path | None:
+    """Which the training goes on from; None where it begins."""
+    return Path(named or f"{args.output_dir}/checkpoint-{state.global_step}") if state.global_step else None
 
 
 def _check_options(guards, trajectory: str, on_regression: str, disabled_guards: Iterable[str]) -> None:
