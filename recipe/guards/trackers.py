@@ -11,18 +11,26 @@ import io
 import logging
 import statistics
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 
 from transformers import Trainer, TrainerCallback
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TrackioCallback, WandbCallback
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+)
 
 from recipe.guards.guard import Finding
 from recipe.guards.records import StepRecord
 from recipe.guards.trajectory import Reference
 
 logger = logging.getLogger("recipe.guards")
+TAKE_TEXT = (TensorBoardCallback, TrackioCallback, WandbCallback)  # some others drop it or raise
 ALERT_MODULES = {WandbCallback: "wandb", TrackioCallback: "trackio"}  # both have `alert` and `AlertLevel`
 ALERT_LEVELS = {"warning": "WARN", "error": "ERROR"}
+_off: weakref.WeakSet[TrainerCallback] = weakref.WeakSet()  # those that have raised
 
 
 def trackers_of(trainer: Trainer) -> list[TrainerCallback]:
@@ -59,15 +67,20 @@ class Trackers:
         state = copy.copy(self.trainer.state)
         state.global_step = step
         known = (self.trainer.args, state, self.trainer.control)
-        self._each(lambda tracker: tracker.on_log(*known, logs=dict(values), model=self.trainer.model))
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+
+        def send(tracker: TrainerCallback) -> None:
+            logs = values if isinstance(tracker, TAKE_TEXT) else numbers
+            tracker.on_log(*known, logs=dict(logs), model=self.trainer.model)
+
+        self._each(send)
 
     def _each(self, send: Callable, *arguments) -> None:
-        for tracker in list(self.active):
+        for tracker in [tracker for tracker in self.active if tracker not in _off]:
             try:
                 send(tracker, *arguments)
             except Exception as error:
-                self.active.remove(tracker)
-                warn_of(tracker, error)
+                _leave_alone(tracker, error)
 
 
 def numbers_of(records: Sequence[StepRecord], reference: Reference | None) -> dict[str, float]:
@@ -95,28 +108,27 @@ def contain(trainer: Trainer) -> None:
     """From here on an exception of a tracker does not end the training: its callback does nothing any more, with one
     line in the log. What a tracker prints goes to stderr."""
     for tracker in trackers_of(trainer):
-        failed: list[Exception] = []
         for name in [name for name in vars(TrainerCallback) if name.startswith("on_")]:
             if getattr(type(tracker), name) is not getattr(TrainerCallback, name):
-                setattr(tracker, name, _contained(getattr(tracker, name), tracker, failed))
+                setattr(tracker, name, _contained(getattr(tracker, name), tracker))
 
 
-def _contained(event: Callable, tracker: TrainerCallback, failed: list[Exception]) -> Callable:
+def _contained(event: Callable, tracker: TrainerCallback) -> Callable:
     def call(*arguments, **keywords):
-        if failed:
+        if tracker in _off:
             return None
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 return event(*arguments, **keywords)
         except Exception as error:
-            failed.append(error)
-            warn_of(tracker, error)
+            _leave_alone(tracker, error)
             return None
 
     return call
 
 
-def warn_of(tracker: TrainerCallback, error: Exception) -> None:
+def _leave_alone(tracker: TrainerCallback, error: Exception) -> None:
+    _off.add(tracker)
     name = type(tracker).__name__.removesuffix("Callback")
     what = " ".join(f"{type(error).__name__}: {error}".split())
     logger.warning("%s gets nothing any more, the training goes on: %.90s", name, what)
