@@ -17,7 +17,6 @@ from recipe.report import write_report
 from recipe.verdict import context_of, describe_guards, verdict
 
 logger = logging.getLogger("recipe.guards")
-COLOURS = {"healthy": "good", "findings": "error"}  # of a verdict's kind
 ENDED, STOPPED_BY_GUARD = 0, 3
 
 
@@ -58,7 +57,7 @@ def conclude(guards: RegressionCallback) -> None:
         where = f"report: {write_report(folder)}"
     except OSError as error:
         where = f"no report: {error}"
-    logger.info("verdict: %s | %s", judged.text, where, extra={"colour": COLOURS.get(judged.kind, "warning")})
+    logger.info("verdict: %s | %s", judged.text, where, extra={"colour": judged.colour})
 
 
 def _now() -> str:

@@ -22,7 +22,7 @@ from recipe.progress import format_seconds
 from recipe.report import write_report
 from recipe.signals import SignalCallback
 from recipe.trainer import PretrainTrainer
-from recipe.verdict import describe_guards, verdict
+from recipe.verdict import Verdict, describe_guards, verdict
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,8 @@ def write_results(
     logger.info(
         f"verdict: {result['verdict']}{unjudged} | {num_judged} guards judged, {num_unjudged} could not | findings: "
         f"{counts['error']} errors, {counts['warning']} warnings, {counts['info']} info | "
-        f"{guards.tokens_seen:,} tokens in {format_seconds(result['train_seconds'])} | {report}"
+        f"{guards.tokens_seen:,} tokens in {format_seconds(result['train_seconds'])} | {report}",
+        extra={"colour": Verdict(result["verdict_kind"], result["verdict"]).colour},
     )
 
 

@@ -36,6 +36,7 @@ ENOUGH_STEPS, ENOUGH_RATE = 300, 0.5
 HEALTHY = "healthy"
 NOTHING_LEARNED = "no fault found, but nothing learned from context yet"
 NOT_JUDGED = "not judged"
+UNTRUSTED = "not to be trusted"
 TARGETS = tuple(name for guard in GUARDS if guard.judges_target for name in guard.ids)
 Kind = Literal["healthy", "nothing_learned", "not_judged", "findings"]
 
@@ -61,6 +62,13 @@ class Learned:
 class Verdict:
     kind: Kind
     text: str
+
+    @property
+    def colour(self) -> str:
+        """On a terminal: a key of `console.COLOURS`."""
+        if self.kind == "findings":
+            return "error" if self.text.startswith(UNTRUSTED) else "warning"
+        return "good" if self.kind == "healthy" else "warning"
 
 
 def judge_run(
@@ -89,7 +97,7 @@ def say_findings(findings: Sequence[Finding]) -> str:
     """An error says that the loss is not what it seems, a warning that it does not look right; what explains the
     others comes first. Empty where there is neither."""
     roots = [finding.id for finding in root_causes(findings)]
-    for severity, words in (("error", "not to be trusted"), ("warning", "suspicious")):
+    for severity, words in (("error", UNTRUSTED), ("warning", "suspicious")):
         ids = dict.fromkeys(finding.id for finding in findings if finding.severity == severity)
         if ids:
             return f"{words}: {', '.join(sorted(ids, key=lambda name: name not in roots))}"
