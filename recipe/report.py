@@ -90,14 +90,17 @@ def write_report(run_dir: Path) -> Path:
     return write_page(make_report(folder), folder / "report.html")
 
 
-def make_report(run_dir: Path) -> str:
-    """The page of a run directory. UserError where there is no run."""
+def make_report(run_dir: Path, is_watched: bool = False) -> str:
+    """The page of a run directory. UserError where there is no run. `is_watched`: without a result it goes on."""
     run = load_run(run_dir)
+    is_running = is_watched and not run.part("result") and not run.info.get("failure")
     counts = Counter(finding.get("severity") for finding in run.findings)
-    has_failed = run.part("result").get("exit_code") not in (0, 130, 143) or counts["error"]
+    has_ended_badly = run.part("result").get("exit_code") not in (0, 130, 143) and not is_running
+    has_failed = has_ended_badly or counts["error"]
     is_healthy = run.part("result").get("verdict") == HEALTHY
     values = {
         "run": run,
+        "is_running": is_running,
         "counts": counts,
         "colour": "error" if has_failed else "warning" if counts["warning"] else "good" if is_healthy else "info",
         "figures": key_figures(run),

@@ -2,6 +2,7 @@
 
 import contextlib
 import html
+import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,6 +11,7 @@ from recipe.errors import UserError
 from recipe.report import RUN_FILES, folder_of, make_report
 
 HOST, TRIES = "127.0.0.1", 20
+RUNS = 300  # seconds without a new line after which a run without a result is not called running. Chosen.
 SECONDS = 3  # between a page's questions whether there is something new
 # The page stays where it was scrolled to. A hidden tab asks nothing.
 RELOAD = """<script>
@@ -81,9 +83,13 @@ class Page(BaseHTTPRequestHandler):
 
 def _report_of(folder: Path) -> str:
     try:
-        return make_report(folder)
+        return make_report(folder, is_watched=_newest(folder) > time.time() - RUNS)
     except UserError as error:  # deleted in the meantime
         return f"<!doctype html><title>no run</title><body>{html.escape(str(error))}</body>"
+
+
+def _newest(folder: Path) -> float:
+    return max((file.stat().st_mtime for name in RUN_FILES if (file := folder / name).is_file()), default=0.0)
 
 
 def state_of(folder: Path) -> str:

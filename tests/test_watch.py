@@ -1,6 +1,7 @@
 """`recipe report RUN --watch`: the page on loopback, and that it follows the run."""
 
 import json
+import os
 import threading
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -54,7 +55,9 @@ def test_the_page_knows_its_state_and_the_state_changes_with_a_step(folder):
         assert get(f"{url}/state") == before
         write_step(folder, 2)
         assert get(f"{url}/state") != before
-        assert "in 2 steps" in get(url)
+        assert "in 2 steps" in get(url) and ">Running<" in get(url)
+        os.utime(folder / "steps.jsonl", (0, 0))  # nothing has come for a long time
+        assert ">Unfinished<" in get(url)
     assert not (folder / "report.html").exists()  # nothing is written beside a run that goes on
 
 
