@@ -78,6 +78,8 @@ def load_run(run_dir: Path) -> Run:
     steps, num_records, num_lines = read_columns(run_dir / RUN_FILES[1], STEP_FIELDS)
     _note_gap(run_dir / RUN_FILES[1], num_records, num_lines, gaps)
     evals, findings, samples = (_read_records(run_dir / name, gaps) for name in RUN_FILES[2:])
+    # A damaged record is shown as far as it goes.
+    findings = [{**each, "likely_causes": _list(each.get("likely_causes"))} for each in findings]
     findings.sort(key=_severity_first)
     samples.sort(key=lambda sample: -(number(sample.get("step")) or 0))
     name = run_dir.resolve().parent.name if run_dir.name == FOLDER else run_dir.resolve().name
@@ -157,6 +159,10 @@ def _note_gap(file: Path, num_records: int, num_lines: int, gaps: list[str]) -> 
 
 def _placed(records: list[dict]) -> list[dict]:
     return [r for r in records if number(r.get("step")) is not None and number(r.get("tokens_seen")) is not None]
+
+
+def _list(value) -> list:
+    return value if isinstance(value, list) else []
 
 
 def _severity_first(finding: dict) -> tuple:

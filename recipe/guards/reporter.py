@@ -168,9 +168,9 @@ class Reporter:
             line = f"cannot judge {names}: {reason}"
             logger.info("%s", textwrap.shorten(line, LINE_LENGTH - PREFIX, placeholder=" ..."))
 
-    def log_start(self) -> None:
+    def log_start(self, is_off: bool = False) -> None:
         """How many ids are watched, on the main process, once the first micro-batch has been seen."""
-        if not self.is_main:
+        if not self.is_main or is_off:
             return
         ids = set(self.guard_of) - self.disabled
         counts = {

@@ -124,8 +124,7 @@ class Session:
         self.is_over = self.failure is not None
         if self.options.only_check:
             raise PreflightDone
-        if not self.is_over:
-            self.reporter.log_start()
+        self.reporter.log_start(is_off=self.is_over)
 
     @survives
     def _prepare(self, inputs, num_items_in_batch, own_step, saved, checkpoint: Path | None) -> None:
@@ -278,7 +277,6 @@ class Session:
         ranks = self.ranks.gather((self._take_evaluation(), self._repeat()))
         if self.is_main and all(rows is not None for rows, _ in ranks):
             self._observe_eval(metrics, step, [rows for rows, _ in ranks], ranks[0][1] or [])
-            self.trackers.send_findings(self.reporter.findings)
 
     @survives
     def explain_waiting(self) -> None:
