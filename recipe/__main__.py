@@ -2,32 +2,35 @@
 
 import argparse
 import atexit
+import contextlib
 import difflib
 import itertools
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from recipe.console import configure_logging, configure_transformers_logging
 from recipe.errors import DataError, UserError, exit_code_of, handle_endings, is_disk_error, message_of
 from recipe.plain_json import dumps
 from recipe.read_config import read_config
-from recipe.redact import configure_logging, configure_transformers_logging
 from recipe.rundir import ended_on_purpose_before, write_exit
 from recipe.threads import choose_waiting
 
 USAGE = """usage: python -m recipe COMMAND ...
 
-  train CONFIG.json [--field value ...] [--json]      the run
+  train [CONFIG.json] [--field value ...] [--json]    the run; without CONFIG.json llama_180m on a GPU, else the demo
   check CONFIG.json [--field value ...] [--json]      every probe on the first batch, no training; 3: error
   verify-data CONFIG.json [--num_batches 100] [--workers W] [--field value ...] [--json]
                                                       read the stream as training does: repetition, hold-out, speed
   plan CONFIG.json [--field value ...] [--json]       parameters, FLOPs, memory, disk and hours, without a run
   tokenize CONFIG.json OUT_DIR [--field value ...]    write the source's token ids once; then use OUT_DIR as `source`
-  report RUN_DIR [--bundle]                           findings and curve -> RUN_DIR/report.html; --bundle packs what
-                                                      is needed to debug a finding, without data or paths
+  report RUN_DIR [--watch [PORT] | --bundle]          findings and curve -> RUN_DIR/report.html; --watch serves it on
+                                                      this machine while the run goes on; --bundle packs what is
+                                                      needed to debug a finding, without data or paths
   new FILE.json [--size 3m|15m|60m|180m]              write a starting config; never overwrites
   generate RUN "prompt" [--num_samples N] [--json]    continue a prompt; RUN: a run, its final/, a checkpoint-N,
                                                       or a folder of a transformers model
@@ -43,9 +46,13 @@ KEYS = """
 """
 MODEL = "a run, its final/, a checkpoint-N, or a folder of a transformers model"
 GOOD, UNEXPECTED, USER_INPUT, STOPPED_BY_GUARD = 0, 1, 2, 3
+PROJECT = Path(__file__).resolve().parent.parent  # of an installed recipe: where the package lies
+PORT = 8765  # of `report --watch`
 
 
 def train(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        arguments = [_default_config(), *arguments]
     options, config = _parse(_config_parser("train"), arguments)
     from recipe.train import run_training
 
@@ -55,6 +62,20 @@ def train(arguments: list[str]) -> int:
     if options.json and outcome.is_main:
         print(dumps(outcome.result))
     return outcome.code
+
+
+def _default_config() -> str:
+    name = "llama_180m" if _has_gpu() else "cpu_demo"
+    logging.getLogger("recipe").info("no CONFIG.json is given: training recipe/configs/%s.json", name)
+    return str(PROJECT / f"recipe/configs/{name}.json")
+
+
+def _has_gpu() -> bool:
+    if shutil.which("nvidia-smi") is None:  # torch takes seconds to import
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def check(arguments: list[str]) -> int:
@@ -109,6 +130,8 @@ def _config_parser(command: str) -> argparse.ArgumentParser:
 def _parse(parser: argparse.ArgumentParser, arguments: list[str], reads_data: bool = True):
     """The command's own options, and the configuration; all remaining words are overrides."""
     options, overrides = parser.parse_known_args(arguments)
+    if not Path(options.config).exists() and (PROJECT / options.config).is_file():  # as `bash run_clm.sh` does
+        options.config = str(PROJECT / options.config)
     reading = read_config(options.config, overrides)
     if reads_data:
         reading.check_source()
@@ -141,14 +164,26 @@ def new(arguments: list[str]) -> int:
     return GOOD
 
 
+def _port(word: str) -> int:
+    if not word.isdigit() or not 1024 <= int(word) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"must be a port from 1024 on, got {word}; RUN_DIR comes first")
+    return int(word)
+
+
 def report(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("recipe report")
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--bundle", action="store_true")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--bundle", action="store_true")
+    kinds.add_argument("--watch", nargs="?", type=_port, const=PORT, metavar="PORT")
     options = parser.parse_args(arguments)
     from recipe.bundle import write_bundle
     from recipe.report import write_report
+    from recipe.watch import watch
 
+    if options.watch is not None:
+        watch(options.run_dir, options.watch)
+        return GOOD
     print(write_bundle(options.run_dir) if options.bundle else write_report(options.run_dir))
     return GOOD
 
@@ -354,7 +389,8 @@ def main() -> None:
         logging.getLogger("recipe").exception("unexpected error; a bug in the recipe or in a library")
         write_exit(UNEXPECTED, "unexpected error", None)
         code = UNEXPECTED
-    atexit._run_exitfuncs()  # trackers finish their uploads here
+    with contextlib.redirect_stdout(sys.stderr):  # what was asked for is printed
+        atexit._run_exitfuncs()  # trackers finish their uploads here
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -18,6 +18,7 @@ from recipe.guards.records import iterate_lines, parse_object
 from recipe.guards.trajectory import TRAJECTORIES
 from recipe.plain_json import dumps
 from recipe.read_config import known_types
+from recipe.report import folder_of
 from recipe.rundir import PACKAGES
 
 FILES = ("run.json", "exit.json", "findings.jsonl", "steps.jsonl", "evals.jsonl")
@@ -57,6 +58,7 @@ def write_bundle(run_dir: Path) -> Path:
     Left out are samples, checkpoints and the guards' state, which hold text or token ids. UserError where there is no
     run.
     """
+    run_dir = folder_of(run_dir)
     if not any((run_dir / name).is_file() for name in FILES):
         raise UserError(f"no run in {run_dir}: expected a directory with run.json or steps.jsonl in it")
     run, ended = _read_object(run_dir / "run.json"), _read_object(run_dir / "exit.json")

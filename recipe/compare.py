@@ -17,6 +17,7 @@ from recipe.model_card import without_folders
 from recipe.noise import EndDifference, compare_ends, compare_with_seeds, scatter_of_seeds
 from recipe.plain_json import dumps
 from recipe.report import RUN_FILES, SEVERITIES, TRAIN_LOSS_STEPS, Run, key_figures, load_run, plural, render
+from recipe.report import write_page as write_html
 from recipe.trained import say_what_is_in
 
 MAX_RUNS = 8  # colours of the page
@@ -290,7 +291,7 @@ def write_page(comparison: Comparison, file: Path) -> Path:
         "settings": comparison.result["settings"],
         "charts": draw_charts(names, [(place, run) for place, run in enumerate(runs) if run.num_steps]),
     }
-    return render("compare.html.j2", values, file)
+    return write_html(render("compare.html.j2", values), file)
 
 
 def draw_charts(names: list[str], runs: list[tuple[int, Run]]) -> list[Chart]:

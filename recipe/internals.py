@@ -32,7 +32,7 @@ def reset_logged_loss(trainer) -> None:
 
 def attention_of(model) -> str | None:
     """The attention implementation in force: `eager`, `sdpa`, `flash_attention_2`, ..."""
-    return getattr(model.config, "_attn_implementation", None)
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
 
 def causal_class_of(config) -> type:

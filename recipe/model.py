@@ -206,6 +206,16 @@ def describe_kernels(model: PreTrainedModel, training_args) -> str:
     return " | ".join(parts)
 
 
+def describe_device(training_args, kernels: str) -> dict:
+    is_cuda = training_args.device.type == "cuda"
+    return {
+        "name": torch.cuda.get_device_name() if is_cuda else f"CPU, {torch.get_num_threads()} threads",
+        "type": training_args.device.type,
+        "count": training_args.world_size,
+        "kernels": kernels,
+    }
+
+
 def count_flops_per_token(model: PreTrainedModel, block_size: int) -> int:
     return flops_per_token(model.config, model.num_parameters(), block_size)
 

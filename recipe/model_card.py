@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from recipe.report import key_figures, load_run, render
+from recipe.report import key_figures, load_run, render, write_page
 
 # The folders of a path on this machine: "/data/web/" of "/data/web/*.parquet". URLs and relative names have none.
 FOLDERS = re.compile(r"(?<![\w:/.<])[~.]{0,2}/(?:[^\s/\"']+/)*")
@@ -26,7 +26,7 @@ def write_model_card(run_dir: Path, model_dir: Path) -> Path:
         "arguments": run.part("arguments"),
         "name": hub_name if HUB_NAME.fullmatch(hub_name) else ".",
     }
-    return render("model_card.md.j2", values, model_dir / "README.md")
+    return write_page(render("model_card.md.j2", values), model_dir / "README.md")
 
 
 def without_folders(value):

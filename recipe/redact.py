@@ -1,12 +1,10 @@
 """Removes credentials from all that leaves the process: log lines, messages, and every file with text in it.
 
-The boundary is in three places: `configure_logging`, `plain_json.dumps` and `message_of` (errors.py).
+The boundary is in three places: `console.LineFormatter`, `plain_json.dumps` and `message_of` (errors.py).
 """
 
-import logging
 import os
 import re
-import sys
 
 MASK = "***"
 # Of URLs: what is before "@", and each value of the query, whatever its name.
@@ -52,28 +50,6 @@ def redact_all(value):
     return redact(value) if isinstance(value, str) else value
 
 
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
-
-
-def configure_logging(level: int = logging.INFO) -> None:
-    """Log to stderr, without credentials; also what Python warns of."""
+def remember_environment() -> None:
+    """What the environment's variables hold under names that mean a credential."""
     remember(*(value for name, value in os.environ.items() if ENVIRONMENT.search(name)))
-    root = logging.getLogger()
-    if not root.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Formatter("%(levelname)s %(name)s | %(message)s"))
-        root.addHandler(handler)
-    root.setLevel(level)
-    logging.captureWarnings(True)
-
-
-def configure_transformers_logging() -> None:
-    """What transformers logs goes the same way, where `configure_logging` was called. Imports it: a second."""
-    if not any(isinstance(handler.formatter, _Formatter) for handler in logging.getLogger().handlers):
-        return
-    from transformers.utils import logging as of_transformers
-
-    of_transformers.disable_default_handler()
-    of_transformers.enable_propagation()

@@ -15,6 +15,7 @@ import numpy as np
 from recipe.chart import Chart, compact, smooth
 from recipe.errors import UserError
 from recipe.guards import MEANINGS
+from recipe.guards.callback import FOLDER
 from recipe.guards.records import iterate_lines, number, parse_object, read_columns
 from recipe.redact import redact
 from recipe.verdict import HEALTHY
@@ -56,9 +57,18 @@ class Run:
         return self.info.get(key) or {}
 
 
+def folder_of(run_dir: Path) -> Path:
+    """Where the run's files are: the guards in someone's own Trainer write into a folder of its `output_dir`."""
+    return run_dir / FOLDER if not _holds_run(run_dir) and (run_dir / FOLDER).is_dir() else run_dir
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in RUN_FILES)
+
+
 def load_run(run_dir: Path) -> Run:
     """Reads what there is of a run directory; UserError where there is no run."""
-    if not any((run_dir / name).is_file() for name in RUN_FILES):
+    if not _holds_run(run_dir):
         raise UserError(f"no run in {run_dir}: expected a directory with {RUN_FILES[0]} or {RUN_FILES[1]} in it")
     file, gaps = run_dir / RUN_FILES[0], []
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
@@ -68,19 +78,31 @@ def load_run(run_dir: Path) -> Run:
     steps, num_records, num_lines = read_columns(run_dir / RUN_FILES[1], STEP_FIELDS)
     _note_gap(run_dir / RUN_FILES[1], num_records, num_lines, gaps)
     evals, findings, samples = (_read_records(run_dir / name, gaps) for name in RUN_FILES[2:])
+    # A damaged record is shown as far as it goes.
+    findings = [{**each, "likely_causes": _list(each.get("likely_causes"))} for each in findings]
     findings.sort(key=_severity_first)
     samples.sort(key=lambda sample: -(number(sample.get("step")) or 0))
-    return Run(run_dir.resolve().name, info or {}, steps, _placed(evals), findings, samples, gaps)
+    name = run_dir.resolve().parent.name if run_dir.name == FOLDER else run_dir.resolve().name
+    return Run(name, info or {}, steps, _placed(evals), findings, samples, gaps)
 
 
 def write_report(run_dir: Path) -> Path:
     """Writes `report.html` into the run directory and returns its path. UserError where there is no run."""
+    folder = folder_of(run_dir)
+    return write_page(make_report(folder), folder / "report.html")
+
+
+def make_report(run_dir: Path, is_watched: bool = False) -> str:
+    """The page of a run directory. UserError where there is no run. `is_watched`: without a result it goes on."""
     run = load_run(run_dir)
+    is_running = is_watched and not run.part("result") and not run.info.get("failure")
     counts = Counter(finding.get("severity") for finding in run.findings)
-    has_failed = run.part("result").get("exit_code") not in (0, 130, 143) or counts["error"]
+    has_ended_badly = run.part("result").get("exit_code") not in (0, 130, 143) and not is_running
+    has_failed = has_ended_badly or counts["error"]
     is_healthy = run.part("result").get("verdict") == HEALTHY
     values = {
         "run": run,
+        "is_running": is_running,
         "counts": counts,
         "colour": "error" if has_failed else "warning" if counts["warning"] else "good" if is_healthy else "info",
         "figures": key_figures(run),
@@ -88,20 +110,17 @@ def write_report(run_dir: Path) -> Path:
         "meanings": MEANINGS,
         "environment": _environment(run),
     }
-    return render("report.html.j2", values, run_dir / "report.html")
+    return render("report.html.j2", values)
 
 
-def render(template: str, values: dict, file: Path) -> Path:
-    """Fills a template of `templates/` with `values`, escaped, and writes it to `file`."""
-    # A sample may hold half a surrogate pair, which UTF-8 cannot encode.
-    file.write_text(
-        _environment_of_templates().get_template(template).render(values), encoding="utf-8", errors="replace"
-    )
-    return file
+def render(template: str, values: dict) -> str:
+    """A template of `templates/`, filled with `values`, escaped."""
+    return _environment_of_templates().get_template(template).render(values)
 
 
-@cache  # a run writes its report at every checkpoint, and compiling the template takes longer than filling it
+@cache
 def _environment_of_templates() -> jinja2.Environment:
+    """Compiled once for a process, of which a test suite trains hundreds of runs."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -113,6 +132,12 @@ def _environment_of_templates() -> jinja2.Environment:
     to_json = partial(json.dumps, ensure_ascii=False)
     environment.filters |= {"show": show, "plural": plural, "compact": compact, "json": to_json}
     return environment
+
+
+def write_page(text: str, file: Path) -> Path:
+    """A sample may hold half a surrogate pair, which UTF-8 cannot encode."""
+    file.write_text(text, encoding="utf-8", errors="replace")
+    return file
 
 
 def _read_records(file: Path, gaps: list[str]) -> list[dict]:
@@ -134,6 +159,10 @@ def _note_gap(file: Path, num_records: int, num_lines: int, gaps: list[str]) -> 
 
 def _placed(records: list[dict]) -> list[dict]:
     return [r for r in records if number(r.get("step")) is not None and number(r.get("tokens_seen")) is not None]
+
+
+def _list(value) -> list:
+    return value if isinstance(value, list) else []
 
 
 def _severity_first(finding: dict) -> tuple:

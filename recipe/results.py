@@ -4,8 +4,6 @@ import json
 import logging
 import shlex
 import shutil
-import signal
-import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,13 +18,14 @@ from recipe.data.loader import count_bad, whole_position
 from recipe.data.pipeline import Data, unigram_entropy
 from recipe.data.source import counted
 from recipe.guards import GUARDS, RegressionCallback
-from recipe.model import count_flops_per_token, describe_kernels
+from recipe.model import count_flops_per_token, describe_device, describe_kernels
 from recipe.model_card import write_model_card
 from recipe.next_steps import next_commands
+from recipe.progress import format_seconds
 from recipe.report import write_report
 from recipe.signals import SignalCallback
-from recipe.trainer import PretrainTrainer, format_seconds
-from recipe.verdict import Learned, Verdict, final_loss, judge_run
+from recipe.trainer import PretrainTrainer
+from recipe.verdict import Verdict, describe_guards, verdict
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def describe_run(
             "config_path": str(config.path),
             "arguments": config.to_dict(),
             **rundir.describe_environment(),
-            "device": describe_device(config, kernels),
+            "device": describe_device(training, kernels),
             "model": {
                 "parameters": model.num_parameters(),
                 "vocab_size": model.config.vocab_size,
@@ -112,17 +111,6 @@ def describe_sources(data: Data) -> dict:
         "content_hash": "+".join(part["content_hash"] for part in parts),
         "parts": parts,
         "num_lanes": data.loader.dataset.num_lanes,
-    }
-
-
-def describe_device(config: Config, kernels: str) -> dict:
-    training = config.training
-    is_cuda = training.device.type == "cuda"
-    return {
-        "name": torch.cuda.get_device_name() if is_cuda else f"CPU, {torch.get_num_threads()} threads",
-        "type": training.device.type,
-        "count": training.world_size,
-        "kernels": kernels,
     }
 
 
@@ -175,16 +163,6 @@ def conclude(
     return Outcome(code, {"run_dir": str(output_dir), **result}, trainer.is_world_process_zero())
 
 
-def describe_guards(guards: RegressionCallback) -> dict:
-    return {
-        "judged": sorted(guards.judged - guards.disabled),
-        "judged_steps": dict(guards.judged_steps),
-        "cannot_judge": guards.cannot_judge,
-        "not_applicable": guards.not_applicable,
-        "disabled": sorted(guards.disabled),
-    }
-
-
 def final_evaluation(trainer: PretrainTrainer) -> dict:
     """The last step's evaluation, run now unless the training ended with it."""
     last = trainer.state.global_step
@@ -192,38 +170,6 @@ def final_evaluation(trainer: PretrainTrainer) -> dict:
     metrics = logged[-1] if logged else trainer.evaluate()
     names = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_next_token_accuracy")
     return {name: metrics[name] for name in names}
-
-
-def context_of(guards: RegressionCallback) -> dict[str, float | int | None]:
-    """Prequential nats of unigram and bigram in the last steps that were scored, the sum of the learning rates, and
-    the vocabulary; None where they are not known."""
-    names, session = ("unigram_of_run", "bigram_of_run", "learning_rate_sum", "vocab_size"), guards.session
-    if session is None or session.taps is None:
-        return dict.fromkeys(names)
-    recent = session.taps.ngrams.recent if session.taps.ngrams is not None else []
-    means = map(statistics.fmean, zip(*recent, strict=True)) if recent else (None, None)
-    return dict(zip(names, (*means, session.learning_rate_sum, session.run.vocab_size or None), strict=True))
-
-
-def verdict(
-    guards: RegressionCallback, received: int | None, eval_loss: float | None = None, entropy: float | None = None
-) -> Verdict:
-    """`entropy`: of the tokens that `eval_loss` is about. Without it, or without an evaluation (an interrupted run, a
-    Trainer of one's own), the loss is compared with what the frequencies of the training tokens give, scored before
-    they are learned. For any `RegressionCallback`, after training."""
-    context = context_of(guards)
-    is_prequential = (eval_loss is None or entropy is None) and context["unigram_of_run"] is not None
-    learned = Learned(
-        final_loss=final_loss(eval_loss, [record["loss"] for record in guards.history]),
-        unigram=context["unigram_of_run"] if is_prequential else entropy,
-        steps=guards.history[-1]["step"] if guards.history else 0,
-        tokens_seen=guards.tokens_seen,
-        is_prequential=is_prequential,
-        **context,
-    )
-    name = signal.Signals(received).name if received else None
-    reasons = guards.not_applicable | guards.cannot_judge
-    return judge_run(guards.findings, learned, guards.judged, reasons, guards.failure, name)
 
 
 def write_results(
@@ -250,7 +196,8 @@ def write_results(
     logger.info(
         f"verdict: {result['verdict']}{unjudged} | {num_judged} guards judged, {num_unjudged} could not | findings: "
         f"{counts['error']} errors, {counts['warning']} warnings, {counts['info']} info | "
-        f"{guards.tokens_seen:,} tokens in {format_seconds(result['train_seconds'])} | {report}"
+        f"{guards.tokens_seen:,} tokens in {format_seconds(result['train_seconds'])} | {report}",
+        extra={"colour": Verdict(result["verdict_kind"], result["verdict"]).colour},
     )
     if is_whole:
         logger.info("what you can do now:\n  %s", "\n  ".join(next_commands(output_dir)))

@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -142,8 +143,14 @@ def describe_environment() -> dict:
     return {"versions": versions(), "commit": commit, "is_dirty": is_dirty}
 
 
+@cache
 def versions() -> dict[str, str]:
-    return {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}}
+    """Of Python and of those of PACKAGES that are installed: the guards alone run without some."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _git(*arguments: str) -> str | None:

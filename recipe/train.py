@@ -20,24 +20,21 @@ from recipe.data.pipeline import Data, build_data
 from recipe.data.stream import HeldOutRows
 from recipe.errors import DataError, UserError, exit_code_of, message_of
 from recipe.guards import RegressionCallback
+from recipe.guards.checkpoint import restore_findings
+from recipe.guards.trackers import contain
 from recipe.guards.trajectory import load_reference
 from recipe.internals import load_weights
 from recipe.memory import check_fits
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
 from recipe.model import agree_on_tf32, build_model, choose_attention, read_model_config, why_not_compile
+from recipe.progress import ProgressBarCallback
 from recipe.publish import check_login
 from recipe.redact import redact_all
 from recipe.results import Outcome, conclude, describe_run
 from recipe.resume import check_settings, load_position, read_stream_state, settings_of
 from recipe.signals import SignalCallback
 from recipe.skipping import SkipCallback
-from recipe.trainer import (
-    PretrainTrainer,
-    ProgressBarCallback,
-    SampleCallback,
-    StreamCallback,
-    gather_all,
-)
+from recipe.trainer import PretrainTrainer, SampleCallback, StreamCallback, gather_all
 
 logger = logging.getLogger(__name__)
 
@@ -249,6 +246,7 @@ def build_trainer(config: Config, data: Data, model, guards: RegressionCallback,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    contain(trainer)
     return trainer, signals
 
 
@@ -264,7 +262,8 @@ def train(trainer: PretrainTrainer, guards: RegressionCallback, checkpoint: Path
         load_weights(trainer, str(checkpoint))
         trainer.state.global_step = checkpoints.step_of(checkpoint)
         guards.open_files(trainer.args, trainer.state)
-        guards.load(checkpoint)
+        if guards.is_main:
+            restore_findings(guards.reporter, checkpoint)
     else:
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

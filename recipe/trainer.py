@@ -1,20 +1,16 @@
 """What the recipe adds to `transformers.Trainer`: its own loader, checkpoints that hold the stream's position,
 samples, progress."""
 
-import contextlib
 import logging
 import math
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
-from tqdm.auto import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback
 
 from recipe import checkpoints
@@ -24,6 +20,7 @@ from recipe.data.source import Source
 from recipe.errors import DataError, is_disk_error
 from recipe.generate import Sampling, has_finite_logits, sample_tokens
 from recipe.guards import RegressionCallback
+from recipe.guards.guard import LINE_LENGTH
 from recipe.guards.records import append_line, keep_until
 from recipe.internals import reset_logged_loss
 from recipe.publish import upload, upload_checkpoint
@@ -34,6 +31,7 @@ from recipe.skipping import SkipCallback
 logger = logging.getLogger(__name__)
 WORDS_CHARS = 1 << 20  # of a text, searched for words at once
 SAMPLE_TOKENS = 64  # of each continuation
+PREFIX, MIN_COLUMNS = "INFO recipe.trainer | ", 100  # of a line of the log
 
 
 class PretrainTrainer(Trainer):
@@ -264,10 +262,20 @@ class SampleCallback(TrainerCallback):
                 "words_in_corpus": share_of_known_words(text, self._known_words),
             }
             append_line(Path(args.output_dir) / "samples.jsonl", record)
-        share = record["words_in_corpus"]
-        known = "" if share is None else f" ({share:.0%} of its words occur in the corpus)"
-        sample = " ".join(f"{record['prompt']} >> {text}".split())
-        logger.info("step %d | sample: %.85s%s", state.global_step, sample, known)  # samples.jsonl has all of it
+        logger.info("%s", sample_line(record))
+
+
+def sample_line(record: dict) -> str:
+    """One line of a log, of a terminal if it is wide enough; `samples.jsonl` has all of it."""
+    share = record["words_in_corpus"]
+    known = "" if share is None else f" ({share:.0%} of its words occur in the corpus)"
+    head, columns = f"step {record['step']} | sample: ", LINE_LENGTH
+    if sys.stderr.isatty():
+        columns = max(MIN_COLUMNS, min(LINE_LENGTH, shutil.get_terminal_size().columns - 1))
+    text = " ".join(f"{record['prompt']} >> {record['text']}".split())
+    text = "".join(char if char.isprintable() else "\ufffd" for char in text)  # no escape codes for the terminal
+    room = columns - len(PREFIX) - len(head) - len(known)
+    return head + (text if len(text) <= room else f"{text[: room - 1]}…") + known
 
 
 def words_of(text: str) -> list[str]:
@@ -294,67 +302,3 @@ def share_of_known_words(text: str, known: set[str] | None) -> float | None:
     """Share of the words in `text` that are in `known`, None without words. The first and last word may be cut."""
     words = words_of(text)[1:-1]
     return sum(word in known for word in words) / len(words) if words and known is not None else None
-
-
-# --- progress
-
-
-class ProgressBarCallback(TrainerCallback):
-    """A bar with loss, tokens/s and ETA on a terminal; elsewhere a line per logged step."""
-
-    def __init__(self, guards: RegressionCallback):
-        self.guards = guards
-        self._bar = None
-        self._redirection = contextlib.ExitStack()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._start, self._first = time.perf_counter(), state.global_step
-        if state.is_world_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
-            self._redirection.enter_context(logging_redirect_tqdm())  # log lines go above the bar, not into it
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
-            if self.guards.history:
-                now = self.guards.history[-1]
-                self._bar.set_postfix_str(f"loss {now['loss']:.3f}, {now['tokens_per_second']:,.0f} tokens/s")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self._bar is not None or "loss" not in (logs or {}):
-            return
-        done = state.global_step - self._first
-        seconds = time.perf_counter() - self._start
-        left = seconds / max(1, done) * (state.max_steps - state.global_step)
-        rate = self.guards.history[-1]["tokens_per_second"] if self.guards.history else 0
-        logger.info(
-            f"step {state.global_step} of {state.max_steps} | loss {logs['loss']:.3f} | learning rate "
-            f"{logs['learning_rate']:.2e} | {rate:,.0f} tokens/s | {format_seconds(left)} left"
-        )
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if state.is_world_process_zero and metrics:
-            parts = [
-                f"{name.removeprefix('eval_').replace('_', ' ')} {metrics[name]:.4f}"
-                for name in EVAL_METRICS
-                if name in metrics
-            ]
-            logger.info("step %d | eval | %s", state.global_step, " | ".join(parts))
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._bar is not None:
-            self._bar.close()
-            self._redirection.close()
-
-
-EVAL_METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_next_token_accuracy")
-
-
-def format_seconds(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

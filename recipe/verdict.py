@@ -10,12 +10,13 @@ context gets there.
 """
 
 import math
+import signal
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from recipe.guards import GUARDS, Finding, root_causes
+from recipe.guards import GUARDS, Finding, RegressionCallback, root_causes
 
 # The final loss is the mean of so many last steps where there was no evaluation. Chosen: one step alone is noise.
 LAST_STEPS = 20
@@ -35,6 +36,7 @@ ENOUGH_STEPS, ENOUGH_RATE = 300, 0.5
 HEALTHY = "healthy"
 NOTHING_LEARNED = "no fault found, but nothing learned from context yet"
 NOT_JUDGED = "not judged"
+UNTRUSTED = "not to be trusted"
 TARGETS = tuple(name for guard in GUARDS if guard.judges_target for name in guard.ids)
 Kind = Literal["healthy", "nothing_learned", "not_judged", "findings"]
 
@@ -60,6 +62,13 @@ class Learned:
 class Verdict:
     kind: Kind
     text: str
+
+    @property
+    def colour(self) -> str:
+        """On a terminal: a key of `console.COLOURS`."""
+        if self.kind == "findings":
+            return "error" if self.text.startswith(UNTRUSTED) else "warning"
+        return "good" if self.kind == "healthy" else "warning"
 
 
 def judge_run(
@@ -88,7 +97,7 @@ def say_findings(findings: Sequence[Finding]) -> str:
     """An error says that the loss is not what it seems, a warning that it does not look right; what explains the
     others comes first. Empty where there is neither."""
     roots = [finding.id for finding in root_causes(findings)]
-    for severity, words in (("error", "not to be trusted"), ("warning", "suspicious")):
+    for severity, words in (("error", UNTRUSTED), ("warning", "suspicious")):
         ids = dict.fromkeys(finding.id for finding in findings if finding.severity == severity)
         if ids:
             return f"{words}: {', '.join(sorted(ids, key=lambda name: name not in roots))}"
@@ -151,3 +160,48 @@ def _why_nothing(learned: Learned) -> str:
     if learned.learning_rate_sum is not None and learned.learning_rate_sum < ENOUGH_RATE:
         return f"the learning rates of all steps add up to {learned.learning_rate_sum:.2g} only"
     return f"after {learned.tokens_seen:,} tokens in {learned.steps:,} steps, for no reason that a guard knows"
+
+
+# --- after a training, from its callback
+
+
+def context_of(guards: RegressionCallback) -> dict[str, float | int | None]:
+    """Prequential nats of unigram and bigram in the last steps that were scored, the sum of the learning rates, and
+    the vocabulary; None where they are not known."""
+    names, session = ("unigram_of_run", "bigram_of_run", "learning_rate_sum", "vocab_size"), guards.session
+    if session is None or session.taps is None:
+        return dict.fromkeys(names)
+    recent = session.taps.ngrams.recent if session.taps.ngrams is not None else []
+    means = map(statistics.fmean, zip(*recent, strict=True)) if recent else (None, None)
+    return dict(zip(names, (*means, session.learning_rate_sum, session.run.vocab_size or None), strict=True))
+
+
+def verdict(
+    guards: RegressionCallback, received: int | None, eval_loss: float | None = None, entropy: float | None = None
+) -> Verdict:
+    """`entropy`: of the tokens that `eval_loss` is about. Without it, or without an evaluation (an interrupted run, a
+    Trainer of one's own), the loss is compared with what the frequencies of the training tokens give, scored before
+    they are learned. For any `RegressionCallback`, after training."""
+    context = context_of(guards)
+    is_prequential = (eval_loss is None or entropy is None) and context["unigram_of_run"] is not None
+    learned = Learned(
+        final_loss=final_loss(eval_loss, [record["loss"] for record in guards.history]),
+        unigram=context["unigram_of_run"] if is_prequential else entropy,
+        steps=guards.history[-1]["step"] if guards.history else 0,
+        tokens_seen=guards.tokens_seen,
+        is_prequential=is_prequential,
+        **context,
+    )
+    name = signal.Signals(received).name if received else None
+    reasons = guards.not_applicable | guards.cannot_judge
+    return judge_run(guards.findings, learned, guards.judged, reasons, guards.failure, name)
+
+
+def describe_guards(guards: RegressionCallback) -> dict:
+    return {
+        "judged": sorted(guards.judged - guards.disabled),
+        "judged_steps": dict(guards.judged_steps),
+        "cannot_judge": guards.cannot_judge,
+        "not_applicable": guards.not_applicable,
+        "disabled": sorted(guards.disabled),
+    }

@@ -261,7 +261,7 @@ def test_two_callbacks_do_the_work_of_one(tmp_path):
     trainer.train()
     assert "missing_label_shift" in guards[0].judged and not guards[1].judged
     assert guards[1].cannot_judge["missing_label_shift"] == "another RegressionCallback watches this Trainer"
-    assert len((tmp_path / "run/steps.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "run/_recipe/steps.jsonl").read_text().splitlines()) == 4
     assert "training_step" not in vars(trainer) and "prediction_step" not in vars(trainer)
 
 

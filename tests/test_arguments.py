@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from recipe import arguments, config_checks, read_config
+from recipe.__main__ import run
 from recipe.arguments import (
     DataArguments,
     GuardArguments,
@@ -513,3 +514,11 @@ def test_shipped_config_parses(path, tmp_path, monkeypatch):
     config = parse_config(path, ["--use_cpu", "true"])
     assert config.max_steps >= 1
     assert os.path.exists(config.model.model_config)
+
+
+def test_the_commands_find_the_shipped_configs_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("recipe.__main__._has_gpu", lambda: False)
+    for command in (["train"], ["train", "recipe/configs/cpu_demo.json"], ["plan", "recipe/configs/cpu_demo.json"]):
+        assert run([*command, "--no_such_key", "1"]) == 2
+        assert "recipe/configs/cpu_demo.json: 1 problem" in capsys.readouterr().err

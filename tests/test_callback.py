@@ -56,8 +56,8 @@ def test_a_healthy_run_is_silent_and_was_judged(tiny_model, tmp_path):
     guards = watch(make_trainer(tiny_model, tmp_path))
     assert guards.findings == []
     assert {"missing_label_shift", "double_label_shift", "wrong_loss_target", "loss_not_finite"} <= guards.judged
-    assert "this run has" in guards.cannot_judge["loss_off_reference"]
-    assert (tmp_path / "run/findings.jsonl").read_text() == ""
+    assert "no reference has been recorded" in guards.not_applicable["loss_off_reference"]
+    assert (tmp_path / "run/_recipe/findings.jsonl").read_text() == ""
 
 
 def test_a_missing_shift_is_named_before_step_1_in_the_documented_line(tiny_model, tmp_path, caplog):
@@ -72,7 +72,7 @@ def test_a_missing_shift_is_named_before_step_1_in_the_documented_line(tiny_mode
     assert line.getMessage().startswith("missing_label_shift | step 0 | found loss target = token i (")
     assert " | expected token i+1 | likely: labels passed unshifted" in line.getMessage()
     assert len("WARNING recipe.guards | " + line.getMessage()) <= 160
-    stored = read_lines(tmp_path / "run/findings.jsonl")
+    stored = read_lines(tmp_path / "run/_recipe/findings.jsonl")
     assert [record["id"] for record in stored] == ["missing_label_shift", "init_loss_off"]
 
 
@@ -111,7 +111,7 @@ def test_steps_are_recorded_as_trainer_logs_them(tiny_model, tmp_path, accumulat
     trainer = make_trainer(tiny_model, tmp_path, gradient_accumulation_steps=accumulation)
     watch(trainer)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    records = read_lines(tmp_path / "run/steps.jsonl")
+    records = read_lines(tmp_path / "run/_recipe/steps.jsonl")
     assert len(records) == len(logged) == 6
     for record, entry in zip(records, logged, strict=True):
         # Trainer adds micro-batch losses in the same order, in fp32: equal to the last bit

@@ -286,7 +286,7 @@ def test_each_kind_of_fault_disables_its_guard_alone(method, config, unwatched, 
 
 @pytest.mark.parametrize("name", ["findings.jsonl", "steps.jsonl", "evals.jsonl"])
 def test_a_file_that_cannot_be_written_does_not_end_a_training(name, config, unwatched, tmp_path):
-    (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run/_recipe" / name).mkdir(parents=True)
     guards = RegressionCallback()
     assert_equal_weights(train(config, tmp_path / "run", guards), unwatched)
     assert guards.failure is None and guards.judged

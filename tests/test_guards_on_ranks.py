@@ -68,6 +68,7 @@ def train(folder: Path, guards: RegressionCallback | None = None) -> dict[str, t
 def on_both_ranks(folder: Path) -> None:
     """What each fault does, written by rank 0."""
     rank, logged, results = int(os.environ["RANK"]), [], {}
+    train(folder / "healthy", RegressionCallback())
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda record: logged.append(record.getMessage())
     logging.getLogger("recipe.guards").addHandler(handler)
@@ -98,7 +99,13 @@ def results(tmp_path_factory) -> dict:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "results.json").read_text())
+    return {**json.loads((folder / "results.json").read_text()), "stderr": done.stderr}
+
+
+def test_each_line_is_logged_once_on_two_ranks(results):
+    lines = [line for line in results["stderr"].splitlines() if "recipe.guards | " in line]
+    assert [line for line in lines if "recipe guards: " in line] == lines[:1]
+    assert [line for line in lines if "verdict: " in line and "/healthy/_recipe/report.html" in line] == lines[1:2]
 
 
 @pytest.mark.parametrize("name", FAULTS)

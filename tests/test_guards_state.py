@@ -88,7 +88,7 @@ def test_a_healthy_state_restores_exactly(finished, resume):
 
 
 def test_healthy_files_are_read_whole(finished, resume, tmp_path):
-    (tmp_path / "run/findings.jsonl").write_text(FINDING.to_json() + "\n")
+    (tmp_path / "run/_recipe/findings.jsonl").write_text(FINDING.to_json() + "\n")
     change(tmp_path, "reporter.open", {"loss_spike": {"finding": asdict(FINDING), "checks": {"step": 0}}})
     guards, warnings = resume()
     assert warnings == [] and guards.findings == [FINDING]
@@ -195,13 +195,17 @@ NO_RECORDS = ["{}", "[1]", "1", '{"step": "3"}', '{"step": null}', '{"step": tru
 
 @pytest.mark.parametrize("name", ["steps.jsonl", "evals.jsonl", "findings.jsonl"])
 def test_what_is_no_record_is_left_out(resume, tmp_path, name):
-    file = tmp_path / "run" / name
+    file = tmp_path / "run/_recipe" / name
     lines = [*NO_RECORDS, file.read_text()]
     file.write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
     guards, warnings = resume()
     assert warnings == [] and guards.findings == []
     assert [record["step"] for record in guards.history] == list(range(1, STEPS + 1))
-    steps = [record["step"] for record in read_lines(tmp_path / "run/steps.jsonl") if type(record.get("step")) is int]
+    steps = [
+        record["step"]
+        for record in read_lines(tmp_path / "run/_recipe/steps.jsonl")
+        if type(record.get("step")) is int
+    ]
     assert steps[-STEPS:] == list(range(1, STEPS + 1))
 
 
@@ -210,7 +214,7 @@ def test_what_is_no_record_is_left_out(resume, tmp_path, name):
 )
 def test_what_is_no_finding_is_left_out(resume, tmp_path, change):
     lines = [json.dumps({**asdict(FINDING), **change}), json.dumps({**asdict(FINDING), "of_a_later_version": 1})]
-    (tmp_path / "run/findings.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "run/_recipe/findings.jsonl").write_text("\n".join(lines) + "\n")
     guards, warnings = resume()
     assert warnings == [] and guards.findings == [FINDING]
 
@@ -218,7 +222,7 @@ def test_what_is_no_finding_is_left_out(resume, tmp_path, change):
 @pytest.mark.parametrize("change", [{"loss": "x"}, {"loss": []}, {"tokens_seen": "288"}, {"grad_norm": "x"}])
 @pytest.mark.parametrize("damaged", [3, SAVED_AT])
 def test_steps_count_from_the_last_damaged_one_on(finished, resume, tmp_path, change, damaged):
-    file = tmp_path / "run/steps.jsonl"
+    file = tmp_path / "run/_recipe/steps.jsonl"
     records = read_lines(file)
     records[damaged - 1].update(change)
     file.write_text("".join(json.dumps(record) + "\n" for record in records))

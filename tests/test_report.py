@@ -418,6 +418,12 @@ def test_a_run_that_died_before_its_first_step(make_run):
     assert page.has("nothing to draw")
 
 
+def test_a_finding_that_is_damaged_is_shown_as_far_as_it_goes(make_run):
+    folder = make_run()
+    write_lines(folder / "findings.jsonl", [{**FINDINGS[1], "likely_causes": 1}])
+    assert report_of(folder).has("missing_label_shift")
+
+
 @pytest.mark.parametrize("not_finite", ["null", "NaN", "Infinity"])
 def test_loss_that_is_not_finite_is_said_and_not_averaged_away(make_run, not_finite):
     folder = make_run()

@@ -233,6 +233,8 @@ def test_deepspeed_is_not_applicable(tiny_model, tmp_path):
     guards.on_train_end(*given)
     assert guards.not_applicable.keys() == set(FINDING_IDS) and guards.cannot_judge == {} and guards.findings == []
     assert all("DeepSpeed" in reason for reason in guards.not_applicable.values())
+    stored = json.loads((tmp_path / "_recipe/run.json").read_text())
+    assert stored["result"]["verdict"].startswith("not judged: DeepSpeed keeps weights")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader
 
+from recipe.console import configure_logging, configure_transformers_logging
 from recipe.data import files
 from recipe.data.collator import DataCollatorForPackedRows
 from recipe.data.files import first_line
 from recipe.data.packing import Row
 from recipe.data.stream import RowStream, check_division, source_of_row
 from recipe.errors import DataError, UserError, message_of
-from recipe.redact import configure_logging, configure_transformers_logging
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 PREFETCHED_ROWS = 64  # per worker: it tokenizes dozens of rows at once, and must not wait for the others

@@ -13,6 +13,7 @@
     objective.py     what the loss is, by intervention; recording.py: one computation of it
     labels.py        a part of targets.py; policy.py: what a preference loss is compared with
     records.py       the files of a run; checkpoint.py: the guards' state in checkpoints
+    trackers.py      numbers and findings in the trackers of `report_to`
 
 Each other module is one guard, or a family that shares its measurement. A guard is added by a new module and a line in
 `GUARDS`; CONTRIBUTING.md shows how.

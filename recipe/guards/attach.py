@@ -6,7 +6,6 @@ the call stack of `on_train_begin`: the `self` of the first calling frame that i
 `accelerator.clip_grad_norm_` (the norm before clipping).
 """
 
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,6 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback
 
 from recipe.guards.session import Session
-
-logger = logging.getLogger("recipe.guards")
 
 
 def find_trainer(callback: TrainerCallback) -> tuple[Trainer | None, str | None]:
@@ -92,13 +89,3 @@ class Wrapping:
             else:
                 setattr(owner, name, own)
         self._replaced.clear()
-
-
-def make_visible() -> None:
-    """In a script that has not configured logging, print the guards' lines to stderr in the documented form."""
-    if logging.getLogger().handlers or logger.handlers:
-        return
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s | %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)

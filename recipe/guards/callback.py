@@ -16,11 +16,11 @@ from pathlib import Path
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from recipe.guards.attach import Wrapping, find_trainer, make_visible
-from recipe.guards.checkpoint import restore_findings
+from recipe.console import BesideBars
+from recipe.guards.attach import Wrapping, find_trainer
 from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable
 from recipe.guards.ranks import Ranks
-from recipe.guards.records import StepRecord, append_line, prepare_files, read_steps
+from recipe.guards.records import StepRecord, append_evaluation, prepare_files, read_steps
 from recipe.guards.reporter import Reporter
 from recipe.guards.run import plain_rate
 from recipe.guards.session import HISTORY, Options, Session
@@ -28,6 +28,7 @@ from recipe.guards.trajectory import Reference, load_reference
 
 logger = logging.getLogger("recipe.guards")
 FILES = ("steps.jsonl", "evals.jsonl", "findings.jsonl")
+FOLDER = "_recipe"  # of the files, in a Trainer's `output_dir`: `push_to_hub` uploads no `_*`
 
 
 class RegressionCallback(TrainerCallback):
@@ -41,7 +42,8 @@ class RegressionCallback(TrainerCallback):
         facts: what the trainer cannot tell about the run and a reference may ask for, such as
             `{"source": "docstrings"}`.
 
-    Writes `steps.jsonl`, `evals.jsonl` and `findings.jsonl` into `output_dir`, and its state into each checkpoint.
+    Writes `steps.jsonl`, `evals.jsonl`, `findings.jsonl`, `run.json` and `report.html` into `output_dir/_recipe`, and
+    its state into each checkpoint. Trackers of `report_to` get its numbers and findings.
 
     After training, on the main process: `findings`, `judged` (ids that had enough to judge), `judged_steps` (id -> on
     how many steps), `cannot_judge` and `not_applicable` (id -> reason), `stopped_by`, and `failure`: why the guards
@@ -58,13 +60,7 @@ class RegressionCallback(TrainerCallback):
         disabled_guards: Iterable[str] = (),
         facts: dict | None = None,
     ):
-        known = [name for guard in self.guards for name in guard.ids]
-        if unknown := sorted(set(disabled_guards) - set(known)):
-            raise ValueError(f"disabled_guards: no guard is called {', '.join(unknown)}; known: {', '.join(known)}")
-        if on_regression not in ("warn", "stop"):
-            raise ValueError(f"on_regression is warn or stop, not {on_regression!r}")
-        if trajectory not in ("auto", "none"):
-            load_reference(trajectory)  # a bad file is refused now
+        _check_options(self.guards, trajectory, on_regression, disabled_guards)
         self.trajectory, self.on_regression, self.disabled = trajectory, on_regression, frozenset(disabled_guards)
         self.only_check = self.is_saved_by_trainer = False
         self.reporter = Reporter(self.guards, self.disabled, self._act)
@@ -75,7 +71,9 @@ class RegressionCallback(TrainerCallback):
         self._history: list[StepRecord] = []
         self._trainer: Trainer | None = None
         self._checkpoint: Path | None = None
-        self._wrapping = Wrapping()
+        self._why_off: str | None = None  # from the beginning
+        self._wrapping, self._lines = Wrapping(), BesideBars(logger)
+        self.seconds, self._begun = 0.0, 0.0  # of the training that has ended
 
     # --- what can be asked of it
 
@@ -105,7 +103,7 @@ class RegressionCallback(TrainerCallback):
 
     @property
     def failure(self) -> str | None:
-        return self.session.failure if self.session else None
+        return self.session.failure if self.session else self._why_off
 
     @property
     def tokens_seen(self) -> int:
@@ -132,9 +130,10 @@ class RegressionCallback(TrainerCallback):
     # --- Trainer's events
 
     def on_train_begin(self, args, state, control, **kwargs):
-        make_visible()
         self._release()  # of a training that ended with an exception
-        self.session = None
+        self.session = self._why_off = None
+        self._begun, self.seconds = time.perf_counter(), 0.0
+        self._lines.attach()
         found, checkpoint = find_trainer(self)
         self._trainer = self._given_trainer or found
         if self._trainer is not None and _first_callback(self._trainer) is not self:
@@ -142,21 +141,20 @@ class RegressionCallback(TrainerCallback):
             self._trainer, self.reporter.is_main = None, False  # two would write every line of the files twice
             return
         self.open_files(args, state)
-        if self._trainer is not None and self._trainer.is_deepspeed_enabled:
-            self._give_up(NotApplicable("DeepSpeed keeps weights, gradients and loss scaling in an engine of its own"))
+        if (reason := _why_not(self._trainer)) is not None:
+            self._give_up(reason)
+            self._why_off = str(reason)
+            self.reporter.log_start()
             self._trainer = None
             return
-        if self._trainer is None:
-            self._give_up("no Trainer among the callers of on_train_begin; pass RegressionCallback(trainer=trainer)")
-            return
         given = Options(self.guards, self.trajectory, self._facts, self.only_check, self.documents_of)
-        ranks = Ranks(args.world_size, self.is_main)
-        self.session = Session(self._trainer, given, self.reporter, ranks, self.output_dir)
+        known = (self.reporter, Ranks(args.world_size, self.is_main), self.output_dir)
+        self.session = Session(self._trainer, given, *known)
         self.session.history = self._history
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
-        default = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self._checkpoint = Path(checkpoint or default) if state.global_step else None
+        self._checkpoint = _checkpoint_of(args, state, checkpoint)
         self._wrapping.watch(self.session, self._checkpoint)
+        _write_own_files(self, lambda own_run: own_run.describe(self, self._trainer, self._checkpoint))
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """A further epoch is a declared pass where epochs are what was asked for, or are known to be (sized data).
@@ -169,9 +167,7 @@ class RegressionCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         if self._is_watching:
-            groups = optimizer.param_groups
-            rates = [(plain_rate(group["lr"]), plain_rate(group.get("initial_lr"))) for group in groups]
-            self.session.before_step(rates, _scheduled_rates(lr_scheduler))
+            self.session.before_step(_rates(optimizer), _scheduled_rates(lr_scheduler))
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self._is_watching:
@@ -209,23 +205,34 @@ class RegressionCallback(TrainerCallback):
                 self.session.judge_evaluation(metrics, state.global_step)
             self.session.last_end = time.perf_counter()
         if self.is_main and metrics:
-            values = {name: value for name, value in metrics.items() if name.startswith("eval_")}
-            record = {"step": state.global_step, "tokens_seen": self.tokens_seen, **values}
-            append_line(self.output_dir / "evals.jsonl", record)
+            append_evaluation(self.output_dir / "evals.jsonl", state.global_step, self.tokens_seen, metrics)
+            if self.seconds:  # the training has ended, and its report is written
+                _write_own_files(self, lambda own_run: own_run.write_report(self.output_dir))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "train_runtime" in (logs or {}):  # Trainer's last log, on every rank; then it closes the trackers
+            self._judge_last(control)
+        if self.session is not None and {"loss", "train_runtime"} & set(logs or {}):
+            self.session.attempt(self.session.trackers.send_steps, self.history, self.reference)
 
     def on_predict(self, args, state, control, **kwargs):
         if self._is_watching:
             self.session.attempt(self.session.taps.take_evaluation)  # a prediction's rows are no evaluation's
 
     def on_train_end(self, args, state, control, **kwargs):
+        self._judge_last(control)
+        self.seconds = time.perf_counter() - self._begun
+        _write_own_files(self, lambda own_run: own_run.conclude(self))
+        self._release()
+        self._lines.detach()
+
+    def _judge_last(self, control) -> None:
+        """The last step, and what has waited for the probes."""
         if self.session is not None:
             self._flush(control)
             self.session.explain_waiting()
             if self.session.failure is not None:  # since the last exchange
                 self._give_up(self.session.failure)
-            if self.is_main and not self.is_saved_by_trainer:  # the recipe's own run says it with its results
-                _log_verdict(self)
-        self._release()
 
     @property
     def _is_watching(self) -> bool:
@@ -265,14 +272,10 @@ class RegressionCallback(TrainerCallback):
 
     # --- files
 
-    def load(self, checkpoint: Path) -> None:
-        """What was found before a checkpoint with which a training has nothing left to do. After `open_files`."""
-        if self.is_main:
-            restore_findings(self.reporter, checkpoint)
-
     def open_files(self, args, state) -> None:
         """A new run starts new files; a resumed one keeps what was written up to its step, and its history with it."""
-        self.output_dir, is_main = Path(args.output_dir), state.is_world_process_zero
+        output_dir, is_main = Path(args.output_dir), state.is_world_process_zero
+        self.output_dir = output_dir if self.is_saved_by_trainer else output_dir / FOLDER
         until = state.global_step or -1
         self._history = read_steps(self.output_dir / "steps.jsonl", until, HISTORY)
         self.reporter.begin(self.output_dir / "findings.jsonl", is_main, until)
@@ -280,8 +283,36 @@ class RegressionCallback(TrainerCallback):
             prepare_files(self.output_dir, FILES, until)
 
 
+def _why_not(trainer: Trainer | None) -> CannotJudge | None:
+    if trainer is None:
+        return CannotJudge("no Trainer among the callers of on_train_begin; pass RegressionCallback(trainer=trainer)")
+    if trainer.is_deepspeed_enabled:
+        return NotApplicable("DeepSpeed keeps weights, gradients and loss scaling in an engine of its own")
+    return None
+
+
+def _checkpoint_of(args, state, named: str | None) -> Path | None:
+    """Which the training goes on from; None where it begins."""
+    return Path(named or f"{args.output_dir}/checkpoint-{state.global_step}") if state.global_step else None
+
+
+def _check_options(guards, trajectory: str, on_regression: str, disabled_guards: Iterable[str]) -> None:
+    known = [name for guard in guards for name in guard.ids]
+    if unknown := sorted(set(disabled_guards) - set(known)):
+        raise ValueError(f"disabled_guards: no guard is called {', '.join(unknown)}; known: {', '.join(known)}")
+    if on_regression not in ("warn", "stop"):
+        raise ValueError(f"on_regression is warn or stop, not {on_regression!r}")
+    if trajectory not in ("auto", "none"):
+        load_reference(trajectory)  # a bad file is refused now
+
+
 def _first_callback(trainer: Trainer) -> RegressionCallback:
     return next(c for c in trainer.callback_handler.callbacks if isinstance(c, RegressionCallback))
+
+
+def _rates(optimizer) -> list[tuple[float | None, float | None]]:
+    """Of each parameter group: its learning rate, and the one that it began with."""
+    return [(plain_rate(group["lr"]), plain_rate(group.get("initial_lr"))) for group in optimizer.param_groups]
 
 
 def _scheduled_rates(scheduler) -> list[float | None]:
@@ -300,13 +331,15 @@ def _disk_errors_logged() -> Iterator[None]:
         logger.warning("a checkpoint has no state of the guards, training goes on: %s", error)
 
 
-def _log_verdict(guards: RegressionCallback) -> None:
-    from recipe.results import verdict  # which imports this module
+def _write_own_files(guards: RegressionCallback, write: Callable) -> None:
+    """Unless it is the recipe's own run, which does it with its results. `write` is given `recipe.own_run`."""
+    if guards.is_main and not guards.is_saved_by_trainer:
+        from recipe import own_run  # which imports this module
 
-    try:
-        logger.info("verdict: %s", verdict(guards, None).text)
-    except Exception as error:  # at the end of a training that has nothing to do with it
-        logger.debug("no verdict", exc_info=error)
+        try:
+            write(own_run)
+        except Exception as error:  # in a training that has nothing to do with it
+            logger.warning("run.json or the report cannot be written: %s", error)
 
 
 def _stop(control) -> None:

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
-from recipe.guards.guard import CannotJudge, Finding, Guard, Verdict
+from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable, Verdict
 from recipe.guards.trajectory import Reference
 
 
@@ -31,7 +31,8 @@ class LossOffReference(Guard):
 
     def setup(self, run) -> None:
         if run.reference is None:
-            raise CannotJudge(run.no_reference)
+            kind = CannotJudge if run.is_reference_named else NotApplicable
+            raise kind(run.no_reference)
         self.reference = run.reference
 
     def observe(self, step) -> Iterator[Verdict]:

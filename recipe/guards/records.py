@@ -8,7 +8,7 @@ import os
 import sys
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -39,6 +39,11 @@ class StepRecord(TypedDict):
 
 def append_line(path: Path, record: dict) -> None:
     append_text(path, dumps(record) + "\n")
+
+
+def append_evaluation(path: Path, step: int, tokens_seen: int, metrics: Mapping) -> None:
+    values = {name: value for name, value in metrics.items() if name.startswith("eval_")}
+    append_line(path, {"step": step, "tokens_seen": tokens_seen, **values})
 
 
 def append_text(path: Path, line: str) -> None:

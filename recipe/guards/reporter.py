@@ -168,6 +168,19 @@ class Reporter:
             line = f"cannot judge {names}: {reason}"
             logger.info("%s", textwrap.shorten(line, LINE_LENGTH - PREFIX, placeholder=" ..."))
 
+    def log_start(self, is_off: bool = False) -> None:
+        """How many ids are watched, on the main process, once the first micro-batch has been seen."""
+        if not self.is_main or is_off:
+            return
+        ids = set(self.guard_of) - self.disabled
+        counts = {
+            "watching": len(ids - set(self.not_applicable) - set(self.cannot_judge)),
+            "not applicable": len(ids & set(self.not_applicable)),
+            "cannot judge": len(ids & set(self.cannot_judge)),
+            "disabled": len(self.disabled),
+        }
+        logger.info("recipe guards: %s", ", ".join(f"{count} {words}" for words, count in counts.items() if count))
+
     def save(self) -> dict:
         known = {slot: {"finding": asdict(each.finding), "checks": each.checks} for slot, each in self.open.items()}
         return {"open": known, "judged_steps": dict(self.judged_steps)}

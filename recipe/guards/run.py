@@ -39,10 +39,11 @@ class Run:
         # Resumed where no records lie: the steps before had the same size.
         self.tokens_seen = self.step * self.facts["tokens_per_step"] if tokens_seen is None else tokens_seen
         self.reference: Reference | None = None
-        self.no_reference = ""
+        self.no_reference, self.is_reference_named = "", False
 
     def find_reference(self, trajectory: str) -> None:
         self.reference, self.no_reference = find_reference(trajectory, self.facts)
+        self.is_reference_named = trajectory not in ("auto", "none")
 
     # --- the model
 

@@ -25,6 +25,7 @@ from recipe.guards.run import Run
 from recipe.guards.runner import Runner
 from recipe.guards.sandbox import PinnedBatch
 from recipe.guards.taps import Evaluation, LocalStep, PendingStep, Step, Taps, norm_of
+from recipe.guards.trackers import Trackers
 
 logger = logging.getLogger("recipe.guards")
 
@@ -77,6 +78,7 @@ class Session:
         self.tokens_seen, self.passes, self.learning_rate_sum = 0, 1, 0.0
         self.failure: str | None = None
         self.is_over = self.stop_asked = False  # over: every rank knows of the failure
+        self.trackers = Trackers(trainer, self.is_main, len(reporter.findings))
         self.run: Run | None = None
         self.runner: Runner | None = None
         self.taps: Taps | None = None
@@ -122,6 +124,7 @@ class Session:
         self.is_over = self.failure is not None
         if self.options.only_check:
             raise PreflightDone
+        self.reporter.log_start(is_off=self.is_over)
 
     @survives
     def _prepare(self, inputs, num_items_in_batch, own_step, saved, checkpoint: Path | None) -> None:
@@ -226,6 +229,7 @@ class Session:
         self.is_over = self.failure is not None
         for name, what in failed.items() if self.runner is not None else ():
             self.runner.fail(name, what)
+        self.trackers.send_findings(self.reporter.findings)
         return stopped_by
 
     @survives
@@ -279,6 +283,7 @@ class Session:
         """At the end of a training: what has waited for the probes is reported without them."""
         if self.runner is not None:
             self.reporter.explain_waiting((), self.runner.evidence())
+            self.trackers.send_findings(self.reporter.findings)
 
     @survives
     def _take_evaluation(self) -> dict | None:

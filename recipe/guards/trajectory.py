@@ -99,11 +99,6 @@ def find_reference(trajectory: str, facts: dict) -> tuple[Reference | None, str]
         reference = load_reference(trajectory)
         reason = reference.mismatch(facts)
         return (None, f"reference {reason}") if reason else (reference, "")
-    reasons = []
-    for path in sorted(TRAJECTORIES.glob("*.json")):
-        reference = load_reference(path)
-        reason = reference.mismatch(facts)
-        if reason is None:
-            return reference, ""
-        reasons.append(reason)
-    return None, "no reference of this config: " + "; ".join(reasons) if reasons else "no reference is shipped"
+    shipped = map(load_reference, sorted(TRAJECTORIES.glob("*.json")))
+    reference = next((each for each in shipped if each.mismatch(facts) is None), None)
+    return reference, "" if reference is not None else "no reference has been recorded for this config"

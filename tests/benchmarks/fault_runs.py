@@ -19,9 +19,9 @@ from transformers import TokenizersBackend
 
 from recipe import trainer
 from recipe.__main__ import run
+from recipe.console import configure_logging
 from recipe.data import packing
 from recipe.data.loader import BatchLoader
-from recipe.redact import configure_logging
 from recipe.trainer import SampleCallback
 from tests.benchmarks.results import RESULTS, Result, format_section, write_section
 
