@@ -75,7 +75,7 @@ def build_chart(healthy: Path, broken: Path) -> Chart:
             seen.setdefault(finding["id"], finding)
     for name, first in seen.items():
         label = f"{name}, step {first['step']}"
-        chart.markers.append((first["severity"], first["tokens_seen"], label, first["found"]))
+        chart.markers.append((first["severity"], first["tokens_seen"], label, first["found"], ""))
     return chart
 
 
