@@ -4,8 +4,6 @@ Reads only the run's files, and works with missing ones: crashed runs are those 
 whole without its script (`templates/*.js`), which adds values under the pointer, zoom and other axes.
 """
 
-import base64
-import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -96,7 +94,6 @@ def write_report(run_dir: Path) -> Path:
         "charts": charts,
         "curves": _curves(run, charts) if charts else None,
         "script": Markup(script),
-        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "meanings": MEANINGS,
         "environment": _environment(run),
     }

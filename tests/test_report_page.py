@@ -231,3 +231,14 @@ def test_without_script_all_but_the_tools_is_there(browser, file):
     page = browser.open(file.as_uri(), 390, scripts=False)
     assert page.run(SHOWN % ".tools") == 0 and page.run(SHOWN % "svg path.raw") == 4
     page.close()
+
+
+def test_a_run_of_one_step_without_numbers_opens(browser, tmp_path):
+    write_lines(tmp_path / "steps.jsonl", [plain.step_records(1)[0] | {"loss": None, "grad_norm": None}])
+    page = browser.open(write_report(tmp_path).as_uri())
+    page.mouse("Moved", *point(page, 1))
+    assert tip(page) == ["step 1, 1,024 tokens", "this step not finite"]
+    for button in ("in", "later", "out", "all"):
+        page.click(f"[data-do={button}]")
+    assert page.problems() == []
+    page.close()

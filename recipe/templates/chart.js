@@ -35,9 +35,10 @@ function search(sorted, value) {
   return low;
 }
 
-/** `ys` at `x`, between two points of `xs`; beyond them as on a line through 0. */
+/** `ys` at `x`, between two points of `xs`, null beside a gap; beyond them as on a line through 0. */
 function interpolate(xs, ys, x) {
   const i = search(xs, x), near = Math.min(i, xs.length - 1);
+  if (ys[near] === null || (xs[near] !== x && ys[Math.max(i - 1, 0)] === null)) return null;
   if (i === 0 || i === xs.length) return xs[near] ? ys[near] * x / xs[near] : ys[near];
   return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1] || 1);
 }

@@ -116,10 +116,10 @@ function valuesAt(chart) {
   const seen = tokens[view.at], values = [];
   for (const line of linesOf(chart)) {
     const xs = xsOf(line), value = line.css === "raw" ? line.y[view.at] : interpolate(xs, line.y, seen);
-    const isThere = line.css === "raw" || (xs[0] <= seen && seen <= xs.at(-1));
+    const isThere = line.css === "raw" || (value !== null && xs[0] <= seen && seen <= xs.at(-1));
     if (isThere && NAMES[line.css]) values.push([NAMES[line.css], value === null ? "not finite" : text(value)]);
   }
-  return chart.rescaled.length ? values.toReversed() : values.slice(0, 1);
+  return chart.rescaled.length ? values.toReversed() : values.slice(0, 1); // a schedule is its own mean
 }
 
 /** What is marked near the cursor: findings and evaluations. */
