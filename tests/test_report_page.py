@@ -21,7 +21,7 @@ def step_records():
     records = plain.step_records(STEPS)
     for record in records:
         record["floor"] = 7.0 - 0.5 * record["step"] ** 0.2 if record["step"] <= STEPS // 2 else None
-    records[699]["loss"] = 7.5
+    records[699] |= {"loss": 7.5, "grad_norm": 500.0}
     records[958]["loss"] = None
     return records
 
@@ -190,6 +190,8 @@ def test_a_marker_opens_its_finding_and_the_finding_its_place_in_the_chart(page)
     assert first_step(page) == 700
     assert texts(page, ".to-end a.marker text") == ["missing_label_shift", "accumulation_mismatch", "loss_spike x2"]
     assert page.run(SHOWN % ".to-end a.marker text") == 1  # the other two are out of sight
+    ticks = texts(page, ".small > div:first-child .tick[text-anchor=end]:not(.far)")[:-1]
+    assert all(float(tick) < 50 for tick in ticks)  # a gradient norm of 500 does not flatten the rest
 
 
 OVERFLOWING = """(() => {
