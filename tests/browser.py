@@ -160,8 +160,11 @@ class Page:
         """Addresses of all that the page has loaded."""
         return [each["request"]["url"] for each in self.browser.events(self.tab, "Network.requestWillBeSent")]
 
-    def screenshot(self, file: Path, whole: bool = False) -> None:
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
+    def screenshot(self, file: Path, until: str = "body", scale: float = 1.0) -> None:
+        """The page down to the end of the first match of a selector, as PNG."""
+        width, height = self.run(f"[innerWidth, document.querySelector({until!r}).getBoundingClientRect().bottom]")
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": scale}
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]
         file.write_bytes(base64.b64decode(data))
 
     def close(self) -> None:

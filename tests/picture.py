@@ -26,7 +26,7 @@ OUT = ROOT / "docs" / "demo_loss.svg"
 WIDTH, HEIGHT = 960, 440
 BELOW_WINDOW = 10  # steps of the mean that the guard compares with the n-gram model
 SHOWN_STEPS = 240  # of the run without the label shift, which would stay flat from there on
-REPORT_SIZE = 1180, 1040  # pixels: from the verdict to the end of the loss chart
+REPORT_WIDTH, REPORT_SCALE = 1180, 0.75  # pixels of the page, and of the picture for each of them
 
 # Colours as in the report, on a background of its own: readable on light and dark pages.
 STYLE = """
@@ -71,8 +71,8 @@ def take_screenshots(runs: dict[str, Path], folder: Path) -> None:
     """`report_NAME.png` of each run's report, its upper part. Needs a Chromium."""
     with tempfile.TemporaryDirectory() as profile, headless(Path(profile)) as browser:
         for name, run_dir in runs.items():
-            page = browser.open(write_report(run_dir).resolve().as_uri(), *REPORT_SIZE)
-            page.screenshot(folder / f"report_{name}.png")
+            page = browser.open(write_report(run_dir).resolve().as_uri(), REPORT_WIDTH)
+            page.screenshot(folder / f"report_{name}.png", until=".to-end", scale=REPORT_SCALE)
             page.close()
 
 
