@@ -163,9 +163,9 @@ def show(value, digits: int | None = None, unit: str = "") -> str:
         return "–"
     if number(value) is None:
         return str(value)
-    # Only the perplexity of a broken model is this large.
-    style = "," if digits is None else ".3g" if abs(value) >= 1e12 else f",.{digits}f"
-    return f"{value:{style}}{unit}"
+    text = f"{value:,}" if digits is None else f"{value:,.{digits}f}"
+    # Only the perplexity of a broken model is longer than a card is wide.
+    return f"{text if digits is None or len(text) <= 11 else f'{value:.3g}'}{unit}"
 
 
 def plural(count: int, noun: str) -> str:

@@ -470,6 +470,12 @@ def test_infinite_perplexity_is_shown(make_run):
     assert figure(report_of(folder), "perplexity")[1] == "inf"
 
 
+def test_the_perplexity_of_a_broken_model_fits_its_card(make_run):
+    folder = make_run()
+    write_lines(folder / "evals.jsonl", [eval_records(60)[-1] | {"eval_perplexity": 16_849_177.87}])
+    assert figure(report_of(folder), "perplexity")[1] == "1.68e+07"
+
+
 def test_one_step_is_enough(make_run):
     page = report_of(make_run(num_steps=1))
     assert figure(page, "train_loss")[2] == "nats/token, mean of the last 1 step"

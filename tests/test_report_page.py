@@ -34,7 +34,7 @@ def file(tmp_path_factory):
     findings = [*FINDINGS, SPIKE, AGAIN]
     info = plain.run_info(STEPS, findings)
     info["trajectory"]["name"] = info["result"]["verdict"] = HOSTILE
-    info["arguments"]["long"] = "w" * 300
+    info["arguments"]["long"], info["model"]["parameters"] = "w" * 300, 70_553_706_496
     (folder / "run.json").write_text(json.dumps(info))
     records = {"steps": step_records(), "evals": plain.eval_records(STEPS), "samples": plain.sample_records(STEPS)}
     for name, lines in (records | {"findings": findings}).items():
