@@ -172,8 +172,12 @@ def test_axes_are_switched_and_stay_so_when_the_page_is_loaded_again(page):
     assert texts(page, title) == ["step"]
     choose(page, "y", "log")
     assert page.run(CURVE) != linear
+    page.click("[data-do=in]")
+    zoomed = page.run(CURVE)
     page.reload()
     assert texts(page, title) == ["step"] and texts(page, "label:has(:checked)") == ["steps", "linear", "log"]
+    assert page.run(CURVE) == zoomed
+    page.click("[data-do=all]")
     for name, value in (("unit", "tokens"), ("x", "log"), ("y", "linear")):
         choose(page, name, value)
     assert page.run(CURVE) == whole

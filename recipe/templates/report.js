@@ -55,6 +55,7 @@ function placeLabels(chart, x) {
 function drawMarks(chart, x, y) {
   for (const marker of chart.markers) {
     for (const part of [marker.line, marker.label]) if (part) part.style.display = marker.isShown ? "" : "none";
+    if (!marker.isShown) continue; // and its label has no place
     const d = `M${x.pixel(toUnit(marker.seen))} ${marker.label ? marker.top : y.end}V${y.start}`;
     for (const each of marker.line.querySelectorAll("path")) each.setAttribute("d", d);
   }
