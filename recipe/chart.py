@@ -1,10 +1,14 @@
-"""Line charts: ticks, lines, points, bands and markers, in pixels; the template writes them as SVG."""
+"""Line charts: ticks, lines, points, bands and markers, in pixels; the template writes them as SVG.
 
+`scene` has the same in data coordinates, which the script of the page draws again where the reader zooms."""
+
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 
 MAX_POINTS = 1500  # of one line; more are not visible in a chart of about 1,000 pixels
+MAX_ROWS = 10_000  # steps of which a page holds all values, to zoom into: about half a megabyte
 # Pixels: the margins of the plot; of marker labels, the top of the first row, its height, the width of a character.
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
 LABEL_TOP, LABEL_ROW, CHARACTER = 6, 15, 6.7
@@ -80,14 +84,49 @@ def decimate(x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.
     is sorted and in pixels. Every spike stays visible, NaN (a gap) only where a whole stretch is NaN."""
     if len(x) <= limit:
         return x, y
-    num_buckets = limit // 2
-    bucket = np.minimum((x - x[0]) / ((x[-1] - x[0]) or 1.0) * num_buckets, num_buckets - 1).astype(int)
-    keep = []
-    for part in np.split(np.arange(len(x)), np.flatnonzero(np.diff(bucket)) + 1):
-        finite = part[np.isfinite(y[part])]
-        keep += {finite[y[finite].argmin()], finite[y[finite].argmax()]} if len(finite) else {part[0]}
-    keep = np.sort(keep)
+    keep = sorted(_extremes((x - x[0]) / ((x[-1] - x[0]) or 1.0), y, limit // 2))
     return x[keep], y[keep]
+
+
+def choose_rows(columns: list[np.ndarray], limit: int = MAX_ROWS) -> np.ndarray:
+    """Indices of at most about `limit` steps, sorted: the first and the last, and the lowest and the highest of each
+    column in equal stretches of the run and, for log axes, of the logarithm of its steps. No spike is lost."""
+    n = len(columns[0])
+    if n <= limit:
+        return np.arange(n)
+    keep = {0, n - 1}
+    for position in (np.arange(n) / n, np.log1p(np.arange(n)) / np.log1p(n)):
+        for column in columns:
+            keep |= _extremes(position, column, limit // (4 * len(columns)))
+    return np.array(sorted(keep))
+
+
+def _extremes(position: np.ndarray, y: np.ndarray, num_buckets: int) -> set[int]:
+    """Indices of the lowest and the highest of each bucket of `position`, which is sorted and in [0, 1]; of the first
+    where all are NaN."""
+    bucket, keep = np.minimum(position * num_buckets, num_buckets - 1).astype(int), set()
+    for part in np.split(np.arange(len(y)), np.flatnonzero(np.diff(bucket)) + 1):
+        finite = part[np.isfinite(y[part])]
+        keep |= {finite[y[finite].argmin()], finite[y[finite].argmax()]} if len(finite) else {part[0]}
+    return keep
+
+
+def thin(x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most `limit` points of a smooth line, which has no spikes to keep: half evenly, half evenly on a log axis."""
+    if len(x) <= limit:
+        return x, y
+    even, log = np.linspace(0, len(x) - 1, limit // 2), np.geomspace(1, len(x), limit // 2) - 1
+    keep = np.union1d(even.astype(int), log.astype(int))
+    return x[keep], y[keep]
+
+
+def plain(values: np.ndarray) -> list[float | int | None]:
+    """Values for JSON: 5 significant digits, whole numbers in full, None for what is not finite."""
+    is_whole = values == np.round(values)
+    return [
+        None if not math.isfinite(value) else int(value) if whole else float(f"{value:.5g}")
+        for value, whole in zip(values.tolist(), is_whole.tolist(), strict=True)
+    ]
 
 
 def smooth(y: np.ndarray, is_log: bool) -> np.ndarray:
@@ -124,10 +163,15 @@ class Chart:
     note: str = ""  # what the curve may hide, in words
     legend: list = field(default_factory=list)  # (colour, text)
     lines: list = field(default_factory=list)  # (css, x, y)
+    rescaled: list = field(default_factory=list)  # (css, x, y): replaces that of `lines` where x has the other scale
     dots: list = field(default_factory=list)  # (css, x, y, text on hover)
     bands: list = field(default_factory=list)  # (css, x, low, high)
     boxes: list = field(default_factory=list)  # (css, x up to which, y below which); they do not widen the axes
-    markers: list = field(default_factory=list)  # (css, x, label, text on hover), by x
+    markers: list = field(default_factory=list)  # (css, x, label, text on hover, id of the element it links to), by x
+
+    def add_smoothed(self, css: str, xs: np.ndarray, ys: np.ndarray) -> None:
+        self.lines.append((css, xs, smooth(ys, self.is_log_x)))
+        self.rescaled.append((css, xs, smooth(ys, not self.is_log_x)))
 
     def x_axis(self) -> Axis:
         low, high = (self.tokens.min(), self.tokens.max()) if self.is_log_x else (0.0, self.tokens.max() or 1.0)
@@ -153,17 +197,43 @@ class Chart:
             shapes.append((css, path(px, y.place(values))))
         return shapes
 
+    def scene(self, rows: np.ndarray) -> dict:
+        """The layers in data coordinates, for JSON; of lines with a point for every step ("raw") `rows`, without x."""
+        x, y = self.x_axis(), self.y_axis()
+        bands = [(css, *thin(xs, low), thin(xs, high)[1]) for css, xs, low, high in self.bands]
+        return {
+            "log": self.is_log_x,
+            "zero": self.from_zero,
+            "width": self.width,
+            "x": [x.start, x.end],
+            "y": [y.start, TOP],
+            "yRange": [y.low, y.high],
+            "bands": [{"x": plain(xs), "low": plain(low), "high": plain(high)} for _, xs, low, high in bands],
+            "boxes": [{"until": float(until), "below": below} for _, until, below in self.boxes],
+            "lines": [_describe(line, rows) for line in self.lines],
+            "rescaled": [_describe(line, rows) for line in self.rescaled],
+        }
+
     def placed_markers(self) -> list[dict]:
         """The markers in pixels. A label is right of its line, or left of it at the end of the page, in the first row
         where it overlaps no other; `top` is that of its row, None without a label."""
         axis, row_ends, placed = self.x_axis(), [], []
-        for css, tokens, label, text in self.markers:
+        for css, tokens, label, text, target in self.markers:
             x, width = axis.pixel(tokens), len(label) * CHARACTER + 8
             start, end = (x - width, x) if x + width > self.width else (x, x + width)
             marker = {"css": css, "x": x, "label": label, "text": text, "start": start, "end": end, "top": None}
+            marker |= {"tokens": tokens, "target": target}
             if label:
                 row = next((row for row, used in enumerate(row_ends) if used < start), len(row_ends))
                 row_ends[row : row + 1] = [end]
                 marker["top"] = LABEL_TOP + LABEL_ROW * row
             placed.append(marker)
         return placed
+
+
+def _describe(line: tuple[str, np.ndarray, np.ndarray], rows: np.ndarray) -> dict:
+    css, xs, ys = line
+    if css == "raw":
+        return {"css": css, "y": plain(ys[rows])}
+    xs, ys = thin(xs, ys)
+    return {"css": css, "x": plain(xs), "y": plain(ys)}

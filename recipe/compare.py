@@ -13,9 +13,9 @@ import numpy as np
 from recipe.chart import Chart, smooth
 from recipe.errors import UserError
 from recipe.guards.records import number
-from recipe.model_card import without_folders
 from recipe.noise import EndDifference, compare_ends, compare_with_seeds, scatter_of_seeds
 from recipe.plain_json import dumps
+from recipe.redact import without_folders
 from recipe.report import RUN_FILES, SEVERITIES, TRAIN_LOSS_STEPS, Run, key_figures, load_run, plural, render
 from recipe.report import write_page as write_html
 from recipe.trained import say_what_is_in

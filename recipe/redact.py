@@ -15,6 +15,8 @@ VALUE = re.compile(r"=[^&;]*")
 NAMED = re.compile(r"(?i)([?&;][\w.-]*(?:sig|token|secret|passw|key|credential|auth|policy)[\w.-]*=)[^\s&;#\"'<>\\]+")
 TOKEN = re.compile(r"\b(hf_)[A-Za-z0-9]{16,}|(?i:(authorization\W{1,4}(?:bearer|basic) ))[\w.~+/-]+=*")
 ENVIRONMENT = re.compile(r"TOKEN$|SECRET|PASSWORD|PASSWD|ACCESS_KEY$|API_KEY$")
+# The folders of a path on this machine: "/data/web/" of "/data/web/*.parquet". URLs and relative names have none.
+FOLDERS = re.compile(r"(?:^|(?<=[\s\"'`(\[=,]))(?:file://)?[~.]{0,2}/(?:[^\s/\"']+/)*(?=[^\s/])")
 MIN_LENGTH = 8  # of a known credential: shorter values would mask ordinary words
 
 _known: set[str] = set()
@@ -48,6 +50,15 @@ def redact_all(value):
     if isinstance(value, (list, tuple)):
         return [redact_all(each) for each in value]
     return redact(value) if isinstance(value, str) else value
+
+
+def without_folders(value):
+    """A copy of a JSON-able value in which paths of this machine are names."""
+    if isinstance(value, dict):
+        return {without_folders(key): without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_folders(each) for each in value]
+    return FOLDERS.sub("", value) if isinstance(value, str) else value
 
 
 def remember_environment() -> None:

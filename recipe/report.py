@@ -1,6 +1,7 @@
 """A run directory -> report.html, one self-contained page. Values are computed here and shown by `templates/`.
 
-Reads only the run's files, and works with missing ones: crashed runs are those that need a report most.
+Reads only the run's files, and works with missing ones: crashed runs are those that need a report most. The page is
+whole without its script (`templates/*.js`), which adds values under the pointer, zoom and other axes.
 """
 
 import json
@@ -11,18 +12,22 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 
-from recipe.chart import Chart, compact, smooth
+from recipe.chart import Chart, choose_rows, compact, plain
 from recipe.errors import UserError
 from recipe.guards import MEANINGS
 from recipe.guards.callback import FOLDER
 from recipe.guards.records import iterate_lines, number, parse_object, read_columns
-from recipe.redact import redact
+from recipe.redact import redact, without_folders
 from recipe.verdict import HEALTHY
 
 RUN_FILES = ("run.json", "steps.jsonl", "evals.jsonl", "findings.jsonl", "samples.jsonl")
 STEP_FIELDS = ("step", "tokens_seen", "loss", "grad_norm", "learning_rate", "tokens_per_second", "floor")
 SEVERITIES = ("error", "warning", "info")
+TEMPLATES = Path(__file__).parent / "templates"
+SCRIPTS = ("chart.js", "report.js")  # one module of the page
+NEAR_FINDING = 50  # steps before and after a finding that the page holds, of a run too long to hold all
 TRAIN_LOSS_STEPS = 20  # the train loss shown is the mean of this many last steps: a single one is noisy
 SMALL_CHARTS = (  # title, field of the step records, unit
     ("Gradient norm", "grad_norm", "before clipping: "),
@@ -33,7 +38,7 @@ SMALL_CHARTS = (  # title, field of the step records, unit
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run directory; `gaps` describes in words what is missing."""
+    """The content of a run directory without paths of this machine; `gaps` describes in words what is missing."""
 
     name: str
     info: dict  # run.json
@@ -79,11 +84,11 @@ def load_run(run_dir: Path) -> Run:
     _note_gap(run_dir / RUN_FILES[1], num_records, num_lines, gaps)
     evals, findings, samples = (_read_records(run_dir / name, gaps) for name in RUN_FILES[2:])
     # A damaged record is shown as far as it goes.
-    findings = [{**each, "likely_causes": _list(each.get("likely_causes"))} for each in findings]
+    findings = [{**each, "likely_causes": _list(each.get("likely_causes"))} for each in map(without_folders, findings)]
     findings.sort(key=_severity_first)
     samples.sort(key=lambda sample: -(number(sample.get("step")) or 0))
     name = run_dir.resolve().parent.name if run_dir.name == FOLDER else run_dir.resolve().name
-    return Run(name, info or {}, steps, _placed(evals), findings, samples, gaps)
+    return Run(name, without_folders(info or {}), steps, _placed(evals), findings, samples, gaps)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -100,13 +105,17 @@ def make_report(run_dir: Path, is_watched: bool = False) -> str:
     has_ended_badly = run.part("result").get("exit_code") not in (0, 130, 143) and not is_running
     has_failed = has_ended_badly or counts["error"]
     is_healthy = run.part("result").get("verdict") == HEALTHY
+    charts = [_loss_chart(run), *(_small_chart(run, *chart) for chart in SMALL_CHARTS)] if run.num_steps else []
+    script = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)
     values = {
         "run": run,
         "is_running": is_running,
         "counts": counts,
         "colour": "error" if has_failed else "warning" if counts["warning"] else "good" if is_healthy else "info",
         "figures": key_figures(run),
-        "charts": [_loss_chart(run), *(_small_chart(run, *chart) for chart in SMALL_CHARTS)] if run.num_steps else [],
+        "charts": charts,
+        "curves": _curves(run, charts) if charts else None,
+        "script": Markup(script),
         "meanings": MEANINGS,
         "environment": _environment(run),
     }
@@ -122,7 +131,7 @@ def render(template: str, values: dict) -> str:
 def _environment_of_templates() -> jinja2.Environment:
     """Compiled once for a process, of which a test suite trains hundreds of runs."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.ChainableUndefined,  # `show` makes a dash of what was not recorded, at any depth
         trim_blocks=True,
@@ -130,6 +139,7 @@ def _environment_of_templates() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     to_json = partial(json.dumps, ensure_ascii=False)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters |= {"show": show, "plural": plural, "compact": compact, "json": to_json}
     return environment
 
@@ -182,9 +192,9 @@ def show(value, digits: int | None = None, unit: str = "") -> str:
         return "–"
     if number(value) is None:
         return str(value)
-    # Only the perplexity of a broken model is this large.
-    style = "," if digits is None else ".3g" if abs(value) >= 1e12 else f",.{digits}f"
-    return f"{value:{style}}{unit}"
+    text = f"{value:,}" if digits is None else f"{value:,.{digits}f}"
+    # Only the perplexity of a broken model is longer than a card is wide.
+    return f"{text if digits is None or len(text) <= 11 else f'{value:.3g}'}{unit}"
 
 
 def plural(count: int, noun: str) -> str:
@@ -251,9 +261,29 @@ def _extremes(run: Run, key: str) -> str:
 def _small_chart(run: Run, title: str, key: str, unit: str) -> Chart:
     tokens, values = run.steps["tokens_seen"], run.steps[key]
     chart = Chart(title, 350, 200, tokens, from_zero=True, note=unit + _extremes(run, key))
-    curve = values if key == "learning_rate" else smooth(values, is_log=False)  # a schedule has no noise
-    chart.lines += [("raw", tokens, values), ("line", tokens, curve)]
+    chart.lines.append(("raw", tokens, values))
+    if key == "learning_rate":  # a schedule has no noise
+        chart.lines.append(("line", tokens, values))
+    else:
+        chart.add_smoothed("line", tokens, values)
     return chart
+
+
+def _curves(run: Run, charts: list[Chart]) -> dict:
+    """What the page's script draws: every step, or of a long run the extremes and those near findings."""
+    columns = [run.steps[key] for key in ("loss", *(key for _, key, _ in SMALL_CHARTS))]
+    rows, steps = set(choose_rows(columns)), run.steps["step"]
+    for finding in run.findings[:20]:  # the most severe
+        at = np.searchsorted(steps, number(finding.get("step")) or 0)
+        rows.update(range(max(0, at - NEAR_FINDING), min(len(steps), at + NEAR_FINDING + 1)))
+    rows = np.array(sorted(rows))
+    tokens = run.steps["tokens_seen"]
+    return {
+        "step": plain(steps[rows]),
+        "tokens": plain(tokens[rows]),
+        "num_steps": run.num_steps,
+        "charts": [chart.scene(rows) for chart in charts],
+    }
 
 
 def _loss_chart(run: Run) -> Chart:
@@ -268,7 +298,8 @@ def _loss_chart(run: Run) -> Chart:
             ("unigram", f"unigram entropy {entropy:.2f}: the loss of a model that only knows token frequencies")
         )
     _add_envelope(chart, run.steps)
-    chart.lines += [("raw", tokens, loss), ("line", tokens, smooth(loss, chart.is_log_x))]
+    chart.lines.append(("raw", tokens, loss))
+    chart.add_smoothed("line", tokens, loss)
     chart.legend.append(("loss", "train loss: each step thin, smoothed thick"))
     for record in run.evals:
         if number(record.get("eval_loss")) is not None:
@@ -284,7 +315,7 @@ def _add_envelope(chart: Chart, steps: dict[str, np.ndarray]) -> None:
     judged = np.isfinite(steps["floor"])
     if judged.any():
         tokens, floors = steps["tokens_seen"][judged], steps["floor"][judged]
-        chart.lines.append(("floor", tokens, smooth(floors, chart.is_log_x)))
+        chart.add_smoothed("floor", tokens, floors)
         chart.legend.append(("floor", "n-gram baseline on the same tokens; no correct model is below it so early"))
 
 
@@ -303,13 +334,15 @@ def _add_reference(chart: Chart, trajectory: dict, steps: np.ndarray) -> None:
         chart.legend.append(("error", text))
 
 
-def _finding_markers(run: Run) -> list[tuple[str, float, str, str]]:
-    """A line at each finding; only the first of an id is labelled, with its count."""
+def _finding_markers(run: Run) -> list[tuple[str, float, str, str, str]]:
+    """A line at each finding, which links to its row; only the first of an id is labelled, with its count."""
     counts, markers = Counter(str(finding.get("id")) for finding in run.findings), []
-    for finding in sorted(run.findings, key=lambda finding: number(finding.get("tokens_seen")) or 0):
+    numbered = enumerate(run.findings, start=1)
+    for order, finding in sorted(numbered, key=lambda pair: number(pair[1].get("tokens_seen")) or 0):
         name = str(finding.get("id"))
         count = counts.pop(name, 0)
         label = f"{name} x{count}" if count > 1 else name if count else ""
         text = f"{name} at step {show(finding.get('step'))}: {finding.get('found')}"
-        markers.append((str(finding.get("severity")), number(finding.get("tokens_seen")) or 0, label, text))
+        at = number(finding.get("tokens_seen")) or 0
+        markers.append((str(finding.get("severity")), at, label, text, f"finding-{order}"))
     return markers

@@ -1,27 +1,32 @@
-"""Draws README's picture: the demo's loss, healthy and without the label shift, with the findings marked.
+"""Draws README's pictures of the demo, healthy and without the label shift: the losses, and the report of each run.
 
-python -m tests.picture                     trains the demo twice, then draws docs/demo_loss.svg
-python -m tests.picture HEALTHY UNSHIFTED   draws it from two run directories
+python -m tests.picture                     trains the demo twice, then draws docs/demo_loss.svg and docs/report_*.png
+python -m tests.picture HEALTHY UNSHIFTED   draws them from two run directories
 """
 
 import sys
+import tempfile
 from html import escape
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 from transformers import LlamaForCausalLM
+from transformers.trainer_callback import DefaultFlowCallback
 
 from recipe.__main__ import run
 from recipe.chart import Chart, compact, smooth
 from recipe.guards.records import read_lines
+from recipe.report import write_report
+from tests.browser import EXECUTABLE, MISSING, headless
 from tests.test_demo import DEMO, unshifted
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "demo_loss.svg"
 WIDTH, HEIGHT = 960, 440
 BELOW_WINDOW = 10  # steps of the mean that the guard compares with the n-gram model
-SHOWN_STEPS = 240  # of the run without the label shift, which stays flat from there on
+SHOWN_STEPS = 240  # of the run without the label shift, which would stay flat from there on
+REPORT_WIDTH, REPORT_SCALE = 1180, 0.75  # pixels of the page, and of the picture for each of them
 
 # Colours as in the report, on a background of its own: readable on light and dark pages.
 STYLE = """
@@ -47,11 +52,28 @@ text.marker { fill: currentColor; font: 600 11px ui-monospace, "DejaVu Sans Mono
 
 def train_both(folder: Path) -> tuple[Path, Path]:
     """Run directories of the shipped demo, as it is and with the label shift removed from outside."""
-    healthy, broken = folder / "healthy", folder / "unshifted"
+    healthy, broken = folder / "demo", folder / "demo_labels_not_shifted"
     assert run(["train", DEMO, "--output_dir", str(healthy)]) == 0
-    with mock.patch.object(LlamaForCausalLM, "loss_function", unshifted):
+    on_step_end = DefaultFlowCallback.on_step_end
+
+    def end_early(self, args, state, control, **kwargs):
+        control = on_step_end(self, args, state, control, **kwargs)
+        control.should_training_stop |= state.global_step >= SHOWN_STEPS
+        return control
+
+    no_shift = mock.patch.object(LlamaForCausalLM, "loss_function", unshifted)
+    with no_shift, mock.patch.object(DefaultFlowCallback, "on_step_end", end_early):
         assert run(["train", DEMO, "--output_dir", str(broken)]) == 0
     return healthy, broken
+
+
+def take_screenshots(runs: dict[str, Path], folder: Path) -> None:
+    """`report_NAME.png` of each run's report, its upper part. Needs a Chromium."""
+    with tempfile.TemporaryDirectory() as profile, headless(Path(profile)) as browser:
+        for name, run_dir in runs.items():
+            page = browser.open(write_report(run_dir).resolve().as_uri(), REPORT_WIDTH)
+            page.screenshot(folder / f"report_{name}.png", until=".to-end", scale=REPORT_SCALE)
+            page.close()
 
 
 def column(steps: list[dict], key: str) -> np.ndarray:
@@ -75,7 +97,7 @@ def build_chart(healthy: Path, broken: Path) -> Chart:
             seen.setdefault(finding["id"], finding)
     for name, first in seen.items():
         label = f"{name}, step {first['step']}"
-        chart.markers.append((first["severity"], first["tokens_seen"], label, first["found"]))
+        chart.markers.append((first["severity"], first["tokens_seen"], label, first["found"], ""))
     return chart
 
 
@@ -127,7 +149,10 @@ def draw(chart: Chart) -> str:
 def main(arguments: list[str]) -> None:
     healthy, broken = map(Path, arguments) if arguments else train_both(ROOT / "runs" / "picture")
     OUT.write_text(draw(build_chart(healthy, broken)), encoding="utf-8")
-    print(OUT)
+    if EXECUTABLE is None:
+        sys.exit(f"the pictures of the reports are as they were: {MISSING}")
+    take_screenshots({"healthy": healthy, "broken": broken}, OUT.parent)
+    print(*sorted(OUT.parent.glob("report_*.png")), OUT, sep="\n")
 
 
 if __name__ == "__main__":

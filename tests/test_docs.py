@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_paths_exist(page):
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+    for target in re.findall(r"(?:\]\(|<img src=\")([^)#\"]+?)(?:#[^)]*)?[)\"]", text):
         assert target.startswith("http") or (page.parent / target).exists(), target
     for path in re.findall(r"`((?:recipe|docs|tests|tokenizer)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path

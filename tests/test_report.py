@@ -13,12 +13,14 @@ from recipe.chart import (
     LABEL_TOP,
     Chart,
     build_y_axis,
+    choose_rows,
     compact,
     decimate,
     linear_ticks,
     log_ticks,
     path,
     smooth,
+    thin,
 )
 from recipe.errors import UserError
 from recipe.guards import MEANINGS
@@ -26,7 +28,7 @@ from recipe.guards.records import read_lines
 from recipe.model_card import write_model_card
 from recipe.report import RUN_FILES, write_report
 
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "link", "input"}
 HOSTILE = '</pre></script><script>alert("1")</script> & <b>'
 TOKENS_PER_STEP = 1024
 KERNELS = "attention sdpa | precision fp32 | eager | device cpu"
@@ -57,11 +59,11 @@ FINDINGS = [
 
 
 class Page(HTMLParser):
-    """Checks that tags are balanced; collects text, tags, the key figures and the table of data facts."""
+    """Checks that tags are balanced; collects text, tags, key figures, the table of data facts, and scripts."""
 
     def __init__(self, html):
         super().__init__()
-        self.open_tags, self.tags, self.text, self.figures = [], [], [], {}
+        self.open_tags, self.tags, self.text, self.figures, self.scripts = [], [], [], {}, []
         self.cells = {"th": [], "td": []}
         self.feed(html)
         self.close()
@@ -81,6 +83,9 @@ class Page(HTMLParser):
         self.open_tags.pop()
 
     def handle_data(self, data):
+        if self.open_tags and self.open_tags[-1][0] == "script":
+            self.scripts.append(data)
+            return
         self.text.append(data)
         for tag, attributes in self.open_tags:
             if tag == "div" and "data-key" in attributes:
@@ -310,8 +315,13 @@ def test_findings_stand_most_severe_first_with_all_their_fields(make_run):
 
 def test_findings_are_marked_on_the_loss_chart(make_run):
     page = report_of(make_run(findings=[*FINDINGS, {**FINDINGS[0], "step": 45, "tokens_seen": 45 * TOKENS_PER_STEP}]))
-    assert page.count("path", "marker error") == page.count("text", "marker error") == 1
-    assert page.count("path", "marker info") == 2 and page.count("text", "marker info") == 1  # one label for both
+    links = [attributes for tag, attributes in page.tags if tag == "a" and "marker" in attributes.get("class", "")]
+    # One line for each, and one label for both of an id; each leads to the row of its finding.
+    errors = [link["href"] for link in links if link["class"] == "marker error"]
+    infos = [link["href"] for link in links if link["class"] == "marker info"]
+    assert errors == ["#finding-1", "#finding-1"] and infos == ["#finding-2", "#finding-3", "#finding-2"]
+    rows = [attributes["id"] for tag, attributes in page.tags if tag == "tr" and "id" in attributes]
+    assert rows == ["finding-1", "finding-2", "finding-3"]
     assert page.has("accumulation_mismatch x2")
 
 
@@ -366,16 +376,32 @@ def test_environment_and_arguments_are_all_there(make_run):
 def test_nothing_from_the_run_becomes_markup(make_run):
     folder = make_run(findings=FINDINGS, name="a<b>&c")
     page = report_of(folder)
-    assert not [tag for tag, _ in page.tags if tag == "script"]
+    scripts = [attributes for tag, attributes in page.tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "curves"}, {"type": "module"}]
+    assert "alert" not in "".join(page.scripts)  # the curves are numbers, without words of the run
     assert page.has(HOSTILE)
     assert page.has("a<b>&c")
 
 
 def test_the_page_loads_nothing(make_run):
     html = write_report(make_run(findings=FINDINGS)).read_text(encoding="utf-8")
-    attributes = [name for _, attributes in Page(html).tags for name in attributes]
-    assert not {"src", "href", "srcset", "onload"} & set(attributes)
+    attributes = [pair for _, attributes in Page(html).tags for pair in attributes.items()]
+    assert not {"src", "srcset", "onload"} & {name for name, _ in attributes}
+    assert all(value.startswith("#") or value == "data:," for name, value in attributes if name == "href")
     assert "@import" not in html and not re.search(r"url\((?!#)", html)
+
+
+def test_the_page_has_no_path_of_this_machine(make_run):
+    folder = make_run(findings=[{**FINDINGS[1], "found": "3 / 4 rows (/data/web/a.txt), tokens/s"}])
+    info = run_info(60, ()) | {"config_path": "/home/me/my configs/c.json", "resumed_from": "runs/x/checkpoint-3"}
+    info["arguments"] |= {"source": "/data/web/*.parquet", "output_dir": "~/runs/x", "url": "hf://a/b"}
+    info["arguments"] |= {"folder": "/data/", "file": "file:///home/me/a.txt"}
+    (folder / "run.json").write_text(json.dumps(info))
+    html = write_report(folder).read_text(encoding="utf-8")
+    assert not re.search(r"/(home|data)|~/|file:", html)
+    page = Page(html)
+    kept = ("3 / 4 rows (a.txt), tokens/s", '"hf://a/b"', '"*.parquet"', "runs/x/checkpoint-3", "my configs/c.json")
+    assert [words for words in kept if not page.has(words)] == []
 
 
 # Runs that did not end well.
@@ -450,6 +476,12 @@ def test_infinite_perplexity_is_shown(make_run):
     assert figure(report_of(folder), "perplexity")[1] == "inf"
 
 
+def test_the_perplexity_of_a_broken_model_fits_its_card(make_run):
+    folder = make_run()
+    write_lines(folder / "evals.jsonl", [eval_records(60)[-1] | {"eval_perplexity": 16_849_177.87}])
+    assert figure(report_of(folder), "perplexity")[1] == "1.68e+07"
+
+
 def test_one_step_is_enough(make_run):
     page = report_of(make_run(num_steps=1))
     assert figure(page, "train_loss")[2] == "nats/token, mean of the last 1 step"
@@ -480,9 +512,17 @@ def test_a_long_run_makes_a_small_page_that_still_shows_its_spikes(tmp_path):
     records = step_records(20_000)
     records[12_345]["grad_norm"] = 7.75
     write_lines(tmp_path / "steps.jsonl", records)
+    write_lines(tmp_path / "findings.jsonl", [{**FINDINGS[0], "step": 15_000}])
     html = write_report(tmp_path).read_text(encoding="utf-8")
-    assert len(html) < 250_000
-    curves = [attributes["d"] for tag, attributes in Page(html).tags if attributes.get("class") in ("raw", "line")]
+    page = Page(html)
+    data, _ = page.scripts
+    assert len(html) < 1_000_000 and len(html) - len(data) < 250_000
+    held = json.loads(data)
+    assert len(held["step"]) == len(held["tokens"]) <= 10_000 and held["num_steps"] == 20_000
+    assert held["charts"][1]["lines"][0]["y"][held["step"].index(12_346)] == 7.75
+    assert set(range(14_951, 15_050)) <= set(held["step"])  # all that is near the finding
+    assert page.has(f"Of 20,000 steps the page holds {len(held['step']):,}")
+    curves = [attributes["d"] for tag, attributes in page.tags if attributes.get("class") in ("raw", "line")]
     assert len(curves) == 8
     assert all(len(re.findall("[ML]", curve)) <= 1500 for curve in curves)
 
@@ -503,6 +543,23 @@ def test_decimation_keeps_the_extremes_of_every_stretch(is_log):
     for bucket in np.unique(whole)[::37]:
         assert y[whole == bucket].max() == kept_y[part == bucket].max()
         assert y[whole == bucket].min() == kept_y[part == bucket].min()
+
+
+def test_the_rows_of_a_long_run_hold_every_spike_and_the_first_steps():
+    n, rng = 400_000, np.random.default_rng(5)
+    columns = [rng.normal(size=n), np.full(n, np.nan), np.arange(n, dtype=float)]
+    columns[0][[5, 123_456, 399_998]] = [9, 90, -80]
+    rows = choose_rows(columns, 6000)
+    assert len(rows) <= 6000 and (np.diff(rows) > 0).all()
+    assert {0, 5, 123_456, 399_998, 399_999} <= set(rows)
+    assert set(range(20)) <= set(rows)  # half of a log axis would be empty
+    assert (choose_rows([columns[0][:500]], 6000) == np.arange(500)).all()
+
+
+def test_a_smooth_line_is_thinned_for_both_axes():
+    x = np.arange(1.0, 100_001)
+    kept = thin(x, x, 1000)[0]
+    assert len(kept) <= 1000 and {1, 2, 3, 10, 100_000} <= set(kept) and np.diff(kept).max() < 250
 
 
 def test_decimation_leaves_short_lines_alone_and_keeps_gaps():
@@ -554,7 +611,7 @@ def test_a_rare_spike_leaves_the_chart_but_not_a_jump():
 
 def test_labels_of_near_markers_do_not_overlap():
     chart = Chart("t", 1000, 300, tokens=np.linspace(0, 100, 11))
-    chart.markers = [("info", at, "a_long_finding_id", "") for at in (10.0, 11, 12, 60, 99)]
+    chart.markers = [("info", at, "a_long_finding_id", "", "") for at in (10.0, 11, 12, 60, 99)]
     markers = chart.placed_markers()
     assert [(marker["top"] - LABEL_TOP) / LABEL_ROW for marker in markers] == [0, 1, 2, 0, 0]
     assert all(marker["start"] >= 0 and marker["end"] <= 1000 for marker in markers)
