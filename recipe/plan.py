@@ -17,6 +17,8 @@ from recipe.memory import (
     count_parameters,
     evaluation_memory,
     free_memory,
+    meta_model,
+    optimizer_bytes,
     show_count,
     step_memory,
 )
@@ -72,7 +74,7 @@ def make_plan(config: Config) -> dict:
         for name, (memory, tflops, kind) in GPUS.items()
     ]
     hours = {each.name: flops * tokens / (each.rate * each.mfu) / 3600 for each in (own, *gpus)}
-    checkpoint = 4 * count + 8 * count
+    checkpoint = 4 * count + optimizer_bytes(meta_model(model), sizes[here].optim)
     kept = training.save_total_limit or math.ceil(config.max_steps / max(1, training.save_steps))
     return {
         "parameters": {"total": count, **parts},
@@ -102,14 +104,14 @@ class StepSizes:
 
     def __init__(self, config: Config, model: PretrainedConfig, precision: str):
         training = config.training
-        self.precision = precision
+        self.precision, self.optim = precision, str(getattr(training.optim, "value", training.optim))
         self._shared = {
             "block_size": config.data.block_size,
             "precision": precision,
             "attention": choose_attention(config.model.attn_implementation, False),
         }
         self._step = {
-            "optim": str(getattr(training.optim, "value", training.optim)),
+            "optim": self.optim,
             "is_accumulating": training.gradient_accumulation_steps > 1,
             "is_checkpointing": bool(training.activation_checkpointing),
         }
