@@ -39,6 +39,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             gradient = gradient.to(dtype)
             of_rows.append(gradient @ head)
             of_head += gradient.T @ part
+            del gradient  # before the next chunk's logits are made
         ctx.save_for_backward(torch.cat(of_rows).to(hidden.dtype), of_head)
         return total
 

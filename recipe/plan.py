@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from recipe.arguments import Config
+from recipe.loss import CHUNK_BYTES
 from recipe.memory import (
     GB,
     StepMemory,
@@ -98,8 +99,8 @@ def _parts(memory: StepMemory) -> dict:
 class StepSizes:
     """Memory of one step in one precision for any number of rows.
 
-    It grows in proportion to rows and, where all layers are alike, to layers. So it is measured for 1 and 2 of each,
-    which takes a second, and extrapolated.
+    It grows in proportion to rows and, where all layers are alike, to layers. So it is measured for two numbers of
+    each, which takes a second, and extrapolated.
     """
 
     def __init__(self, config: Config, model: PretrainedConfig, precision: str):
@@ -115,7 +116,10 @@ class StepSizes:
             "is_accumulating": training.gradient_accumulation_steps > 1,
             "is_checkpointing": bool(training.activation_checkpointing),
         }
-        self._one, self._two = (self._measure(model, rows) for rows in (1, 2))
+        # From the rows on that fill a chunk of the loss: more of them need no more logits
+        logits = 4 * model.get_text_config().vocab_size * config.data.block_size
+        self._first = math.ceil(CHUNK_BYTES["cpu"] / logits)
+        self._one, self._two = (self._measure(model, self._first + more) for more in (0, 1))
         shallow = with_layers(model, 1) or model
         self.evaluation = evaluation_memory(shallow, rows=training.per_device_eval_batch_size, **self._shared)
 
@@ -128,7 +132,7 @@ class StepSizes:
         )
 
     def step(self, rows: int) -> StepMemory:
-        return extrapolate(self._one, self._two, rows)
+        return extrapolate(self._one, self._two, rows - self._first + 1)
 
     def peak(self, rows: int) -> float:
         at = self.step(rows)

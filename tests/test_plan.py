@@ -74,8 +74,8 @@ def test_memory_knows_logits_gradients_and_optimizer():
     assert at.gradients == at.weights and at.optimizer == 2 * at.weights
     assert step_memory(TINY, rows=rows, block_size=block, optim="sgd").optimizer == 0
     accumulating = step_memory(TINY, rows=rows, block_size=block, is_accumulating=True)
-    of_head = 4 * TINY.vocab_size * TINY.hidden_size  # that gradient is made in the forward pass, in any case
-    assert accumulating.peak - at.peak == pytest.approx(at.gradients - of_head, rel=0.02)
+    of_head = 4 * TINY.vocab_size * TINY.hidden_size  # that gradient and a copy are there at the peak in any case
+    assert accumulating.peak - at.peak == pytest.approx(at.gradients - 2 * of_head, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -106,16 +106,17 @@ def test_plan_of_a_shipped_config(monkeypatch):
     assert plan["steps"] == 800 and plan["tokens"] == 1_638_400
     assert all(device["rows"] * device["accumulation"] == 8 for device in plan["devices"])
     assert plan["disk"]["kept"] == 2
+    assert 8e6 < plan["step_memory"]["logits"] < 9e6  # a chunk of them, whatever the rows
     json.dumps(plan)
     text = format_plan(plan)
     assert "3,148,224" in text and max(map(len, text.splitlines())) <= 120
 
 
 def test_rows_that_do_not_fit_are_divided(monkeypatch):
-    monkeypatch.setattr("recipe.plan.free_memory", lambda device: 3.5e9)
+    monkeypatch.setattr("recipe.plan.free_memory", lambda device: 3.4e9)
     overrides = ["--use_cpu", "true", "--per_device_train_batch_size", "128", "--per_device_eval_batch_size", "8"]
     own = make_plan(parse_config(CONFIGS / "cpu_demo.json", overrides))["devices"][0]
-    assert own["peak"] > 3.5e9 > own["memory"] - 1
+    assert own["peak"] > 3.4e9 > own["memory"] - 1
     assert own["rows"] == 64 and own["accumulation"] == 2
     monkeypatch.setattr("recipe.plan.free_memory", lambda device: 1e7)
     assert make_plan(parse_config(CONFIGS / "cpu_demo.json", overrides))["devices"][0]["rows"] is None
