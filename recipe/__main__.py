@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recipe.console import configure_logging, configure_transformers_logging
 from recipe.errors import DataError, UserError, exit_code_of, handle_endings, is_disk_error, message_of
@@ -19,6 +20,9 @@ from recipe.plain_json import dumps
 from recipe.read_config import read_config
 from recipe.rundir import ended_on_purpose_before, write_exit
 from recipe.threads import choose_waiting
+
+if TYPE_CHECKING:
+    from recipe.arguments import Config
 
 USAGE = """usage: python -m recipe COMMAND ...
 
@@ -139,12 +143,22 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str], reads_data: bo
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger("recipe").info("loading torch and transformers: some seconds, up to a minute the first time")
     configure_transformers_logging()
-    from recipe.arguments import parse_config
-    from recipe.model import hardware_defaults
-
     if getattr(options, "dataloader_num_workers", None) is not None:
         overrides += ["--dataloader_num_workers", options.dataloader_num_workers]
-    return options, parse_config(options.config, overrides, hardware_defaults())
+    return options, resolve(options.config, overrides)
+
+
+def resolve(path: str, overrides: list[str]) -> "Config":
+    """The configuration, with what is best on this machine where it leaves that open."""
+    from recipe.arguments import parse_config
+    from recipe.model import bf16_pays_on_cpu, hardware_defaults, read_model_config
+
+    config = parse_config(path, overrides, hardware_defaults())
+    sources = config.model.model_config, config.model.model_name_or_path
+    is_here = any(map(os.path.exists, filter(None, sources)))  # asks no hub
+    if config.training.use_cpu and is_here and bf16_pays_on_cpu(read_model_config(*sources)):
+        config = parse_config(path, overrides, hardware_defaults() | {"bf16": True})
+    return config
 
 
 def _positive(word: str) -> int:

@@ -154,12 +154,16 @@ def _build_training(reading: Reading) -> TrainingArguments:
     for name in ("deepspeed", "fsdp"):
         if values[name]:
             logger.warning("%s is passed on to transformers, but this recipe has not been tested with it", name)
+    given = {name: values[name] for name in TRAINING_FIELDS if (name, values[name]) != ("optim", "muon")}
     try:
-        return TrainingArguments(**{name: values[name] for name in TRAINING_FIELDS})
+        training = TrainingArguments(**given)
     except (ValueError, TypeError, KeyError, NotImplementedError, ImportError, OSError) as error:
         message = " ".join(str(error).split())
         key = next((word for word in re.findall(r"\w+", message) if word in TRAINING_FIELDS), "TrainingArguments")
         raise ConfigError(reading.path, [(reading.label(key), message)]) from error
+    if "optim" not in given:
+        training.optim = "muon"  # which transformers has no name for; `PretrainTrainer` makes it
+    return training
 
 
 def format_config(config: Config) -> str:

@@ -58,6 +58,11 @@ def _conflicts(v: SimpleNamespace, given: Set[str], options: Set[str]) -> Iterat
         message = f"num_lanes {lanes} cannot be dealt to {ranks} x {workers} (processes x workers)"
         yield "dataloader_num_workers num_lanes", f"{message}; {', '.join(fitting)} would do"
 
+    if v.optim == "muon" and (v.fsdp or v.deepspeed):
+        yield "optim fsdp deepspeed", "muon needs whole matrices, and these shard them; use adamw_torch_fused"
+    if v.optim == "muon" and v.optim_args:
+        yield "optim_args optim", "muon takes none; learning_rate, weight_decay, adam_beta1 and adam_beta2 apply"
+
     if v.document_masking and v.use_cache:
         yield "use_cache document_masking", "true silently turns document_masking off; remove it"
 

@@ -26,6 +26,7 @@ HINTS = {
     "output_dir": "str",
     "report_to": "str | list[str]",
     "trackio_static_space_id": "bool | str | None",
+    "optim": 'Literal["muon"] | OptimizerNames',
 }
 # What a key does here, where transformers' own text is about something else.
 TEXTS = {
@@ -35,7 +36,8 @@ TEXTS = {
     "warmup_steps": "steps from 0 to learning_rate; below 1 a share of all steps",
     "per_device_train_batch_size": "rows of a micro-batch; a step has this x gradient_accumulation_steps x processes",
     "gradient_accumulation_steps": "micro-batches of a step",
-    "bf16": "mixed precision in bfloat16; by itself on a GPU that computes in it",
+    "bf16": "mixed precision in bfloat16; by itself on a GPU that computes in it, on a CPU where it is faster",
+    "optim": "the optimizer; muon: hidden matrices by Muon, all else by AdamW",
     "tf32": "TF32 in fp32 matrix products; by itself on a GPU that has it",
     "use_cpu": "train on the CPU; by itself where there is no GPU",
     "report_to": "trackers: trackio, tensorboard, wandb, ...; several as a list",

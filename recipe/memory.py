@@ -20,9 +20,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from recipe.errors import UserError
+from recipe.loss import with_chunked_loss
+from recipe.muon import is_hidden_matrix, outer_parameters
 
 # Bytes per parameter of optimizer state, by the first part of `optim`'s name. Others are taken for AdamW in fp32.
 STATE_BYTES = {"adamw": 8, "adagrad": 4, "sgd": 0, "rmsprop": 4, "adafactor": 0, "lion": 4}
+MUON_BYTES = 4  # of hidden matrices; all else has AdamW's
 STATE_BYTES_8_BIT = 2
 GB = 1e9
 
@@ -88,7 +91,7 @@ def step_memory(
     """`precision`: fp32, or that of the autocast, bf16 or fp16. `is_accumulating`: gradients stay through a forward
     pass. `is_checkpointing`: activations are computed again in the backward pass."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = _empty_model(config, attn_implementation=attention, dtype=torch.float32)
+        model = with_chunked_loss(_empty_model(config, attn_implementation=attention, dtype=torch.float32))
         weights = list(model.parameters())
         num_bytes = sum(weight.untyped_storage().nbytes() for weight in weights)
         if is_checkpointing:
@@ -100,7 +103,7 @@ def step_memory(
                 kept = live.now - live.logits
                 loss.backward()
     activations = kept - num_bytes * is_accumulating
-    return StepMemory(num_bytes, num_bytes // 4 * state_bytes(optim), activations, live.most_logits, live.peak)
+    return StepMemory(num_bytes, optimizer_bytes(model, optim), activations, live.most_logits, live.peak)
 
 
 def evaluation_memory(config: PretrainedConfig, *, rows: int, block_size: int, precision: str, attention: str) -> int:
@@ -124,15 +127,22 @@ def _loss_of(model, rows: int, block_size: int, precision: str) -> torch.Tensor:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-def state_bytes(optim: str) -> int:
-    """Bytes of optimizer state per parameter."""
-    return STATE_BYTES_8_BIT if "8bit" in optim else STATE_BYTES.get(optim.split("_")[0], 8)
+def optimizer_bytes(model: torch.nn.Module, optim: str) -> int:
+    """Of the optimizer's state."""
+    each = STATE_BYTES_8_BIT if "8bit" in optim else STATE_BYTES.get(optim.split("_")[0], 8)
+    sizes, outer = {False: each, True: MUON_BYTES if optim == "muon" else each}, outer_parameters(model)
+    return sum(p.numel() * sizes[is_hidden_matrix(p, outer)] for p in model.parameters())
+
+
+def meta_model(config: PretrainedConfig):
+    """Parameters without memory."""
+    with torch.device("meta"):
+        return _empty_model(config)
 
 
 def count_parameters(config: PretrainedConfig) -> dict[str, int]:
     """By part. A tied head is counted with the embedding."""
-    with torch.device("meta"):
-        model = _empty_model(config)
+    model = meta_model(config)
     parts = {"embedding": 0, "attention": 0, "MLP": 0, "norms and others": 0, "head": 0}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     for name, weight in model.named_parameters():
@@ -170,8 +180,9 @@ def free_memory(device: torch.device) -> int:
 
 def check_fits(config: PretrainedConfig, optim: str, device: torch.device) -> None:
     """Raise `UserError` for a model whose weights, gradients and optimizer states alone do not fit into memory."""
-    count = sum(count_parameters(config).values())
-    needed, free = count * (4 + 4 + state_bytes(optim)), free_memory(device)
+    model = meta_model(config)
+    count = model.num_parameters()
+    needed, free = 8 * count + optimizer_bytes(model, optim), free_memory(device)
     if needed > free:
         raise UserError(
             f"{show_count(count)} parameters need {needed / GB:,.0f} GB for weights, gradients and optimizer states "

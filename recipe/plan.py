@@ -11,12 +11,15 @@ import torch
 from transformers import PretrainedConfig
 
 from recipe.arguments import Config
+from recipe.loss import CHUNK_BYTES
 from recipe.memory import (
     GB,
     StepMemory,
     count_parameters,
     evaluation_memory,
     free_memory,
+    meta_model,
+    optimizer_bytes,
     show_count,
     step_memory,
 )
@@ -72,7 +75,7 @@ def make_plan(config: Config) -> dict:
         for name, (memory, tflops, kind) in GPUS.items()
     ]
     hours = {each.name: flops * tokens / (each.rate * each.mfu) / 3600 for each in (own, *gpus)}
-    checkpoint = 4 * count + 8 * count
+    checkpoint = 4 * count + optimizer_bytes(meta_model(model), sizes[here].optim)
     kept = training.save_total_limit or math.ceil(config.max_steps / max(1, training.save_steps))
     return {
         "parameters": {"total": count, **parts},
@@ -96,24 +99,27 @@ def _parts(memory: StepMemory) -> dict:
 class StepSizes:
     """Memory of one step in one precision for any number of rows.
 
-    It grows in proportion to rows and, where all layers are alike, to layers. So it is measured for 1 and 2 of each,
-    which takes a second, and extrapolated.
+    It grows in proportion to rows and, where all layers are alike, to layers. So it is measured for two numbers of
+    each, which takes a second, and extrapolated.
     """
 
     def __init__(self, config: Config, model: PretrainedConfig, precision: str):
         training = config.training
-        self.precision = precision
+        self.precision, self.optim = precision, str(getattr(training.optim, "value", training.optim))
         self._shared = {
             "block_size": config.data.block_size,
             "precision": precision,
             "attention": choose_attention(config.model.attn_implementation, False),
         }
         self._step = {
-            "optim": str(getattr(training.optim, "value", training.optim)),
+            "optim": self.optim,
             "is_accumulating": training.gradient_accumulation_steps > 1,
             "is_checkpointing": bool(training.activation_checkpointing),
         }
-        self._one, self._two = (self._measure(model, rows) for rows in (1, 2))
+        # From the rows on that fill a chunk of the loss: more of them need no more logits
+        logits = 4 * model.get_text_config().vocab_size * config.data.block_size
+        self._first = math.ceil(CHUNK_BYTES["cpu"] / logits)
+        self._one, self._two = (self._measure(model, self._first + more) for more in (0, 1))
         shallow = with_layers(model, 1) or model
         self.evaluation = evaluation_memory(shallow, rows=training.per_device_eval_batch_size, **self._shared)
 
@@ -126,7 +132,7 @@ class StepSizes:
         )
 
     def step(self, rows: int) -> StepMemory:
-        return extrapolate(self._one, self._two, rows)
+        return extrapolate(self._one, self._two, rows - self._first + 1)
 
     def peak(self, rows: int) -> float:
         at = self.step(rows)

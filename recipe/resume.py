@@ -64,6 +64,8 @@ def check_settings(checkpoint: Path, wanted: dict, allow_change: Collection[str]
     refused = {name: text for name, text in differences.items() if not is_named(name, allow_change)}
     if "model.parameters" in differences:  # weights and moments do not fit
         refused["model.parameters"] = differences["model.parameters"]
+    if "muon" in (saved["settings"].get("optim"), wanted["settings"]["optim"]) and "optim" in differences:
+        refused["optim"] = differences["optim"]  # other groups and states
     if refused:
         raise UserError(
             f"{checkpoint} was made with other settings:{say(refused)}\n  restore them, name those that shall change "

@@ -23,6 +23,7 @@ from recipe.guards import RegressionCallback
 from recipe.guards.guard import LINE_LENGTH
 from recipe.guards.records import append_line, keep_until
 from recipe.internals import reset_logged_loss
+from recipe.muon import make_muon
 from recipe.publish import upload, upload_checkpoint
 from recipe.resume import keep_configured
 from recipe.rundir import versions, write_json
@@ -57,6 +58,11 @@ class PretrainTrainer(Trainer):
 
     def get_train_dataloader(self) -> BatchLoader:
         return self.train_loader
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None and self.args.optim == "muon":
+            self.optimizer = make_muon(self.model if model is None else model, self)
+        return super().create_optimizer(model)
 
     def save_after_failure(self) -> None:
         """A checkpoint of the last whole step, after the loader raised on all ranks."""

@@ -1,4 +1,4 @@
-"""Torch's Adam and AdamW against their definition: silent on every way in which torch computes them, not on others."""
+"""Adam, AdamW and Muon against their definition: silent on every way in which torch computes them, not on others."""
 
 import copy
 from types import SimpleNamespace
@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
+from recipe import muon as recipe_muon
 from recipe.guards.adam import OptimizerOff
 from recipe.guards.guard import Clear, NotApplicable
+from recipe.muon import Muon
 
 
 def make_model():
@@ -39,7 +41,8 @@ def judged(guard) -> list:
     """What the guard yields after a step."""
     measured = guard.measure(None)
     assert guard.failure is None
-    step = SimpleNamespace(payload=lambda _: None if measured is None else measured.tolist())
+    values = None if measured is None else {name: each.tolist() for name, each in measured.items()}
+    step = SimpleNamespace(payload=lambda _: values)
     return [None if isinstance(verdict, Clear) else verdict for verdict in guard.observe(step)]
 
 
@@ -243,3 +246,55 @@ class Failing(OwnAdamW):
 )
 def test_other_decay_is_silent(kind, settings):
     assert OptimizerOff.judge_decay(kind(make_model().parameters(), **settings)) is None
+
+
+# --- Muon
+
+
+def make_muon(model, lr=1e-2) -> Muon:
+    """The linear weights by Muon, all else by AdamW."""
+    matrices = [model[1].weight]
+    others = [p for p in model.parameters() if p is not matrices[0]]
+    groups = [{"params": matrices, "momentum": 0.95}, {"params": others, "betas": (0.9, 0.95), "eps": 1e-8}]
+    return Muon([{**group, "weight_decay": 0.1} for group in groups], lr=lr)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_is_silent(monkeypatch, dtype):
+    monkeypatch.setattr(recipe_muon, "fast_dtype", lambda device: dtype)
+    model = make_model()
+    assert not watch_steps(model, make_muon(model))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"adjust_lr_fn": "match_rms_adamw"}, {"adjust_lr_fn": "original"}, {}, {"nesterov": False}]
+)
+def test_torchs_muon_is_silent(settings):
+    model = make_model()
+    assert not watch_steps(model, torch.optim.Muon([model[1].weight, model[3].weight], lr=1e-2, **settings))
+
+
+def skips_orthogonalization(monkeypatch):
+    monkeypatch.setattr(recipe_muon, "orthogonalize", lambda m, dtype=None: 4 * m / torch.linalg.matrix_norm(m))
+
+
+def scales_otherwise(monkeypatch):
+    monkeypatch.setattr(recipe_muon, "RMS", 0.25)
+
+
+def adds_all_of_the_gradient(monkeypatch):
+    own = torch.Tensor.lerp_
+    monkeypatch.setattr(torch.Tensor, "lerp_", lambda a, b, w: own(a, b, 1.0 if w < 0.5 else w))
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [(skips_orthogonalization, "step"), (scales_otherwise, "step"), (adds_all_of_the_gradient, "momentum")],
+)
+def test_another_muon_is_found_at_once(monkeypatch, change, part):
+    model = make_model()
+    optimizer = make_muon(model)
+    change(monkeypatch)
+    number, first = watch_steps(model, optimizer)[0]
+    assert (first.id, first.evidence["part"], first.evidence["parameter"]) == ("optimizer_off", part, "1.weight")
+    assert "Muon" in first.found and number == 1

@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
@@ -100,6 +101,23 @@ def test_accelerate_original_forward(tiny_model, tmp_path):
     trainer = make_trainer(tiny_model, tmp_path, bf16=True)
     trainer.train()
     assert callable(internals.original_forward(trainer.model))
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_avx512_bf16", "has_amx", "is_fast"),
+    [
+        ("AVX512", True, False, True),
+        ("AVX512", False, True, True),
+        ("AVX512", False, False, False),
+        ("AVX2", True, False, False),  # held to it by ATEN_CPU_CAPABILITY
+    ],
+)
+def test_torch_has_fast_bf16_cpu(monkeypatch, capability, has_avx512_bf16, has_amx, is_fast):
+    assert internals.has_fast_bf16_cpu() in (True, False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    assert internals.has_fast_bf16_cpu() is is_fast
 
 
 def test_torch_is_compiled_module():

@@ -15,6 +15,7 @@ from transformers import modeling_flash_attention_utils as flash
 from transformers.masking_utils import create_causal_mask
 
 from recipe import model as model_module
+from recipe.__main__ import resolve
 from recipe.data.collator import DataCollatorForPackedRows
 from recipe.data.fitting import HOLD_OUT_DOCUMENTS, HOLD_OUT_START
 from recipe.data.packing import LaneState, Row
@@ -259,6 +260,25 @@ def test_hardware_defaults_on_a_cpu_and_on_an_ampere_gpu(monkeypatch):
     assert model_module.hardware_defaults() == {"bf16": True, "tf32": True}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert model_module.hardware_defaults()["tf32"] is False
+
+
+@pytest.mark.parametrize(
+    ("has_units", "hidden_size", "words", "is_bf16"),
+    [
+        (True, 384, [], True),
+        (True, 384, ["--bf16", "false"], False),
+        (True, 192, [], False),
+        (False, 384, [], False),
+    ],
+)
+def test_a_cpu_trains_in_bf16_where_that_pays(
+    write_config, tmp_path, monkeypatch, has_units, hidden_size, words, is_bf16
+):
+    monkeypatch.setattr(model_module, "has_fast_bf16_cpu", lambda: has_units)
+    path = write_config()
+    shape = json.loads((tmp_path / "model.json").read_text()) | {"hidden_size": hidden_size}
+    (tmp_path / "model.json").write_text(json.dumps(shape))
+    assert resolve(path, ["--use_cpu", "true", *words]).training.bf16 is is_bf16
 
 
 def test_no_compiler_is_said_in_words(monkeypatch):

@@ -9,6 +9,7 @@
     run.py           facts of the run, read from the Trainer
     taps.py          what is recorded on each rank: batches.py, head.py, gradients.py, updates.py, ngrams.py
     oracle.py        a second implementation of some models, to compare them with
+    muon.py          what Muon does to a matrix, for the guard in adam.py
     sandbox.py       running the trainer's own code without leaving a trace
     objective.py     what the loss is, by intervention; recording.py: one computation of it
     labels.py        a part of targets.py; policy.py: what a preference loss is compared with

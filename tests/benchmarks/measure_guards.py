@@ -13,13 +13,12 @@ from collections import defaultdict
 import torch
 from transformers import TrainerCallback
 
-from recipe.arguments import parse_config
+from recipe.__main__ import resolve
 from recipe.guards.callback import RegressionCallback
 from recipe.guards.ngrams import NgramTap
 from recipe.guards.runner import Runner
 from recipe.guards.session import PreflightDone
 from recipe.guards.taps import Taps
-from recipe.model import hardware_defaults
 from recipe.train import assemble, open_run
 
 PARTS = {
@@ -33,11 +32,23 @@ PARTS = {
 STEPS, CLIP = ("training_step", "prediction_step"), ("clip_grad_norm_",)
 
 
-def build(folder: str, config: str, **keys):
+def parse(folder: str, config: str, **keys):
     overrides = [word for name, value in keys.items() for word in (f"--{name}", str(value))]
     overrides += ["--output_dir", f"{folder}/run", "--use_cpu", "true"]
-    config = parse_config(f"recipe/configs/{config}.json", overrides, hardware_defaults())
-    return assemble(config, open_run(config))
+    return resolve(f"recipe/configs/{config}.json", overrides)
+
+
+def build(folder: str, config: str, **keys):
+    parsed = parse(folder, config, **keys)
+    return assemble(parsed, open_run(parsed))
+
+
+def drop_guards(run) -> None:
+    """And the callbacks that ask them."""
+    run.trainer.remove_callback(run.guards)
+    for callback in list(run.trainer.callback_handler.callbacks):
+        if hasattr(callback, "guards"):
+            run.trainer.remove_callback(callback)
 
 
 def steps(folder: str, config: str, count: int, block: int, warm: int, **keys) -> dict:
@@ -139,10 +150,7 @@ def probes(folder: str, config: str, **keys) -> dict:
 def training(folder: str, config: str, **keys) -> dict:
     """Seconds of a step and peak memory of two steps without the guards."""
     run = build(folder, config, max_steps=2, eval_strategy="no", save_strategy="no", **keys)
-    run.trainer.remove_callback(run.guards)
-    for callback in list(run.trainer.callback_handler.callbacks):
-        if hasattr(callback, "guards"):
-            run.trainer.remove_callback(callback)
+    drop_guards(run)
     before, started = peak_megabytes(), time.perf_counter()
     run.trainer.train()
     return {"step": (time.perf_counter() - started) / 2, "megabytes": [before, peak_megabytes()]}

@@ -54,6 +54,16 @@ def environment() -> str:
     return f"{when}, {os.cpu_count()} CPUs, Python {python_version()}, {versions}"
 
 
+def processor() -> str:
+    """By its instructions, which decide what is fast, and its name where the machine tells one."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    kinds = {"AMX-BF16": "amx_bf16", "AVX512-BF16": "avx512_bf16", "AVX512": "avx512f", "AVX2": "avx2"}
+    best = next((kind for kind, flag in kinds.items() if flag in flags), "no vector instructions known")
+    return f"{name}, {best}, {os.cpu_count()} CPUs"
+
+
 def commit() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()

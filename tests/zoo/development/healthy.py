@@ -94,6 +94,7 @@ LOOPS = {
         arguments={"eval_skip": 0, "eval_documents": 8},
     ),
     "the recipe, resumed": RECIPE.changed(save_at=30),
+    "the recipe, Muon": RECIPE.changed(arguments={"optim": "muon"}),
     "SFTTrainer on text": SFT,
     "SFTTrainer on prompts": SFT.changed(rows="prompts"),
     "SFTTrainer, packed": SFT.changed(arguments={"packing": True}),

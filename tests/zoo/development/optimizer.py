@@ -10,6 +10,7 @@ import transformers.trainer
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, get_scheduler
 
+from recipe import muon
 from tests.zoo.bug import bug
 from tests.zoo.run import Run
 from tests.zoo.setting import Setting
@@ -20,6 +21,7 @@ LINEAR = ACCUMULATED.changed(arguments={"lr_scheduler_type": "linear"})
 SLOW = Setting(arguments={"learning_rate": 3e-5, "lr_scheduler_type": "constant_with_warmup"})
 BIASED = Setting(family="gpt2")
 SGD = Setting(arguments={"optim": "sgd", "learning_rate": 0.3})
+MUON = Setting(kind="recipe", vocabulary=4096, steps=60, arguments={"optim": "muon"})
 
 
 class After(TrainerCallback):
@@ -317,6 +319,18 @@ def adam_epsilon_too_large(run: Run):
     """Epsilon is 1e-2, far over the gradients' size: steps are a fraction of the rate."""
     run.arguments["adam_epsilon"] = 1e-2
     change_optimizer(run, lambda optimizer, model: None)
+
+
+@bug("optimizer_off", "optimizer and schedule", "Muon's step", "seen with the recipe", MUON)
+def muon_without_orthogonalization(run: Run):
+    """Muon's momentum is scaled to the size of its update, but not orthogonalized."""
+
+    def scaled(matrices, dtype=None):
+        run.took_effect()
+        norms = torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(1e-7)
+        return matrices / norms * min(matrices.shape[1:]) ** 0.5
+
+    run.patch(muon, "orthogonalize", scaled)
 
 
 # --- precision

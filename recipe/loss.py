@@ -1,0 +1,84 @@
+"""Next-token cross entropy whose logits are made chunk by chunk, so that no tensor has the size of all of them.
+
+    model = with_chunked_loss(model)
+
+Each chunk's logits are turned into their gradient at once, in the forward pass, as Liger and torch.nn.functional's
+`linear_cross_entropy` (torch 2.13) do: the same matrix products as usual, a fraction of the memory.
+"""
+
+from functools import wraps
+from types import MethodType
+
+import torch
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+IGNORE_INDEX = -100
+# Of a chunk's float32 logits. A CPU's fits into its cache; a GPU needs large products. Chosen, see docs/model.md.
+CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The sum over all positions: `hidden` `[positions, hidden_size]`, `weight` `[vocab_size, hidden_size]`, `targets`
+    int64 `[positions]`, IGNORE_INDEX where nothing is scored. Matrix products in autocast's type where it is on, all
+    else in float32. Cannot be differentiated twice."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        rows, head = hidden.to(dtype), weight.to(dtype)
+        size = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * len(weight)))
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        of_rows, of_head = [], torch.zeros_like(weight)
+        for part, target in zip(rows.split(size), targets.split(size), strict=True):
+            gradient, loss = _gradient_and_loss((part @ head.T).float(), target)
+            total = total + loss
+            gradient = gradient.to(dtype)
+            of_rows.append(gradient @ head)
+            of_head += gradient.T @ part
+            del gradient  # before the next chunk's logits are made
+        ctx.save_for_backward(torch.cat(of_rows).to(hidden.dtype), of_head)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        rows, head = ctx.saved_tensors
+        return rows * scale, head * scale, None
+
+
+def _gradient_and_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the sum of cross entropies, at `logits` `[positions, vocab_size]`, which is overwritten."""
+    is_scored, chosen = (targets != IGNORE_INDEX).unsqueeze(1), targets.clamp_min(0).unsqueeze(1)
+    logits -= logits.amax(dim=1, keepdim=True)
+    at_target = logits.gather(1, chosen)
+    sums = logits.exp_().sum(dim=1, keepdim=True)
+    loss = torch.where(is_scored, sums.log() - at_target, 0.0).sum()
+    return logits.mul_(is_scored / sums).scatter_add_(1, chosen, -is_scored.float()), loss
+
+
+@wraps(LlamaForCausalLM.forward)
+def _forward(self: LlamaForCausalLM, *args, labels=None, **kwargs):
+    """Without logits where they are made for a loss in training only. A loss function that was put in the place of
+    transformers' own is given all logits, as it expects."""
+    has_own_loss = self.loss_function is not ForCausalLMLoss
+    if labels is None or not self.training or has_own_loss or kwargs.get("logits_to_keep"):
+        return LlamaForCausalLM.forward(self, *args, labels=labels, **kwargs)
+    hidden = self.model(*args, **kwargs).last_hidden_state
+    targets = kwargs.get("shift_labels")
+    if targets is None:
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    total = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
+    count = kwargs.get("num_items_in_batch")
+    count = (targets != IGNORE_INDEX).sum() if count is None else count
+    return CausalLMOutputWithPast(loss=total / count)
+
+
+def with_chunked_loss(model: PreTrainedModel) -> PreTrainedModel:
+    """A Llama then gives its loss in training and no logits; in evaluation, and without labels, it is as before. Other
+    models stay as they are."""
+    if type(model) is LlamaForCausalLM and model.lm_head.bias is None:
+        model.forward = MethodType(_forward, model)
+    return model

@@ -1,0 +1,151 @@
+"""The chunked loss: transformers' own loss and gradients, without a tensor of the size of all logits."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from recipe import loss as recipe_loss
+from recipe.loss import IGNORE_INDEX, ChunkedCrossEntropy, with_chunked_loss
+
+VOCAB = 48
+
+
+def make_model(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    shape = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Of 5 positions: the last of 64 is shorter."""
+    monkeypatch.setitem(recipe_loss.CHUNK_BYTES, "cpu", 5 * 4 * VOCAB)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(VOCAB, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+def gradients(model) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_loss_and_gradients_are_cross_entropys(small_chunks, is_bf16):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 16), torch.randn(VOCAB, 16)
+    targets = torch.randint(VOCAB, (64,))
+    targets[[0, 9, 63]] = IGNORE_INDEX
+    found = []
+    for compute in (
+        ChunkedCrossEntropy.apply,
+        lambda h, w, t: F.cross_entropy(F.linear(h, w).float(), t, reduction="sum"),
+    ):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            total = compute(*leaves, targets)
+        (total / 61).backward()
+        found.append([total.detach(), *(leaf.grad for leaf in leaves)])
+    limit = 4e-3 if is_bf16 else 1e-5  # bf16 keeps 8 bits
+    for ours, wanted in zip(*found, strict=True):
+        assert ours.dtype == wanted.dtype == torch.float32
+        assert (ours - wanted).norm() <= limit * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"num_items_in_batch": torch.tensor(100)}, {"num_items_in_batch": 100}, "shifted"]
+)
+def test_the_models_loss_is_transformers(small_chunks, ids, keys):
+    labels = ids.clone()
+    labels[1, 5:9] = IGNORE_INDEX
+    keys = {"shift_labels": labels.roll(-1, dims=1)} if keys == "shifted" else keys
+    own, chunked = make_model().train(), with_chunked_loss(make_model()).train()
+    wanted, found = (model(input_ids=ids, labels=labels, use_cache=False, **keys) for model in (own, chunked))
+    assert found.logits is None
+    torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-6, atol=0)
+    for output in (wanted, found):
+        output.loss.backward()
+    for ours, theirs in zip(gradients(chunked), gradients(own), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_logits_are_there_where_they_are_asked_for(ids):
+    model = with_chunked_loss(make_model())
+    assert model.eval()(input_ids=ids, labels=ids).logits.shape == (4, 16, VOCAB)
+    assert model.train()(input_ids=ids).logits.shape == (4, 16, VOCAB)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    assert copied(input_ids=ids, labels=ids).loss != model(input_ids=ids, labels=ids).loss
+
+
+def test_a_loss_function_of_the_users_own_is_given_all_logits(ids, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(
+        LlamaForCausalLM,
+        "loss_function",
+        lambda self, logits, labels, **_: shapes.append(logits.shape) or logits.sum(),
+    )
+    with_chunked_loss(make_model()).train()(input_ids=ids, labels=ids)
+    assert shapes == [(4, 16, VOCAB)]
+
+
+def test_other_models_stay_as_they_are(ids):
+    model = with_chunked_loss(GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=8, n_layer=1, n_head=1)))
+    assert model.train()(input_ids=ids, labels=ids).logits is not None
+
+
+class LargestLogits(TorchDispatchMode):
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dim() > 1 and result.shape[-1] == VOCAB:
+            self.rows = max(self.rows, result.numel() // VOCAB)
+        return result
+
+
+def test_no_tensor_has_the_size_of_all_logits(small_chunks, ids):
+    model = with_chunked_loss(make_model()).train()
+    with LargestLogits() as seen:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert 0 < seen.rows <= 16  # the head's gradient, transposed, has as many rows as the model is wide
+
+
+def test_it_compiles_into_one_graph(small_chunks, ids):
+    own, chunked = make_model().train(), with_chunked_loss(make_model()).train()
+    compiled = torch.compile(chunked, backend="aot_eager", fullgraph=True)
+    found, wanted = (model(input_ids=ids, labels=ids, use_cache=False).loss for model in (compiled, own))
+    torch.testing.assert_close(found, wanted)
+    found.backward(), wanted.backward()
+    for ours, theirs in zip(gradients(chunked), gradients(own), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def curve_of(model, seed: int, steps: int = 200) -> torch.Tensor:
+    """Losses on a Markov chain of tokens, by the recipe's default optimizer."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    losses = []
+    for _ in range(steps):
+        jumps = torch.randint(1, 4, (4, 16), generator=generator)
+        rows = jumps.cumsum(1) % VOCAB
+        loss = model.train()(input_ids=rows, labels=rows, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def test_the_curve_is_eagers_within_the_noise_of_two_seeds(small_chunks):
+    eager, other = curve_of(make_model(), seed=1), curve_of(make_model(seed=2), seed=2)
+    chunked = curve_of(with_chunked_loss(make_model()), seed=1)
+    assert eager[-20:].mean() < 0.5 * eager[0]
+    noise, gap = (eager - other).abs().mean(), (eager - chunked).abs().mean()
+    assert gap < 0.1 * noise, (gap, noise)
