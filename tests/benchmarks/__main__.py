@@ -1,7 +1,8 @@
-"""`python -m tests.benchmarks stream|guards|checkpoints [--only NAME]`: measures, and writes RESULTS.md.
+"""`python -m tests.benchmarks stream|guards|checkpoints|limits [--only NAME]`: measures, and writes RESULTS.md.
 
 `stream` takes `--corpus PATH_OR_GLOB` too; `guards` measures what the guards cost on the demo and on the 180M;
-`checkpoints` how long a commit takes. `python -m tests.benchmarks.faults` is a command of its own.
+`checkpoints` how long a commit takes; `limits` a long run's report and one huge document. `faults` and `endurance` are
+commands of their own: `python -m tests.benchmarks.faults`.
 """
 
 import argparse
@@ -12,11 +13,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from recipe.data.docstrings import build_docstring_corpus
-from tests.benchmarks import checkpoints, guards, stream
+from tests.benchmarks import checkpoints, guards, limits, stream
 from tests.benchmarks.results import RESULTS, format_section, write_section
 from tests.benchmarks.stream import Options
 
-SUITES = {"stream": stream.BENCHMARKS, "guards": guards.BENCHMARKS, "checkpoints": checkpoints.BENCHMARKS}
+SUITES = {
+    "stream": stream.BENCHMARKS,
+    "guards": guards.BENCHMARKS,
+    "checkpoints": checkpoints.BENCHMARKS,
+    "limits": limits.BENCHMARKS,
+}
 QUICK = {"rows": 130_000, "repeats": 1, "rounds": 1, "index_megabytes": 10}
 
 
@@ -42,7 +48,7 @@ def main() -> None:
 
 
 def build_options(folder: Path, arguments: argparse.Namespace) -> Options | guards.Options | Path:
-    if arguments.suite == "checkpoints":
+    if arguments.suite in ("checkpoints", "limits"):
         return folder
     if arguments.suite == "guards":
         return guards.Options(steps=120, block=10, with_180m=False) if arguments.quick else guards.Options()

@@ -1,5 +1,6 @@
 """A tiny run in a process of its own, which a fault ends or disturbs at a given moment."""
 
+import gc
 import json
 import mmap
 import os
@@ -8,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 STEPS, ROWS = 8, 4
@@ -21,7 +23,8 @@ ROWS_PER_GROUP = 2  # documents: small, so that reading goes on all through the 
 @dataclass(frozen=True)
 class Fault:
     """`step`: in which it comes, from 1. `share`: where inside the phase, 0 to 1. `action`: `kill` (SIGKILL), `full`
-    (no space left on the device), `nan`, or the name of a signal. `rank`: of several, the first time that they run."""
+    (no space left on the device), `nan`, or names of signals, one after the other; `group` before them: to all
+    processes of its group. `rank`: of several, the first time that they run."""
 
     phase: str
     step: int
@@ -34,7 +37,12 @@ class Fault:
             raise OSError(28, "No space left on device")
         if "STRUCK" in os.environ:
             Path(os.environ["STRUCK"]).touch()
-        os.kill(os.getpid(), signal.SIGKILL if self.action == "kill" else signal.Signals[self.action])
+        send = signal.raise_signal
+        for name in self.action.split():
+            if name == "group":
+                send = partial(os.killpg, os.getpgrp())
+            else:
+                send(signal.SIGKILL if name == "kill" else signal.Signals[name])
 
 
 def write_setting(folder: Path, **changes) -> Path:
@@ -64,6 +72,21 @@ def write_setting(folder: Path, **changes) -> Path:
     config |= {"eval_strategy": "steps", "eval_steps": 4, "dataloader_num_workers": 0, "use_cpu": True}
     (folder / "config.json").write_text(json.dumps(config | changes))
     return folder / "config.json"
+
+
+def warm_up() -> None:
+    """Import and fill, before the forks, what each of them would take most of a second for."""
+    import tempfile
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import recipe.train  # noqa: F401
+
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(config).save_pretrained(folder)  # compiles the patterns of transformers' renamed weights
+    gc.collect()
+    gc.freeze()
 
 
 def in_child(

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.benchmarks import fault_cases as cases_of
 from tests.benchmarks.fault_cases import Bench, Case, run_case
-from tests.benchmarks.fault_run import PHASES, STEPS
+from tests.benchmarks.fault_run import PHASES, STEPS, warm_up
 from tests.benchmarks.results import RESULTS, ROOT, Result, format_section, write_section
 
 # Cases of one round, by kind.
@@ -33,9 +33,7 @@ QUICK = {kind: 1 for kind in COUNTS} | {cases_of.NETWORK: 2, cases_of.LOST_RANK:
 
 def measure(counts: dict[str, int], rounds: int, jobs: int, minutes: float, kept: Path | None) -> list[Case]:
     """The cases that are in `kept` already, and those that `minutes` suffice for, which are added to it."""
-    import recipe.__main__
-    import recipe.train  # noqa: F401  imported before the forks
-
+    warm_up()
     end = time.monotonic() + 60 * minutes
     wanted = [(kind, number) for kind, count in counts.items() for number in range(count * rounds)]
     done = {(case.kind, case.number): case for case in read_kept(kept)}
