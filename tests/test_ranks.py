@@ -95,34 +95,3 @@ def test_the_rank_that_failed_first_says_why(monkeypatch, tmp_path, words, kept)
 def test_a_users_mistake_on_two_ranks_gives_2(write_config, tmp_path):
     found = launch(tmp_path, write_config(), "--eval_skip", "5000")
     assert found["code"] == 2 and "has 300 documents" in found["reason"]
-
-
-@pytest.mark.slow
-def test_four_ranks_then_two_then_one_are_one_run(write_config, tmp_path):
-    """Resumed twice, each time on another world size with other workers: the same losses, the same position."""
-    schedule = {"lr_scheduler_type": "constant", "eval_strategy": "no", "eval_steps": None, "save_steps": 2}
-    path = write_config(**schedule, num_lanes=8)
-    assert run(["train", path, "--output_dir", str(tmp_path / "one")]) == 0
-    parts = ["--output_dir", str(tmp_path / "parts")]
-    four = [*parts, "--per_device_train_batch_size", "1", "--max_steps", "2"]
-    assert launch(tmp_path, path, *four, num_ranks=4)["code"] == 0
-    two = [*parts, "--per_device_train_batch_size", "2", "--max_steps", "4", "--dataloader_num_workers", "2"]
-    assert launch(tmp_path, path, *two, "--resume_from_checkpoint", "latest")["code"] == 0
-    one = [*parts, "--dataloader_num_workers", "4", "--resume_from_checkpoint", "latest"]
-    assert run(["train", path, *one]) == 0
-    whole, resumed = (read_lines(tmp_path / name / "steps.jsonl") for name in ("one", "parts"))
-    assert [record["loss"] for record in resumed] == pytest.approx([record["loss"] for record in whole], abs=1e-4)
-    assert state_of(tmp_path / "one") == state_of(tmp_path / "parts")
-
-
-def test_two_ranks_go_on_after_an_odd_number_of_rows(write_config, tmp_path):
-    """Which rank reads which lane then differs from a run that began on two ranks; the position must not."""
-    path = write_config(lr_scheduler_type="constant", eval_strategy="no", eval_steps=None, save_steps=1)
-    odd = ["--output_dir", str(tmp_path / "odd"), "--per_device_train_batch_size"]
-    assert run(["train", path, *odd, "3", "--max_steps", "1"]) == 0
-    assert launch(tmp_path, path, *odd, "1", "--max_steps", "3", "--resume_from_checkpoint", "latest")["code"] == 0
-    words = ["--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "7", "--max_steps", "1"]
-    assert run(["train", path, *words]) == 0
-    checkpoints = (tmp_path / "odd/checkpoint-3", tmp_path / "one/checkpoint-1")
-    odd_rows, at_once = (json.loads((each / "stream_state.json").read_text())["position"] for each in checkpoints)
-    assert odd_rows["rows"] == 7 and odd_rows == at_once

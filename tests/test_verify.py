@@ -14,7 +14,7 @@ from recipe.arguments import parse_config
 from recipe.data import lanes, pipeline, stream
 from recipe.data.packing import LaneState, Piece, Row
 from recipe.errors import UserError
-from recipe.verify import Reading, find_problems, verify_data
+from recipe.verify import Reading, find_problems, format_result, verify_data
 
 
 def verify(capsys, *words) -> tuple[int, dict]:
@@ -44,6 +44,18 @@ def test_it_reads_on_into_further_passes_without_crying_wolf(write_config, write
     code, result = verify(capsys, path, "--num_batches", 900)
     assert code == 0 and result["passes"] > 2
     assert result["documents"] == 290  # all but the hold-out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_documents_that_are_skipped_are_counted_for_any_workers(write_config, capsys, tmp_path, workers):
+    lines = [json.dumps({"text": text}).encode() for text in made_up(300)]
+    lines[3:250:13] = [b"{"] * len(lines[3:250:13])
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    words = [write_config(source=str(tmp_path / "a.jsonl")), "--num_batches", 60, "--workers", workers]
+    assert run(["verify-data", *map(str, words)]) == 4  # the default is to stop
+    code, result = verify(capsys, *words, "--on_bad_data", "skip")
+    assert code == 0 and result["bad_documents_skipped"] == 8
+    assert "bad documents skipped      8 that" in format_result(result)
 
 
 def test_people_get_a_table(write_config, capsys):

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 
 import torch
 from torch.utils.data import DataLoader
@@ -156,7 +156,7 @@ def start_server() -> multiprocessing.context.BaseContext:
         # A signal to all processes of the run must end neither the server nor the workers, which inherit this.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
-            multiprocessing.forkserver.ensure_running()
+            forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context

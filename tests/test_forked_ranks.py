@@ -1,0 +1,132 @@
+"""Runs on one, two and four ranks (gloo), forked from a process that has imported everything: resumed on other
+numbers of ranks, sharded, and ended by signals."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipe.checkpoints import list_checkpoints, problems_of
+from recipe.guards.records import read_lines
+from tests.benchmarks.fault_run import parts_of, write_setting
+from tests.forked_ranks import run_jobs
+
+EACH = {1: "4", 2: "2", 4: "1"}  # rows of a rank
+FSDP = {"version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
+
+
+# Ranks, fault, words, exit code
+SIGNALS = {
+    "to rank 0": (2, {"phase": "backward", "step": 3, "action": "SIGTERM"}, (), 143),
+    "to all of rank 1": (
+        2,
+        {"phase": "backward", "step": 3, "rank": 1, "action": "group SIGTERM"},
+        ("--dataloader_num_workers", "2"),
+        143,
+    ),
+    "twice in a step": (1, {"phase": "backward", "step": 5, "action": "SIGTERM SIGTERM"}, (), -15),
+    "twice in an evaluation": (
+        1,
+        {"phase": "evaluation", "step": 5, "action": "SIGTERM SIGTERM"},
+        ("--eval_strategy", "steps", "--eval_steps", "5"),
+        -15,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory) -> Path:
+    """The folder of these runs, each in `NAME`, with `NAME.log` and the rows of its parts in `NAME-PART-RANK`."""
+    folder = tmp_path_factory.mktemp("forked")
+    config, jobs = str(write_setting(folder, lr_scheduler_type="constant", eval_strategy="no", eval_steps=None)), []
+
+    def add(name, ranks, steps, *words, each=None, **more):
+        given = [
+            config,
+            "--output_dir",
+            str(folder / name),
+            "--resume_from_checkpoint",
+            "auto",
+            "--max_steps",
+            str(steps),
+        ]
+        given += ["--per_device_train_batch_size", each or EACH[ranks], *words]
+        known = {"log": str(folder / f"{name}.log"), "rows": str(folder / f"{name}-{len(jobs)}")}
+        jobs.append({"words": given, "ranks": ranks, **known, **more})
+
+    add("one", 1, 8)
+    for ranks, steps in ((1, 2), (2, 4), (4, 6), (2, 8)):
+        add("parts", ranks, steps)
+    add("odd", 1, 1, "--save_steps", "1", each="3")
+    add("odd", 2, 3, "--save_steps", "1", each="1")
+    add("at once", 1, 1, "--save_steps", "1", each="7")
+    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+        words = ["--fsdp", "true", "--fsdp_config", json.dumps(FSDP | {"state_dict_type": kind})]
+        for name, steps in (("whole", 4), ("part", 2), ("part", 4)):
+            add(f"{kind} {name}", 2, steps, *words, is_sharded=True)
+    expected = [{0}] * len(jobs)
+    for name, (ranks, fault, words, code) in SIGNALS.items():
+        add(name, ranks, 8, *words, fault=fault)
+        expected.append({code})
+    for job, found, codes in zip(jobs, run_jobs(jobs), expected, strict=True):
+        assert set(found) == codes, f"{job}: {found}\n{Path(job['log']).read_text()[-3000:]}"
+    return folder
+
+
+def losses_in(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in read_lines(run_dir / "steps.jsonl")]
+
+
+def position_in(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "stream_state.json").read_text())["position"]
+
+
+def test_one_rank_then_two_then_four_then_two_are_one_run(forked):
+    """Resumed three times, each time on another number of ranks: the same rows, losses and position."""
+    assert losses_in(forked / "parts") == pytest.approx(losses_in(forked / "one"), abs=1e-4)
+    assert position_in(forked / "parts/checkpoint-8") == position_in(forked / "one/checkpoint-8")
+    read = {}
+    for path in forked.glob("parts-*-*"):
+        ((begin, rows),) = parts_of(path)
+        read.setdefault(begin, []).append(rows)
+    assert sorted(read) == [0, 8, 16, 24] and [len(read[begin]) for begin in sorted(read)] == [1, 2, 4, 2]
+    for begin, ranks in read.items():
+        assert sorted(row for rows in ranks for row in rows) == list(range(begin, begin + 8))
+
+
+def test_two_ranks_go_on_after_an_odd_number_of_rows(forked):
+    """Which rank reads which lane then differs from a run that began on two ranks; the position must not."""
+    odd, at_once = position_in(forked / "odd/checkpoint-3"), position_in(forked / "at once/checkpoint-1")
+    assert odd["rows"] == 7 and odd == at_once
+
+
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_fsdp2_saves_commits_and_resumes(forked, kind):
+    """Parameters are DTensors on two ranks: both kinds of files are committed whole and resumed from."""
+    whole, part = forked / f"{kind} whole", forked / f"{kind} part"
+    checkpoint = part / "checkpoint-2"
+    assert (
+        problems_of(checkpoint, is_deep=True) == []
+        and f"resuming from {checkpoint}" in Path(f"{part}.log").read_text()
+    )
+    assert losses_in(part) == losses_in(whole) and len(losses_in(part)) == 4
+    assert losses_in(part) == pytest.approx(losses_in(forked / "one")[:4], abs=1e-4)
+    assert (part / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["to rank 0", "to all of rank 1"])
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(forked, name):
+    """Also where it ends no data worker although all processes of the rank get it, as from torchrun."""
+    newest = list_checkpoints(forked / name)[0]
+    assert newest.name == "checkpoint-4"  # said at the end of step 3, heard at the end of step 4
+    assert problems_of(newest, is_deep=True) == [] and (newest / "rng_state_1.pth").is_file()
+    assert position_in(newest)["rows"] == 16
+    assert not (forked / name / "final").exists()
+
+
+@pytest.mark.parametrize("name", ["twice in a step", "twice in an evaluation"])
+def test_a_second_one_ends_at_once_and_leaves_what_was_committed(forked, name):
+    assert Path(f"{forked / name}.log").read_text().count("saving a checkpoint after this step") == 1
+    saved = list_checkpoints(forked / name)
+    assert [path.name for path in saved] == ["checkpoint-4", "checkpoint-2"]
+    assert all(problems_of(path, is_deep=True) == [] for path in saved)
