@@ -79,9 +79,11 @@ def warm_up() -> None:
     import tempfile
 
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     import recipe.train  # noqa: F401
 
+    disable_progress_bar()
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).save_pretrained(folder)  # compiles the patterns of transformers' renamed weights
