@@ -105,7 +105,7 @@ def test_a_run_whose_server_fails_saves_its_position_and_goes_on_as_if_nothing_h
     write_config, server, tmp_path, capsys, no_reading_ahead
 ):
     """The losses are those of a run without a failure."""
-    words = ["--save_steps", "100", "--max_steps", "30"]
+    words = ["--save_steps", "100", "--max_steps", "50"]
     path = write_config(source=f"{server.url}/a.parquet", eval_strategy="no", eval_steps=None)
     assert run(["train", path, *words, "--output_dir", str(tmp_path / "whole")]) == 0
     count = len(server.requests())
@@ -117,7 +117,7 @@ def test_a_run_whose_server_fails_saves_its_position_and_goes_on_as_if_nothing_h
     assert "Traceback (" not in error and error.count("error: ") == 1
     server.reset()
     step = json.loads((tmp_path / "run/steps.jsonl").read_text().splitlines()[-1])["step"]
-    assert 0 < step < 30 and [folder.name for folder in (tmp_path / "run").glob("checkpoint-*")] == [
+    assert 0 < step < 50 and [folder.name for folder in (tmp_path / "run").glob("checkpoint-*")] == [
         f"checkpoint-{step}"
     ]
     assert f"continues from checkpoint-{step}" in error
@@ -184,7 +184,7 @@ def forked(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("forked")
     plain = {"eval_strategy": "no", "eval_steps": None, "save_steps": 10_000}
     config, bad = write_setting(folder, max_steps=2, **plain), folder / "bad.jsonl"
-    write_with_bad(bad, bad=(100, 101, 102, 103), repeat=2)
+    write_with_bad(bad, bad=(100, 101, 102, 103), repeat=15)
     jobs = [
         {"words": ["--dataloader_num_workers", "2"], "ranks": 1, "environment": {"TOKENIZERS_PARALLELISM": "true"}}
     ]

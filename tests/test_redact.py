@@ -63,10 +63,10 @@ def test_a_run_writes_no_credential_anywhere(write_config, tmp_path):
     served.mkdir()
     table = pa.table({"text": [document(i) for i in range(300)]})
     pq.write_table(table, served / "a.parquet", row_group_size=10)
-    words = ["train", write_config(save_steps=6, max_steps=12, eval_steps=6), "--hub_token", TOKEN, "--json"]
+    words = ["train", write_config(save_steps=10, max_steps=30), "--hub_token", TOKEN, "--json"]
     address = f"http://user:{PASSWORD}@127.0.0.1:PORT/a.parquet?X-Amz-Signature={SIGNATURE}%d&token={TOKEN}"
     more = ["--resume_from_checkpoint", "latest", "--dataloader_num_workers", "2"]
-    runs = [(30, 1000, [*words, "--source", address % 1]), (20, 2, [*words, *more, "--source", address % 2])]
+    runs = [(45, 1000, [*words, "--source", address % 1]), (20, 2, [*words, *more, "--source", address % 2])]
     command = [sys.executable, "-c", RUNS, str(served), json.dumps(runs), str(run_dir)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300)
     printed = done.stdout + done.stderr
@@ -114,7 +114,7 @@ def holds_secret(data: bytes) -> bool:
 
 def nothing_private_is_published(run_dir: Path, tmp_path: Path) -> None:
     """`push_to_hub` uploads `final` or a checkpoint, by an allow list."""
-    for folder in (run_dir / "final", run_dir / "checkpoint-12"):
+    for folder in (run_dir / "final", run_dir / "checkpoint-30"):
         published = [file for file in folder.rglob("*") if any(fnmatch(file.name, mask) for mask in PUBLISHED)]
         assert {"model.safetensors", "config.json", "tokenizer.json"} <= {file.name for file in published}
         for file in published:
