@@ -182,11 +182,11 @@ def test_each_damage_of_each_file_is_found_and_the_older_one_taken(tmp_path, dam
     assert problems_of(newest, is_deep=True) == []
 
 
-def test_every_bit_of_the_manifest_counts(tmp_path):
+def test_every_byte_of_the_manifest_counts(tmp_path):
     manifest = make(tmp_path, 1) / "manifest.json"
     text = manifest.read_bytes()
-    for bit in range(8 * len(text)):
-        flip(manifest, bit)
+    for byte in range(len(text)):
+        flip(manifest, 8 * byte + byte % 8)
         assert read_manifest(manifest.parent) is None
         manifest.write_bytes(text)
     assert read_manifest(manifest.parent)["step"] == 1
@@ -375,6 +375,16 @@ def test_one_command_for_jobs_that_are_killed(words, finished, tmp_path, monkeyp
     assert run(auto) == 0
     assert losses(tmp_path / "run") == losses(finished / "run")
     assert weights(tmp_path / "run") == weights(finished / "run")
+
+
+def test_killed_after_the_last_step_it_only_writes_its_results(words, finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/final")
+    assert run([*words, "--resume_from_checkpoint", "auto"]) == 0
+    assert weights(tmp_path / "run") == weights(finished / "run")
+    results = [json.loads((path / "run.json").read_text())["result"] for path in (tmp_path / "run", finished / "run")]
+    names = ("steps", "tokens_seen", "eval_loss", "tokens_by_source", "verdict")
+    assert [results[0][name] for name in names] == [results[1][name] for name in names]
 
 
 def test_a_stop_that_is_heard_while_saving_saves_no_second_time(words, tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def test_transformers_load_weights(tiny_model, tmp_path):
 
 
 def test_transformers_saves_a_model_for_from_pretrained(tiny_model, tmp_path):
-    """tests/test_forked_ranks.py has sharded ones."""
+    """tests/test_ranks.py has sharded ones."""
     trainer = make_trainer(tiny_model, tmp_path)
     internals.save_whole_model(trainer, str(tmp_path / "final"))
     saved = type(tiny_model).from_pretrained(tmp_path / "final").state_dict()

@@ -71,7 +71,7 @@ def test_without_restarts_a_lost_rank_ends_the_others_in_seconds(words, tmp_path
 
 def test_what_ended_on_purpose_is_not_restarted(words, tmp_path):
     ended, log = launch(tmp_path, [*words, "--eval_skip", "5000"], {"phase": "none", "step": 0}, "--max-restarts", "1")
-    assert ended["code"] == 2 and log.count("has 300 documents") == 1
+    assert ended["code"] == 2 and "has 300 documents" in ended["reason"] and log.count("has 300 documents") == 1
 
 
 def test_two_machines_on_loopback(words, tmp_path):

@@ -1,4 +1,4 @@
-"""Signals: which are handled. tests/test_forked_ranks.py has runs that they end."""
+"""Signals: which are handled. tests/test_ranks.py has runs that they end."""
 
 import signal
 
