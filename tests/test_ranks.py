@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from recipe.checkpoints import list_checkpoints, problems_of
 from recipe.guards.records import read_lines
@@ -50,17 +51,9 @@ def forked(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("forked")
     config, jobs = str(write_setting(folder, lr_scheduler_type="constant", eval_strategy="no", eval_steps=None)), []
 
-    def add(name, ranks, steps, *words, each=None, **more):
-        given = [
-            config,
-            "--output_dir",
-            str(folder / name),
-            "--resume_from_checkpoint",
-            "auto",
-            "--max_steps",
-            str(steps),
-        ]
-        given += ["--per_device_train_batch_size", each or EACH[ranks], *words]
+    def add(name, ranks, steps, *words, each=None, run_dir=None, **more):
+        given = [config, "--output_dir", str(folder / (run_dir or name)), "--resume_from_checkpoint", "auto"]
+        given += ["--max_steps", str(steps), "--per_device_train_batch_size", each or EACH[ranks], *words]
         known = {"log": str(folder / f"{name}.log"), "rows": str(folder / f"{name}-{len(jobs)}")}
         jobs.append({"words": given, "ranks": ranks, **known, **more})
 
@@ -72,10 +65,13 @@ def forked(tmp_path_factory) -> Path:
     add("at once", 1, 1, "--save_steps", "1", each="7")
     for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
         words = ["--fsdp", "true", "--fsdp_config", json.dumps(FSDP | {"state_dict_type": kind})]
-        for name, steps in (("whole", 4), ("part", 2), ("part", 4), ("part", 4)):  # the last time only its results
+        for name, steps in (("whole", 4), ("part", 2), ("part", 4)):
             add(f"{kind} {name}", 2, steps, *words, is_sharded=True)
-    add("alone", 1, 8, *EVAL, "--lr_scheduler_type", "linear")
-    words = [*EVAL, "--lr_scheduler_type", "linear", "--dataloader_num_workers", "2"]
+    add("at the end", 2, 4, *words, is_sharded=True, run_dir=f"{kind} part")
+    nan = {"phase": "forward", "step": 3, "rank": 1, "action": "nan"}
+    add("not finite", 2, 4, *words, is_sharded=True, fault=nan)
+    add("alone", 1, 8, *EVAL)
+    words = [*EVAL, "--dataloader_num_workers", "2"]
     add("together", 2, 8, *words, environment={"RECIPE_EXIT_FILE": str(folder / "together.json")})
     (folder / "reference.json").write_text(json.dumps(REFERENCE))
     words = ["--trajectory", str(folder / "reference.json"), "--on_regression", "stop"]
@@ -152,6 +148,18 @@ def test_fsdp2_saves_commits_and_resumes(forked, kind):
     assert losses_in(part) == losses_in(whole) and len(losses_in(part)) == 4
     assert losses_in(part) == pytest.approx(losses_in(forked / "one")[:4], abs=1e-4)
     assert (part / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+
+
+def test_a_step_of_a_sharded_model_that_is_not_finite_is_not_applied(forked):
+    run_dir = check_ended(forked, "not finite")
+    assert json.loads((run_dir / "run.json").read_text())["result"]["skipped_steps"] == 1
+    assert all(parameter.isfinite().all() for parameter in load_file(run_dir / "final/model.safetensors").values())
+
+
+def test_a_sharded_model_with_nothing_left_to_train_is_refused_in_one_line(forked):
+    check_ended(forked, "at the end", 2)
+    log = (forked / "at the end.log").read_text()
+    assert log.count("error: ") == 1 and "is at the last step, and a sharded model" in log and "Traceback" not in log
 
 
 @pytest.mark.parametrize("name", ["to rank 0", "to all of rank 1"])
