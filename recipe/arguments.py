@@ -201,9 +201,9 @@ def parse_config(
 
 
 def _build_training(path: Path, values: dict[str, Any], labels: dict[str, str]) -> TrainingArguments:
-    for name in ("deepspeed", "fsdp"):
+    for name, tested in (("deepspeed", "not at all"), ("fsdp", "on CPU ranks only, see docs/resume.md")):
         if values[name]:
-            logger.warning("%s is passed on to transformers, but this recipe has not been tested with it", name)
+            logger.warning("%s is passed on to transformers; this recipe has been tested with it %s", name, tested)
     try:
         return TrainingArguments(**{name: values[name] for name in TRAINING_FIELDS})
     except (ValueError, TypeError, KeyError, NotImplementedError, ImportError, OSError) as error:
