@@ -2,7 +2,7 @@
 
 Each case ends or disturbs a tiny run, lets it finish, and compares it with one that nothing disturbed: final weights
 bit for bit, and every row that was trained on. Results are kept in runs/faults/ as they come, so that a command that
-was cut short goes on where it was; they count as long as the code is the same. Writes its section of RESULTS.md.
+was cut short goes on where it was, if the code is the same. Writes its section of RESULTS.md when all cases are done.
 """
 
 import argparse
@@ -155,8 +155,9 @@ def main() -> None:
         )
         section = format_section("faults", result, f"python -m tests.benchmarks.faults --rounds {arguments.rounds}")
         print(section, file=sys.stderr)
-        if not arguments.quick:
+        if kept is not None:
             write_section("faults", section, RESULTS)
+            kept.unlink()  # the next command measures again
     if arguments.json:
         print(json.dumps([vars(case) for case in cases]))
     sys.exit(not is_whole or not all(is_good(case) for case in cases))
