@@ -143,13 +143,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print every case")
     parser.add_argument("--quick", action="store_true", help="one or two of each kind; writes nothing")
     arguments = parser.parse_args()
+    if min(arguments.rounds, arguments.jobs) < 1:
+        parser.error("--rounds and --jobs must be at least 1")
     counts, kept = (QUICK, None) if arguments.quick else (COUNTS, kept_file())
     cases = measure(counts, arguments.rounds, arguments.jobs, arguments.minutes, kept)
     is_whole = len(cases) == sum(counts.values()) * arguments.rounds
     if is_whole:
-        note = (
-            f"{describe(cases)}\n\n{sum(case.seconds for case in cases) / 60:.0f} minutes, one case after the other."
-        )
+        minutes = sum(case.seconds for case in cases) / 60
+        note = f"{describe(cases)}\n\nAll cases together, one after the other: {minutes:.0f} minutes."
         result = Result(
             "kills, damages, disks, networks, NaNs, rollbacks, lost ranks", MEASURED, summarize(cases), note
         )
