@@ -33,6 +33,7 @@ from tests.benchmarks.fault_run import write_setting
 from tests.forked_ranks import run_jobs
 from tests.range_server import RangeServer
 
+MARK = "MARK_OF_A_TEST"  # in the environment of a run's processes
 FAULTS = ["404", "401", "403", "429", "500", "503", "close", "reset", "short", "stall", "no range", "page"]
 
 
@@ -179,8 +180,8 @@ def test_a_token_cache_is_watched_too(write_parquet, tmp_path, tokenizer):
 
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory) -> Path:
-    """The folder of two runs: `threads` has workers and a tokenizer that uses threads; in `bad` one of two ranks
-    reads a document that cannot be decoded."""
+    """The folder of three runs: `threads` has workers and a tokenizer that uses threads; in `bad` one of two ranks
+    reads a document that cannot be decoded; `killed` has workers, and its main process is killed."""
     folder = tmp_path_factory.mktemp("forked")
     plain = {"eval_strategy": "no", "eval_steps": None, "save_steps": 10_000}
     config, bad = write_setting(folder, max_steps=2, **plain), folder / "bad.jsonl"
@@ -190,17 +191,32 @@ def forked(tmp_path_factory) -> Path:
     ]
     words = ["--source", str(bad), "--max_steps", "4000", "--per_device_train_batch_size", "2"]
     jobs.append({"words": words, "ranks": 2, "environment": {"RECIPE_EXIT_FILE": str(folder / "exit.json")}})
-    for name, job in zip(("threads", "bad"), jobs, strict=True):
+    words, fault = ["--dataloader_num_workers", "2"], {"phase": "backward", "step": 1}
+    jobs.append({"words": words, "ranks": 1, "environment": {MARK: str(folder)}, "fault": fault})
+    for name, job in zip(("threads", "bad", "killed"), jobs, strict=True):
         job["words"] = [str(config), "--output_dir", str(folder / name), *job["words"]]
         job["log"] = str(folder / f"{name}.log")
     codes = run_jobs(jobs)
-    assert codes == [[0], [4, 4]], "\n".join(Path(job["log"]).read_text()[-3000:] for job in jobs)
+    assert codes == [[0], [4, 4], [-9]], "\n".join(Path(job["log"]).read_text()[-3000:] for job in jobs)
     return folder
 
 
 def test_workers_do_not_hang_where_the_tokenizer_has_used_threads(forked):
     """Forked from a process whose tokenizer has a thread pool they would wait for it for ever."""
     assert (forked / "threads/final").is_dir()
+
+
+def test_workers_end_with_a_main_process_that_is_killed(forked):
+    """Their server cannot tell: each of them holds the pipe whose end would."""
+    left = [process for process in psutil.process_iter() if mark_of(process) == str(forked)]
+    assert psutil.wait_procs(left, timeout=60)[1] == []
+
+
+def mark_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK)
+    except psutil.Error:  # it ended, or is another user's
+        return None
 
 
 def test_a_failure_on_one_of_two_ranks_stops_both_with_one_checkpoint(forked):

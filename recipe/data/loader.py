@@ -6,6 +6,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -26,6 +27,7 @@ from recipe.errors import ENDING, DataError, UserError, message_of
 from recipe.redact import configure_logging
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+WATCH_SECONDS = 1.0  # between two looks of a worker at its main process
 PREFETCHED_ROWS = 64  # per worker: it tokenizes dozens of rows at once, and must not wait for the others
 # Workers are forked from a server process without threads. Forked from this one they may inherit a lock that is held:
 # the tokenizer's thread pool is such a case, where TOKENIZERS_PARALLELISM is set.
@@ -178,9 +180,16 @@ def _begin_worker(settings: tuple, worker_id: int) -> None:
 
 def _end_with(main_process: int) -> None:
     """DataLoader ends workers by SIGTERM. One that comes from elsewhere, as to all processes of a container, Slurm job
-    or torchrun rank, is for the main process alone, which still needs rows to finish its step."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
-        pass
+    or torchrun rank, is for the main process alone, which still needs rows to finish its step. A main process that was
+    killed ends nothing: the server lives as long as its workers do."""
+    try:
+        handle = os.pidfd_open(main_process)
+        while not select.select([handle], [], [], 0)[0]:
+            sent = signal.sigtimedwait({signal.SIGTERM}, WATCH_SECONDS)
+            if sent is not None and sent.si_pid == main_process:
+                break
+    except ProcessLookupError:
+        pass  # it is gone already
     os._exit(0)
 
 
