@@ -110,7 +110,11 @@ def main() -> None:
         "and the guards cost. Resident memory, open files and threads at the end of each tenth of the run; processor "
         "time of this process."
     )
-    note = f"Findings: {', '.join(findings) or 'none'}. At the first step: {samples[0].mebibytes:.0f} MiB."
+    growth = (samples[-1].mebibytes - samples[0].mebibytes) * 1024 / steps
+    note = (
+        f"Findings: {', '.join(findings) or 'none'}. At the first step: {samples[0].mebibytes:.0f} MiB; so memory grew by "
+        f"{growth:.1f} KiB a step. The guards keep the fingerprints of all rows (docs/guards.md)."
+    )
     result = Result("a long run of tiny steps", measured, rows_of(samples), note)
     section = format_section("endurance", result, "python -m tests.benchmarks.endurance")
     print(section)
