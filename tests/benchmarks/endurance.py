@@ -112,8 +112,8 @@ def main() -> None:
     )
     growth = (samples[-1].mebibytes - samples[0].mebibytes) * 1024 / steps
     note = (
-        f"Findings: {', '.join(findings) or 'none'}. At the first step: {samples[0].mebibytes:.0f} MiB; so memory grew by "
-        f"{growth:.1f} KiB a step. The guards keep the fingerprints of all rows (docs/guards.md)."
+        f"Findings: {', '.join(findings) or 'none'}. At the first step: {samples[0].mebibytes:.0f} MiB; so memory "
+        f"grew by {growth:.1f} KiB a step. The guards keep the fingerprints of all rows (docs/guards.md)."
     )
     result = Result("a long run of tiny steps", measured, rows_of(samples), note)
     section = format_section("endurance", result, "python -m tests.benchmarks.endurance")
