@@ -39,7 +39,7 @@ def document(folder: str, kind: str, megabytes: int) -> dict:
     words = [f"word{number}" for number in range(5000)]
     chance, size = random.Random(0), megabytes * 10**6
     text = " ".join(chance.choices(words, k=size // 7))[:size]
-    texts, path = [*(f"a short text {number}" for number in range(40)), text], Path(folder) / f"a.{kind}"
+    texts, path = [*(f"a short text {number} " * 30 for number in range(40)), text], Path(folder) / f"a.{kind}"
     if kind == "parquet":
         pq.write_table(pa.table({"text": texts}), path, row_group_size=10)
     elif kind == "jsonl":
