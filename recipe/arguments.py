@@ -151,9 +151,9 @@ def parse_config(
 
 def _build_training(reading: Reading) -> TrainingArguments:
     values = reading.values
-    for name in ("deepspeed", "fsdp"):
+    for name, tested in (("deepspeed", "not at all"), ("fsdp", "on CPU ranks only, see docs/resume.md")):
         if values[name]:
-            logger.warning("%s is passed on to transformers, but this recipe has not been tested with it", name)
+            logger.warning("%s is passed on to transformers; this recipe has been tested with it %s", name, tested)
     given = {name: values[name] for name in TRAINING_FIELDS if (name, values[name]) != ("optim", "muon")}
     try:
         training = TrainingArguments(**given)

@@ -25,6 +25,14 @@ def load_weights(trainer, checkpoint: str) -> None:
     trainer._load_from_checkpoint(checkpoint)
 
 
+def save_whole_model(trainer, folder: str) -> None:
+    """For `from_pretrained`; called on every rank. Of a sharded model Trainer saves nothing in some formats."""
+    if trainer.is_fsdp_enabled:
+        trainer._save(folder, state_dict=trainer.accelerator.get_state_dict(trainer.model))
+    else:
+        trainer.save_model(folder, _internal_call=True)
+
+
 def reset_logged_loss(trainer) -> None:
     """The sum of the losses that are not logged yet. Trainer subtracts it from itself, which leaves NaN a NaN."""
     trainer._tr_loss.zero_()

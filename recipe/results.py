@@ -18,6 +18,7 @@ from recipe.data.loader import count_bad, whole_position
 from recipe.data.pipeline import Data, unigram_entropy
 from recipe.data.source import counted
 from recipe.guards import GUARDS, RegressionCallback
+from recipe.internals import save_whole_model
 from recipe.model import count_flops_per_token, describe_device, describe_kernels
 from recipe.model_card import write_model_card
 from recipe.next_steps import next_commands
@@ -129,7 +130,7 @@ def conclude(
     metrics = final_evaluation(trainer) if is_whole else {}
     entropy = unigram_entropy(data.eval_rows)
     if is_whole:
-        trainer.save_model(str(output_dir / "final"), _internal_call=True)  # `write_results` uploads it with its card
+        save_whole_model(trainer, str(output_dir / "final"))  # `write_results` uploads it with its card
     judged = verdict(guards, signals.agreed, metrics.get("eval_loss"), entropy)
     code = GOOD if is_whole else 128 + signals.agreed if signals.agreed else STOPPED_BY_GUARD
     result = {

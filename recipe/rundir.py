@@ -52,6 +52,8 @@ def choose_output_dir(output_dir: str, is_default: bool, resume_from_checkpoint:
     if not holds_run(path) or resume_from_checkpoint in ("latest", "auto"):
         return path
     if resume_from_checkpoint is not None:
+        if not Path(resume_from_checkpoint).is_dir():
+            return path  # which `checkpoints.choose` refuses
         home = Path(resume_from_checkpoint).resolve().parent
         if home == path.resolve():
             return path

@@ -258,6 +258,11 @@ def train(trainer: PretrainTrainer, guards: RegressionCallback, checkpoint: Path
     """
     start = time.perf_counter()
     if checkpoint is not None and checkpoints.step_of(checkpoint) >= trainer.args.max_steps:
+        if trainer.is_fsdp_enabled:  # accelerate shards a model together with its optimizer only
+            raise UserError(
+                f"{checkpoint} is at the last step, and a sharded model is evaluated in a training only; "
+                "give more --max_steps"
+            )
         logger.info("%s is at the last step: nothing left to train", checkpoint)
         load_weights(trainer, str(checkpoint))
         trainer.state.global_step = checkpoints.step_of(checkpoint)

@@ -84,7 +84,8 @@ class PretrainTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        self.skips.total, self._loss_sum = self._loss_sum + norm, None
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2
+        self.skips.total, self._loss_sum = self._loss_sum + whole, None
         return norm
 
     def _load_optimizer_and_scheduler(self, checkpoint):

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 from recipe.arguments import Config
 from recipe.data.hold_out import HoldOutFilter, digest_of
+from recipe.data.loader import count_bad
 from recipe.data.packing import Row
 from recipe.data.pipeline import Data, build_data
 from recipe.errors import UserError
@@ -85,6 +86,7 @@ def verify_data(config: Config, num_batches: int) -> dict:
         "passes": reading.passes,
         "documents_read_twice": len(reading.documents_read_twice),
         "hold_out_hits": len(texts["hold_out_examples"]),
+        "bad_documents_skipped": count_bad(data.loader.position),
         **texts,
         "seconds_to_first_batch": round(first_time - start, 3),
         "tokens_per_second": round(later_tokens / seconds) if later_tokens else None,
@@ -195,6 +197,7 @@ def format_result(result: dict) -> str:
         f"documents read twice       {result['documents_read_twice']:,}, in one pass",
         f"hold-out hits              {result['hold_out_hits']:,}",
         f"copies of held-out texts   {result['copies_kept_out']:,} kept out of training, in the chunks read",
+        f"bad documents skipped      {result['bad_documents_skipped']:,} that cannot be decoded (on_bad_data: skip)",
         f"equal texts                {result['equal_texts']:,} documents whose text occurs elsewhere in what was read",
         *equal,
         f"speed                      {rate}; first batch after {result['seconds_to_first_batch']:.2f} s",

@@ -18,6 +18,7 @@ from recipe.__main__ import run
 from recipe.checkpoints import choose, clean, commit, list_checkpoints, problems_of, read_manifest, rotate
 from recipe.errors import UserError
 from recipe.guards.records import read_lines
+from tests.benchmarks.fault_run import write_setting
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
@@ -181,11 +182,11 @@ def test_each_damage_of_each_file_is_found_and_the_older_one_taken(tmp_path, dam
     assert problems_of(newest, is_deep=True) == []
 
 
-def test_every_bit_of_the_manifest_counts(tmp_path):
+def test_every_byte_of_the_manifest_counts(tmp_path):
     manifest = make(tmp_path, 1) / "manifest.json"
     text = manifest.read_bytes()
-    for bit in range(8 * len(text)):
-        flip(manifest, bit)
+    for byte in range(len(text)):
+        flip(manifest, 8 * byte + byte % 8)
         assert read_manifest(manifest.parent) is None
         manifest.write_bytes(text)
     assert read_manifest(manifest.parent)["step"] == 1
@@ -258,9 +259,19 @@ def short_samples(monkeypatch):
     monkeypatch.setattr("recipe.trainer.SampleCallback.__init__.__defaults__", (4,))
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed, in `run`, and of its `config.json`."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_setting(folder, max_steps=6, save_steps=1, eval_strategy="no", eval_steps=None)
+    assert run(["train", str(config), "--output_dir", str(folder / "run")]) == 0
+    return folder
+
+
 @pytest.fixture
-def config(write_config) -> str:
-    return write_config(eval_strategy="no", eval_steps=None, save_steps=1)
+def words(finished, tmp_path) -> list[str]:
+    """The command of the same run in another place."""
+    return ["train", str(finished / "config.json"), "--output_dir", str(tmp_path / "run")]
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -271,9 +282,10 @@ def weights(run_dir: Path) -> bytes:
     return (run_dir / "final/model.safetensors").read_bytes()
 
 
-def test_rolled_back_and_killed_it_goes_on_from_where_it_was_rolled_back_to(config, tmp_path, monkeypatch, caplog):
-    assert run(["train", config]) == 0
-    whole, final = losses(tmp_path / "run"), weights(tmp_path / "run")
+def test_rolled_back_and_killed_it_goes_on_from_where_it_was_rolled_back_to(
+    words, finished, tmp_path, monkeypatch, caplog
+):
+    shutil.copytree(finished / "run", tmp_path / "run")
 
     def killed(*arguments):
         raise KeyboardInterrupt
@@ -281,20 +293,20 @@ def test_rolled_back_and_killed_it_goes_on_from_where_it_was_rolled_back_to(conf
     with monkeypatch.context() as patch:
         patch.setattr("recipe.checkpoints.commit", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(["train", config, "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-2")])
+            run([*words, "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-2")])
     assert names_in(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
-    assert run(["train", config, "--resume_from_checkpoint", "latest"]) == 0
+    assert run([*words, "--resume_from_checkpoint", "latest"]) == 0
     assert "removed what a killed run left half written or half deleted: checkpoint-3" in caplog.text
     assert json.loads((tmp_path / "run/run.json").read_text())["resumed_from"].endswith("checkpoint-2")
-    assert losses(tmp_path / "run") == whole and weights(tmp_path / "run") == final
+    assert losses(tmp_path / "run") == losses(finished / "run")
+    assert weights(tmp_path / "run") == weights(finished / "run")
     assert (tmp_path / "run/abandoned/checkpoint-6").is_dir()
     lineage = read_manifest(tmp_path / "run/checkpoint-6")["lineage"]
     assert [each["began_from"] for each in lineage] == [None, "checkpoint-2"]
 
 
-def test_a_stock_trainer_resumes_from_it(config, tmp_path):
-    assert run(["train", config]) == 0
-    checkpoint = tmp_path / "run/checkpoint-3"
+def test_a_stock_trainer_resumes_from_it(finished, tmp_path):
+    checkpoint = finished / "run/checkpoint-3"
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     rows = [{"input_ids": torch.arange(16), "labels": torch.arange(16)}] * 4
     arguments = TrainingArguments(str(tmp_path / "stock"), max_steps=5, use_cpu=True, report_to=[], disable_tqdm=True)
@@ -305,7 +317,7 @@ def test_a_stock_trainer_resumes_from_it(config, tmp_path):
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {5}
 
 
-def test_weights_that_are_not_finite_are_never_committed(config, tmp_path, monkeypatch, caplog):
+def test_weights_that_are_not_finite_are_never_committed(words, tmp_path, monkeypatch, caplog):
     from recipe.trainer import StreamCallback
 
     def break_weights(self, args, state, control, model=None, **kwargs):
@@ -314,13 +326,13 @@ def test_weights_that_are_not_finite_are_never_committed(config, tmp_path, monke
                 next(model.parameters()).view(-1)[0] = float("nan")
 
     monkeypatch.setattr(StreamCallback, "on_step_end", break_weights)
-    run(["train", config, "--save_total_limit", "2"])
+    run([*words, "--save_total_limit", "2"])
     assert names_in(tmp_path / "run") == ["checkpoint-2", "checkpoint-3"]
     assert "step 4 | no checkpoint: weights or optimizer state are not finite" in caplog.text
 
 
 @pytest.mark.parametrize("place", ["recipe.checkpoints.commit", "recipe.guards.session.write_session"])
-def test_a_disk_that_is_full_costs_one_checkpoint(config, tmp_path, monkeypatch, caplog, place):
+def test_a_disk_that_is_full_costs_one_checkpoint(words, tmp_path, monkeypatch, caplog, place):
     from recipe.guards import session
 
     real = {"recipe.checkpoints.commit": commit, "recipe.guards.session.write_session": session.write_session}[place]
@@ -331,25 +343,24 @@ def test_a_disk_that_is_full_costs_one_checkpoint(config, tmp_path, monkeypatch,
         return real(folder, *facts)
 
     monkeypatch.setattr(place, full)
-    assert run(["train", config]) == 0
+    assert run(words) == 0
     assert "step 3 | no checkpoint, training goes on: [Errno 28] No space left on device" in caplog.text
     assert names_in(tmp_path / "run") == [f"checkpoint-{step}" for step in (1, 2, 4, 5, 6)]
     assert not list((tmp_path / "run/.unfinished").iterdir())
 
 
-def test_an_old_one_that_cannot_be_deleted_costs_nothing(config, tmp_path, monkeypatch, caplog):
+def test_an_old_one_that_cannot_be_deleted_costs_nothing(words, tmp_path, monkeypatch, caplog):
     def read_only(*arguments):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("recipe.checkpoints.rotate", read_only)
-    assert run(["train", config, "--save_total_limit", "1"]) == 0
+    assert run([*words, "--save_total_limit", "1"]) == 0
     assert len(names_in(tmp_path / "run")) == 6
     assert "checkpoint-2 is saved, but an older one could not be deleted: [Errno 30]" in caplog.text
 
 
-def test_one_command_for_jobs_that_are_killed(config, tmp_path, monkeypatch):
-    auto = ["train", config, "--resume_from_checkpoint", "auto"]
-    assert run([*auto, "--output_dir", str(tmp_path / "whole")]) == 0
+def test_one_command_for_jobs_that_are_killed(words, finished, tmp_path, monkeypatch):
+    auto = [*words, "--resume_from_checkpoint", "auto"]
 
     def killed(staged, *facts):
         if staged.name == killed.at:
@@ -362,11 +373,21 @@ def test_one_command_for_jobs_that_are_killed(config, tmp_path, monkeypatch):
             run(auto)
     killed.at = None
     assert run(auto) == 0
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(finished / "run")
+    assert weights(tmp_path / "run") == weights(finished / "run")
 
 
-def test_a_stop_that_is_heard_while_saving_saves_no_second_time(config, tmp_path, monkeypatch):
+def test_killed_after_the_last_step_it_only_writes_its_results(words, finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/final")
+    assert run([*words, "--resume_from_checkpoint", "auto"]) == 0
+    assert weights(tmp_path / "run") == weights(finished / "run")
+    results = [json.loads((path / "run.json").read_text())["result"] for path in (tmp_path / "run", finished / "run")]
+    names = ("steps", "tokens_seen", "eval_loss", "tokens_by_source", "verdict")
+    assert [results[0][name] for name in names] == [results[1][name] for name in names]
+
+
+def test_a_stop_that_is_heard_while_saving_saves_no_second_time(words, tmp_path, monkeypatch):
     from recipe.guards import RegressionCallback
 
     committed, begin = [], RegressionCallback.begin_save
@@ -382,7 +403,7 @@ def test_a_stop_that_is_heard_while_saving_saves_no_second_time(config, tmp_path
 
     monkeypatch.setattr(RegressionCallback, "begin_save", heard)
     monkeypatch.setattr("recipe.checkpoints.commit", count)
-    assert run(["train", config]) == 0
+    assert run(words) == 0
     assert committed == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 

@@ -6,10 +6,13 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
-import sys
+from multiprocessing import forkserver
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,9 +28,12 @@ from recipe.data.loader import BatchLoader, count_bad
 from recipe.data.packing import encode, load_tokenizer
 from recipe.data.source import open_source
 from recipe.data.stream import Part, RowStream
-from recipe.errors import DataError, UserError
+from recipe.errors import ENDING, DataError, UserError
+from tests.benchmarks.fault_run import write_setting
+from tests.forked_ranks import run_jobs
 from tests.range_server import RangeServer
 
+MARK = "MARK_OF_A_TEST"  # in the environment of a run's processes
 FAULTS = ["404", "401", "403", "429", "500", "503", "close", "reset", "short", "stall", "no range", "page"]
 
 
@@ -172,13 +178,72 @@ def test_a_token_cache_is_watched_too(write_parquet, tmp_path, tokenizer):
 # --- workers
 
 
-def test_workers_do_not_hang_where_the_tokenizer_has_used_threads(write_config):
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory) -> Path:
+    """The folder of three runs: `threads` has workers and a tokenizer that uses threads; in `bad` one of two ranks
+    reads a document that cannot be decoded; `killed` has workers, and its main process is killed."""
+    folder = tmp_path_factory.mktemp("forked")
+    plain = {"eval_strategy": "no", "eval_steps": None, "save_steps": 10_000}
+    config, bad = write_setting(folder, max_steps=2, **plain), folder / "bad.jsonl"
+    write_with_bad(bad, bad=(100, 101, 102, 103), repeat=15)
+    jobs = [
+        {"words": ["--dataloader_num_workers", "2"], "ranks": 1, "environment": {"TOKENIZERS_PARALLELISM": "true"}}
+    ]
+    words = ["--source", str(bad), "--max_steps", "4000", "--per_device_train_batch_size", "2"]
+    jobs.append({"words": words, "ranks": 2, "environment": {"RECIPE_EXIT_FILE": str(folder / "exit.json")}})
+    words, fault = ["--dataloader_num_workers", "2"], {"phase": "backward", "step": 1}
+    jobs.append({"words": words, "ranks": 1, "environment": {MARK: str(folder)}, "fault": fault})
+    for name, job in zip(("threads", "bad", "killed"), jobs, strict=True):
+        job["words"] = [str(config), "--output_dir", str(folder / name), *job["words"]]
+        job["log"] = str(folder / f"{name}.log")
+    codes = run_jobs(jobs)
+    assert codes == [[0], [4, 4], [-9]], "\n".join(Path(job["log"]).read_text()[-3000:] for job in jobs)
+    return folder
+
+
+def test_workers_do_not_hang_where_the_tokenizer_has_used_threads(forked):
     """Forked from a process whose tokenizer has a thread pool they would wait for it for ever."""
-    path = write_config(max_steps=2, eval_strategy="no", eval_steps=None, save_strategy="no")
-    words = [sys.executable, "-m", "recipe", "train", path, "--dataloader_num_workers", "2"]
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true"}
-    done = subprocess.run(words, env=environment, timeout=240, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert (forked / "threads/final").is_dir()
+
+
+def test_workers_end_with_a_main_process_that_is_killed(forked):
+    """Their server cannot tell: each of them holds the pipe whose end would."""
+    left = [process for process in psutil.process_iter() if mark_of(process) == str(forked)]
+    assert psutil.wait_procs(left, timeout=60)[1] == []
+
+
+def mark_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK)
+    except psutil.Error:  # it ended, or is another user's
+        return None
+
+
+def test_a_failure_on_one_of_two_ranks_stops_both_with_one_checkpoint(forked):
+    """Only one of them reads the bad document. The other would wait for its gradients."""
+    assert json.loads((forked / "exit.json").read_text())["code"] == 4
+    assert len(list((forked / "bad").glob("checkpoint-*"))) == 1
+    assert "Traceback" not in (forked / "bad.log").read_text()
+
+
+def test_a_signal_to_all_processes_ends_no_worker(write_parquet, tokenizer):
+    """As torchrun sends it to a rank's session, and Slurm to all of a job: to finish the step, rows are needed."""
+    part = Part(open_source(write_parquet(300)), Split(42))
+    expected = list(itertools.islice(RowStream([part], tokenizer, 32, 4), 400))
+    loader = BatchLoader(RowStream([part], tokenizer, 32, 4), DataCollatorForPackedRows(256), 1, num_workers=2)
+    batches = loader.batches()
+    rows = next(batches)
+    server = psutil.Process(forkserver._forkserver._forkserver_pid)
+    workers = server.children()
+    assert len(workers) == 2
+    for number in ENDING:  # not from this process, which is the main process
+        subprocess.run(["kill", "-s", number.name[3:], *(str(each.pid) for each in (server, *workers))], check=True)
+    rows += [row for batch in itertools.islice(batches, 399) for row in batch]
+    assert [row.input_ids.tolist() for row in rows] == [row.input_ids.tolist() for row in expected]
+    assert server.is_running() and all(worker.is_running() for worker in workers)
+    os.kill(workers[0].pid, signal.SIGTERM)  # of the main process, as DataLoader does it
+    batches.close()
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
 
 
 # --- documents that cannot be read
@@ -264,27 +329,6 @@ def test_a_run_stops_at_a_bad_document_with_a_checkpoint_and_its_index(
     result = json.loads((tmp_path / "run/run.json").read_text())["result"]
     assert result["bad_documents_skipped"] >= 1
     assert "Bad documents skipped" in (tmp_path / "run/report.html").read_text()
-
-
-def test_a_failure_on_one_of_two_ranks_stops_both_with_one_checkpoint(write_config, tmp_path):
-    """Only one of them reads the bad document. The other would wait for its gradients."""
-    file = write_with_bad(tmp_path / "a.jsonl", bad=(), repeat=15)
-    path = write_config(source=file, max_steps=4000, save_steps=10_000, eval_strategy="no", eval_steps=None)
-    lines = (tmp_path / "a.jsonl").read_bytes().split(b"\n")
-    for bad in range(100, 104):
-        lines[bad] = lines[bad][:15] + b"\xff" + lines[bad][16:]
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    code = tmp_path / "exit.json"
-    words = ["--standalone", "--nproc-per-node", "2", "-m", "recipe", "train", path, "--use_cpu", "true"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words],
-        env={**os.environ, "RECIPE_EXIT_FILE": str(code), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode != 0 and json.loads(code.read_text())["code"] == 4, done.stderr
-    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1, done.stderr
 
 
 def test_a_row_group_that_cannot_be_read_is_skipped_whole_and_a_failing_server_is_not(tmp_path, server):

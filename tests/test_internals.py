@@ -57,6 +57,14 @@ def test_transformers_load_weights(tiny_model, tmp_path):
     assert all(torch.equal(value, saved[name]) for name, value in trainer.model.state_dict().items())
 
 
+def test_transformers_saves_a_model_for_from_pretrained(tiny_model, tmp_path):
+    """tests/test_ranks.py has sharded ones."""
+    trainer = make_trainer(tiny_model, tmp_path)
+    internals.save_whole_model(trainer, str(tmp_path / "final"))
+    saved = type(tiny_model).from_pretrained(tmp_path / "final").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in tiny_model.state_dict().items())
+
+
 def test_transformers_saves_through_the_method_that_the_recipe_overrides(tiny_model, tmp_path):
     called = []
 

@@ -1,4 +1,4 @@
-"""Several ranks under torchrun: a signal to one of them, a rank that is lost, restarts, several machines."""
+"""Several ranks under torchrun: a rank that is lost, restarts, several machines."""
 
 import json
 import os
@@ -48,19 +48,7 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in read_lines(run_dir / "steps.jsonl")]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_rank_stops_both_after_the_same_step(words, tmp_path, rank):
-    fault = {"phase": "backward", "step": 3, "rank": rank, "action": "SIGTERM"}
-    ended, log = launch(tmp_path, words, fault)
-    assert ended["code"] == 143, log[-3000:]
-    newest = list_checkpoints(tmp_path / "run")[0]
-    assert newest.name == "checkpoint-4"  # said at the end of step 3, heard at the end of step 4
-    assert problems_of(newest, is_deep=True) == [] and (newest / "rng_state_1.pth").is_file()
-    assert json.loads((newest / "stream_state.json").read_text())["position"]["rows"] == 16
-    assert not (tmp_path / "run/final").exists()
-
-
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_lost_rank_is_restarted_and_the_run_goes_on(words, tmp_path, rank):
     """The second time from the checkpoint; the losses are those of one rank that nothing disturbed."""
     ended, log = launch(tmp_path, words, {"phase": "backward", "step": 6, "rank": rank}, "--max-restarts", "1")
@@ -83,7 +71,7 @@ def test_without_restarts_a_lost_rank_ends_the_others_in_seconds(words, tmp_path
 
 def test_what_ended_on_purpose_is_not_restarted(words, tmp_path):
     ended, log = launch(tmp_path, [*words, "--eval_skip", "5000"], {"phase": "none", "step": 0}, "--max-restarts", "1")
-    assert ended["code"] == 2 and log.count("has 300 documents") == 1
+    assert ended["code"] == 2 and "has 300 documents" in ended["reason"] and log.count("has 300 documents") == 1
 
 
 def test_two_machines_on_loopback(words, tmp_path):

@@ -1,73 +1,193 @@
-"""Real ranks (gloo) under torchrun: the same run as one rank, one checkpoint for both, the right exit code."""
+"""Real ranks (gloo), one, two and four, forked from a process that has imported everything: the same run as one rank,
+resumed on other numbers, sharded, ended by a guard or by signals. tests/test_lost_ranks.py has those of torchrun."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from recipe.__main__ import run
+from recipe.checkpoints import list_checkpoints, problems_of
 from recipe.guards.records import read_lines
 from recipe.rundir import write_exit
 from recipe.verdict import NOTHING_LEARNED
+from tests.benchmarks.fault_run import parts_of, write_setting
+from tests.forked_ranks import run_jobs
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def launch(tmp_path, *words, num_ranks=2) -> dict:
-    """Run the train command on several ranks; returns what rank 0 left in the exit file."""
-    exit_file = tmp_path / "exit-file.json"
-    environment = {**os.environ, "RECIPE_EXIT_FILE": str(exit_file), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    command += ["-m", "recipe"]
-    done = subprocess.run([*command, "train", *words], env=environment, capture_output=True, text=True, timeout=300)
-    assert exit_file.exists(), done.stderr[-3000:]
-    return json.loads(exit_file.read_text())
+EACH = {1: "4", 2: "2", 4: "1"}  # rows of a rank
+FSDP = {"version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
 
 
-def state_of(run_dir: Path) -> dict:
-    """The last checkpoint's position in the stream and settings, without those that differ with ranks and workers."""
-    state = json.loads((run_dir / "checkpoint-6/stream_state.json").read_text())
-    return {name: value for name, value in state.items() if name != "free"}
+REFERENCE = {
+    "name": "low",
+    "description": "",
+    "belongs_to": {},
+    "window": 1,
+    "points": [{"tokens": tokens, "loss": 1.0, "low": 0.9, "high": 1.1} for tokens in (1, 10**6)],
+}
+EVAL = ("--eval_strategy", "steps", "--eval_steps", "4")
+# Ranks, fault, words, exit code
+SIGNALS = {
+    "to rank 0": (2, {"phase": "backward", "step": 3, "action": "SIGTERM"}, (), 143),
+    "to all of rank 1": (
+        2,
+        {"phase": "backward", "step": 3, "rank": 1, "action": "group SIGTERM"},
+        ("--dataloader_num_workers", "2"),
+        143,
+    ),
+    "twice in a step": (1, {"phase": "backward", "step": 5, "action": "SIGTERM SIGTERM"}, (), -15),
+    "twice in an evaluation": (
+        1,
+        {"phase": "evaluation", "step": 5, "action": "SIGTERM SIGTERM"},
+        ("--eval_strategy", "steps", "--eval_steps", "5"),
+        -15,
+    ),
+}
 
 
-@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_two_ranks_are_the_same_run_as_one(write_config, tmp_path, num_workers):
-    path = write_config()
-    assert run(["train", path, "--output_dir", str(tmp_path / "one")]) == 0
-    words = ["--per_device_train_batch_size", "2", "--dataloader_num_workers", str(num_workers)]
-    ended = launch(tmp_path, path, "--output_dir", str(tmp_path / "two"), *words)
-    assert ended["code"] == 0 and ended["reason"].startswith(NOTHING_LEARNED)  # six steps
-    one, two = (read_lines(tmp_path / name / "steps.jsonl") for name in ("one", "two"))
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory) -> Path:
+    """The folder of these runs, each in `NAME`, with `NAME.log` and the rows of its parts in `NAME-PART-RANK`."""
+    folder = tmp_path_factory.mktemp("forked")
+    config, jobs = str(write_setting(folder, lr_scheduler_type="constant", eval_strategy="no", eval_steps=None)), []
+
+    def add(name, ranks, steps, *words, each=None, run_dir=None, **more):
+        given = [config, "--output_dir", str(folder / (run_dir or name)), "--resume_from_checkpoint", "auto"]
+        given += ["--max_steps", str(steps), "--per_device_train_batch_size", each or EACH[ranks], *words]
+        known = {"log": str(folder / f"{name}.log"), "rows": str(folder / f"{name}-{len(jobs)}")}
+        jobs.append({"words": given, "ranks": ranks, **known, **more})
+
+    add("one", 1, 8)
+    for ranks, steps in ((1, 2), (2, 4), (4, 6), (2, 8)):
+        add("parts", ranks, steps)
+    add("odd", 1, 1, "--save_steps", "1", each="3")
+    add("odd", 2, 3, "--save_steps", "1", each="1")
+    add("at once", 1, 1, "--save_steps", "1", each="7")
+    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+        words = ["--fsdp", "true", "--fsdp_config", json.dumps(FSDP | {"state_dict_type": kind})]
+        for name, steps in (("whole", 4), ("part", 2), ("part", 4)):
+            add(f"{kind} {name}", 2, steps, *words, is_sharded=True)
+    add("at the end", 2, 4, *words, is_sharded=True, run_dir=f"{kind} part")
+    nan = {"phase": "forward", "step": 3, "rank": 1, "action": "nan"}
+    add("not finite", 2, 4, *words, is_sharded=True, fault=nan)
+    add("alone", 1, 8, *EVAL)
+    words = [*EVAL, "--dataloader_num_workers", "2"]
+    add("together", 2, 8, *words, environment={"RECIPE_EXIT_FILE": str(folder / "together.json")})
+    (folder / "reference.json").write_text(json.dumps(REFERENCE))
+    words = ["--trajectory", str(folder / "reference.json"), "--on_regression", "stop"]
+    add("stopped", 2, 8, *words, environment={"RECIPE_EXIT_FILE": str(folder / "stopped.json")})
+    for name, (ranks, fault, words, _) in SIGNALS.items():
+        add(name, ranks, 8, *words, fault=fault)
+    codes = {}
+    for job, found in zip(jobs, run_jobs(jobs), strict=True):
+        codes.setdefault(Path(job["log"]).stem, []).extend(found)
+    (folder / "codes.json").write_text(json.dumps(codes))
+    return folder
+
+
+def check_ended(forked: Path, name: str, code: int = 0) -> Path:
+    """All ranks of all parts with this code. Returns the run directory."""
+    codes = json.loads((forked / "codes.json").read_text())[name]
+    assert set(codes) == {code}, f"{codes}\n{(forked / f'{name}.log').read_text()[-3000:]}"
+    return forked / name
+
+
+def losses_in(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in read_lines(run_dir / "steps.jsonl")]
+
+
+def position_in(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "stream_state.json").read_text())["position"]
+
+
+def test_two_ranks_are_the_same_run_as_one(forked):
+    ended = json.loads((forked / "together.json").read_text())
+    assert ended["code"] == 0 and ended["reason"].startswith(NOTHING_LEARNED)  # eight steps
+    alone, together = check_ended(forked, "alone"), check_ended(forked, "together")
+    one, two = (read_lines(run_dir / "steps.jsonl") for run_dir in (alone, together))
     assert [record["tokens_seen"] for record in one] == [record["tokens_seen"] for record in two]
     # The same tokens summed in another order: fp32 rounds at 1e-7, Adam's first steps amplify it
-    assert [record["loss"] for record in one] == pytest.approx([record["loss"] for record in two], abs=1e-4)
-    evals = [read_lines(tmp_path / name / "evals.jsonl")[-1]["eval_loss"] for name in ("one", "two")]
+    assert losses_in(alone) == pytest.approx(losses_in(together), abs=1e-4)
+    evals = [read_lines(run_dir / "evals.jsonl")[-1]["eval_loss"] for run_dir in (alone, together)]
     assert evals[0] == pytest.approx(evals[1], abs=1e-4)
-    assert state_of(tmp_path / "one") == state_of(tmp_path / "two")
-
-    # and one rank goes on from the two ranks' checkpoint
-    more = ["--output_dir", str(tmp_path / "two"), "--resume_from_checkpoint", str(tmp_path / "two/checkpoint-3")]
-    assert run(["train", path, *more]) == 0
-    resumed = [record["loss"] for record in read_lines(tmp_path / "two/steps.jsonl")]
-    assert resumed == pytest.approx([record["loss"] for record in one], abs=1e-4)
+    states = [json.loads((each / "checkpoint-8/stream_state.json").read_text()) for each in (alone, together)]
+    free = [state.pop("free") for state in states]  # ranks and workers
+    assert states[0] == states[1] and free[0] != free[1]
 
 
-def test_a_guard_that_stops_two_ranks_gives_3(write_config, tmp_path):
-    reference = {
-        "name": "low",
-        "description": "",
-        "belongs_to": {},
-        "window": 1,
-        "points": [{"tokens": tokens, "loss": 1.0, "low": 0.9, "high": 1.1} for tokens in (1, 10**6)],
-    }
-    (tmp_path / "reference.json").write_text(json.dumps(reference))
-    words = ["--trajectory", str(tmp_path / "reference.json"), "--on_regression", "stop"]
-    found = launch(tmp_path, write_config(), "--per_device_train_batch_size", "2", *words)
-    assert found["code"] == 3 and "loss_off_reference" in found["reason"]
-    assert list((tmp_path / "run").glob("checkpoint-*/stream_state.json"))
+def test_one_rank_then_two_then_four_then_two_are_one_run(forked):
+    """Resumed three times, each time on another number of ranks: the same rows, losses and position."""
+    one, parts = check_ended(forked, "one"), check_ended(forked, "parts")
+    assert losses_in(parts) == pytest.approx(losses_in(one), abs=1e-4)
+    assert position_in(parts / "checkpoint-8") == position_in(one / "checkpoint-8")
+    read = {}
+    for path in forked.glob("parts-*-*"):
+        ((begin, rows),) = parts_of(path)
+        read.setdefault(begin, []).append(rows)
+    assert sorted(read) == [0, 8, 16, 24] and [len(read[begin]) for begin in sorted(read)] == [1, 2, 4, 2]
+    for begin, ranks in read.items():
+        assert sorted(row for rows in ranks for row in rows) == list(range(begin, begin + 8))
+
+
+def test_two_ranks_go_on_after_an_odd_number_of_rows(forked):
+    """Which rank reads which lane then differs from a run that began on two ranks; the position must not."""
+    odd = position_in(check_ended(forked, "odd") / "checkpoint-3")
+    at_once = position_in(check_ended(forked, "at once") / "checkpoint-1")
+    assert odd["rows"] == 7 and odd == at_once
+
+
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_fsdp2_saves_commits_and_resumes(forked, kind):
+    """Parameters are DTensors on two ranks: both kinds of files are committed whole and resumed from."""
+    whole, part = check_ended(forked, f"{kind} whole"), check_ended(forked, f"{kind} part")
+    checkpoint = part / "checkpoint-2"
+    assert (
+        problems_of(checkpoint, is_deep=True) == []
+        and f"resuming from {checkpoint}" in Path(f"{part}.log").read_text()
+    )
+    assert losses_in(part) == losses_in(whole) and len(losses_in(part)) == 4
+    assert losses_in(part) == pytest.approx(losses_in(forked / "one")[:4], abs=1e-4)
+    assert (part / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+
+
+def test_a_step_of_a_sharded_model_that_is_not_finite_is_not_applied(forked):
+    run_dir = check_ended(forked, "not finite")
+    assert json.loads((run_dir / "run.json").read_text())["result"]["skipped_steps"] == 1
+    assert all(parameter.isfinite().all() for parameter in load_file(run_dir / "final/model.safetensors").values())
+
+
+def test_a_sharded_model_with_nothing_left_to_train_is_refused_in_one_line(forked):
+    check_ended(forked, "at the end", 2)
+    log = (forked / "at the end.log").read_text()
+    assert log.count("error: ") == 1 and "is at the last step, and a sharded model" in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize("name", ["to rank 0", "to all of rank 1"])
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(forked, name):
+    """Also where it ends no data worker although all processes of the rank get it, as from torchrun."""
+    run_dir = check_ended(forked, name, SIGNALS[name][-1])
+    newest = list_checkpoints(run_dir)[0]
+    assert newest.name == "checkpoint-4"  # said at the end of step 3, heard at the end of step 4
+    assert problems_of(newest, is_deep=True) == [] and (newest / "rng_state_1.pth").is_file()
+    assert position_in(newest)["rows"] == 16
+    assert not (run_dir / "final").exists()
+
+
+@pytest.mark.parametrize("name", ["twice in a step", "twice in an evaluation"])
+def test_a_second_one_ends_at_once_and_leaves_what_was_committed(forked, name):
+    saved = list_checkpoints(check_ended(forked, name, SIGNALS[name][-1]))
+    assert (forked / f"{name}.log").read_text().count("saving a checkpoint after this step") == 1
+    assert [path.name for path in saved] == ["checkpoint-4", "checkpoint-2"]
+    assert all(problems_of(path, is_deep=True) == [] for path in saved)
+
+
+def test_a_guard_that_stops_two_ranks_gives_3(forked):
+    ended = json.loads((forked / "stopped.json").read_text())
+    assert ended["code"] == 3 and "loss_off_reference" in ended["reason"]
+    assert list(check_ended(forked, "stopped", 3).glob("checkpoint-*/stream_state.json"))
+
+
+# --- exit codes
 
 
 @pytest.mark.parametrize(
@@ -90,40 +210,3 @@ def test_the_rank_that_failed_first_says_why(monkeypatch, tmp_path, words, kept)
         found = json.loads((tmp_path / name).read_text())
         last = [reason for _, code, reason in words if code == kept][-1]
         assert (found["code"], found["reason"]) == (kept, last)
-
-
-def test_a_users_mistake_on_two_ranks_gives_2(write_config, tmp_path):
-    found = launch(tmp_path, write_config(), "--eval_skip", "5000")
-    assert found["code"] == 2 and "has 300 documents" in found["reason"]
-
-
-@pytest.mark.slow
-def test_four_ranks_then_two_then_one_are_one_run(write_config, tmp_path):
-    """Resumed twice, each time on another world size with other workers: the same losses, the same position."""
-    schedule = {"lr_scheduler_type": "constant", "eval_strategy": "no", "eval_steps": None, "save_steps": 2}
-    path = write_config(**schedule, num_lanes=8)
-    assert run(["train", path, "--output_dir", str(tmp_path / "one")]) == 0
-    parts = ["--output_dir", str(tmp_path / "parts")]
-    four = [*parts, "--per_device_train_batch_size", "1", "--max_steps", "2"]
-    assert launch(tmp_path, path, *four, num_ranks=4)["code"] == 0
-    two = [*parts, "--per_device_train_batch_size", "2", "--max_steps", "4", "--dataloader_num_workers", "2"]
-    assert launch(tmp_path, path, *two, "--resume_from_checkpoint", "latest")["code"] == 0
-    one = [*parts, "--dataloader_num_workers", "4", "--resume_from_checkpoint", "latest"]
-    assert run(["train", path, *one]) == 0
-    whole, resumed = (read_lines(tmp_path / name / "steps.jsonl") for name in ("one", "parts"))
-    assert [record["loss"] for record in resumed] == pytest.approx([record["loss"] for record in whole], abs=1e-4)
-    assert state_of(tmp_path / "one") == state_of(tmp_path / "parts")
-
-
-@pytest.mark.slow
-def test_two_ranks_go_on_after_an_odd_number_of_rows(write_config, tmp_path):
-    """Which rank reads which lane then differs from a run that began on two ranks; the position must not."""
-    path = write_config(lr_scheduler_type="constant", eval_strategy="no", eval_steps=None, save_steps=1)
-    odd = ["--output_dir", str(tmp_path / "odd"), "--per_device_train_batch_size"]
-    assert run(["train", path, *odd, "3", "--max_steps", "1"]) == 0
-    assert launch(tmp_path, path, *odd, "1", "--max_steps", "3", "--resume_from_checkpoint", "latest")["code"] == 0
-    words = ["--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "7", "--max_steps", "1"]
-    assert run(["train", path, *words]) == 0
-    checkpoints = (tmp_path / "odd/checkpoint-3", tmp_path / "one/checkpoint-1")
-    odd_rows, at_once = (json.loads((each / "stream_state.json").read_text())["position"] for each in checkpoints)
-    assert odd_rows["rows"] == 7 and odd_rows == at_once

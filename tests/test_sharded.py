@@ -27,12 +27,13 @@ EVAL = torch.randint(0, 257, (8, LENGTH), generator=torch.Generator().manual_see
 
 
 def shard_on_cpu() -> None:
-    begin = AcceleratorState.__init__
+    begin, plugins = AcceleratorState.__init__, []
 
     def with_shards(self, *args, fsdp_plugin=None, **kwargs):
         begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        plugins.extend([fsdp_plugin] if fsdp_plugin is not None else [])
+        if plugins:  # each time: it takes the type of the processes' own state again
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[-1]
 
     AcceleratorState.__init__ = with_shards
 

@@ -14,7 +14,7 @@ from recipe.arguments import parse_config
 from recipe.data import lanes, pipeline, stream
 from recipe.data.packing import LaneState, Piece, Row
 from recipe.errors import UserError
-from recipe.verify import Reading, find_problems, verify_data
+from recipe.verify import Reading, find_problems, format_result, verify_data
 
 
 def verify(capsys, *words) -> tuple[int, dict]:
@@ -44,6 +44,17 @@ def test_it_reads_on_into_further_passes_without_crying_wolf(write_config, write
     code, result = verify(capsys, path, "--num_batches", 900)
     assert code == 0 and result["passes"] > 2
     assert result["documents"] == 290  # all but the hold-out
+
+
+def test_documents_that_are_skipped_are_counted_for_any_workers(write_config, capsys, tmp_path):
+    lines = [json.dumps({"text": text}).encode() for text in made_up(300)]
+    lines[3:250:13] = [b"{"] * len(lines[3:250:13])
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    words = [write_config(source=str(tmp_path / "a.jsonl")), "--num_batches", "60"]
+    assert run(["verify-data", *words]) == 4  # the default is to stop
+    (_, alone), (code, result) = (verify(capsys, *words, "--on_bad_data", "skip", "--workers", n) for n in (0, 2))
+    assert code == 0 and result["bad_documents_skipped"] == alone["bad_documents_skipped"] >= 3
+    assert f"bad documents skipped      {result['bad_documents_skipped']} that" in format_result(result)
 
 
 def test_people_get_a_table(write_config, capsys):

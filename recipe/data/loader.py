@@ -5,11 +5,15 @@ import ctypes
 import itertools
 import logging
 import multiprocessing
+import os
+import select
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
+from multiprocessing import forkserver, resource_tracker
 
 import torch
 from torch.utils.data import DataLoader
@@ -20,9 +24,10 @@ from recipe.data.collator import DataCollatorForPackedRows
 from recipe.data.files import first_line
 from recipe.data.packing import Row
 from recipe.data.stream import RowStream, check_division, source_of_row
-from recipe.errors import DataError, UserError, message_of
+from recipe.errors import ENDING, DataError, UserError, message_of
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+WATCH_SECONDS = 1.0  # between two looks of a worker at its main process
 PREFETCHED_ROWS = 64  # per worker: it tokenizes dozens of rows at once, and must not wait for the others
 # Workers are forked from a server process without threads. Forked from this one they may inherit a lock that is held:
 # the tokenizer's thread pool is such a case, where TOKENIZERS_PARALLELISM is set.
@@ -97,7 +102,7 @@ class BatchLoader:
         # The order of the lanes does not use torch's generator; a separate one keeps DataLoader from drawing on the
         # run's.
         context = start_server() if self.num_workers else None
-        settings = logging.getLogger().level, files.RETRY_SECONDS, files.STALL_SECONDS
+        settings = os.getpid(), logging.getLogger().level, files.RETRY_SECONDS, files.STALL_SECONDS
         rows = DataLoader(
             self.dataset,
             batch_size=None,
@@ -149,21 +154,44 @@ def start_server() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context(START_METHOD)
     if START_METHOD == "forkserver":
         context.set_forkserver_preload(["recipe.data.stream"])
-        multiprocessing.forkserver.ensure_running()
+        resource_tracker.ensure_running()  # it changes the mask too
+        # A signal to all processes of the run must end neither the server nor the workers, which inherit this.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
 def _begin_worker(settings: tuple, worker_id: int) -> None:
     """Leave signals to the main process, and end with it: workers of a killed parent would wait forever to deliver
-    their rows. `settings` are the main process's."""
-    level, files.RETRY_SECONDS, files.STALL_SECONDS = settings
+    their rows. `settings` are the main process's: its id, log level and patience."""
+    main_process, level, files.RETRY_SECONDS, files.STALL_SECONDS = settings
     configure_logging(level)
     configure_transformers_logging()
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(main_process,), daemon=True).start()
+
+
+def _end_with(main_process: int) -> None:
+    """DataLoader ends workers by SIGTERM. One that comes from elsewhere, as to all processes of a container, Slurm job
+    or torchrun rank, is for the main process alone, which still needs rows to finish its step. A main process that was
+    killed ends nothing: the server lives as long as its workers do."""
+    try:
+        handle = os.pidfd_open(main_process)
+        while not select.select([handle], [], [], 0)[0]:
+            sent = signal.sigtimedwait({signal.SIGTERM}, WATCH_SECONDS)
+            if sent is not None and sent.si_pid == main_process:
+                break
+    except ProcessLookupError:
+        pass  # it is gone already
+    os._exit(0)
 
 
 def _watched(rows: Iterable[Row]) -> Iterator[Row]:

@@ -107,7 +107,7 @@ class RegressionCallback(TrainerCallback):
 
     @property
     def tokens_seen(self) -> int:
-        return self.session.tokens_seen if self.session else 0
+        return self.session.tokens_seen if self.session else self._history[-1]["tokens_seen"] if self._history else 0
 
     @property
     def history(self) -> list[StepRecord]:

@@ -1,8 +1,9 @@
-"""`python -m tests.benchmarks stream|guards|checkpoints|load|start [--only NAME]`: measures, and writes RESULTS.md.
+"""`python -m tests.benchmarks SUITE [--only NAME]`: measures, and writes RESULTS.md.
 
 `stream` takes `--corpus PATH_OR_GLOB` too; `guards` measures what the guards cost on the demo and on the 180M;
-`checkpoints` how long a commit takes; `load` training beside other processes, in 3 minutes, on a machine that does
-nothing else; `start` seconds until an answer. `python -m tests.benchmarks.faults` is a command of its own.
+`checkpoints` how long a commit takes; `limits` a long run's report and one huge document; `load` training beside other
+processes, in 3 minutes, on a machine that does nothing else; `start` seconds until an answer. `faults` and `endurance`
+are commands of their own: `python -m tests.benchmarks.faults`.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from recipe.data.docstrings import build_docstring_corpus
-from tests.benchmarks import checkpoints, foreign_load, guards, start_up, stream
+from tests.benchmarks import checkpoints, foreign_load, guards, limits, start_up, stream
 from tests.benchmarks.results import RESULTS, format_section, write_section
 from tests.benchmarks.stream import Options
 
@@ -21,6 +22,7 @@ SUITES = {
     "stream": stream.BENCHMARKS,
     "guards": guards.BENCHMARKS,
     "checkpoints": checkpoints.BENCHMARKS,
+    "limits": limits.BENCHMARKS,
     "load": foreign_load.BENCHMARKS,
     "start": start_up.BENCHMARKS,
 }
@@ -49,7 +51,7 @@ def main() -> None:
 
 
 def build_options(folder: Path, arguments: argparse.Namespace) -> Options | guards.Options | Path:
-    if arguments.suite in ("checkpoints", "load", "start"):
+    if arguments.suite in ("checkpoints", "limits", "load", "start"):
         return folder
     if arguments.suite == "guards":
         return guards.Options(steps=120, block=10, with_180m=False) if arguments.quick else guards.Options()

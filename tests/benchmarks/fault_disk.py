@@ -1,4 +1,4 @@
-"""10 disks that fail in mid-run: no file can grow beyond a limit, or the output directory is deleted.
+"""Scripts of a disk that fails in mid-run: no file can grow beyond a limit, or the output directory is deleted.
 
 The limit (RLIMIT_FSIZE) stands for a full disk: writes fail in the middle of a file, as with a disk of that size. A
 disk that recovers costs the checkpoints that fell into that time and nothing else. One that stays full ends the run at
@@ -10,12 +10,11 @@ import hashlib
 import json
 import resource
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from recipe.trainer import PretrainTrainer
-from tests.benchmarks.fault_runs import STEPS, Ran, judge, prepare, publish, quiet_and_short, train
+from tests.benchmarks.fault_scripts import STEPS, Whole, judge, prepare, quiet_and_short, train
 
 # Bytes that a file may have, the step before which that begins, and the one before which it ends (None: never).
 # 60 kB is in the middle of the weights, 150 kB in the middle of the optimizer's state.
@@ -34,17 +33,17 @@ DISKS = {
 }
 
 
-def disk_faults(names: tuple[str, ...] = tuple(DISKS)) -> list[dict]:
-    """Runs the scripts; a dict of figures for each. `damaged`: older checkpoints that changed."""
-    with tempfile.TemporaryDirectory(prefix="recipe-faults-") as folder, quiet_and_short(Path(folder)):
-        words = prepare(Path(folder))
-        whole = train([*words, "--output_dir", f"{folder}/whole"])
-        return [_script(Path(folder), words, whole, name) for name in names]
+def begin_disk(folder: Path) -> Whole:
+    words = prepare(folder)
+    with quiet_and_short(folder):
+        return Whole(str(folder), words, train([*words, "--output_dir", str(folder / "whole")]))
 
 
-def _script(folder: Path, words: list[str], whole: Ran, name: str) -> dict:
+def run_disk_script(whole: Whole, number: int, run_dir: Path) -> dict:
+    """The figures of one of DISKS. `damaged`: files of older checkpoints that changed."""
+    name = [*DISKS][number % len(DISKS)]
     limit, begin, end = DISKS[name]
-    run_dir, older = folder / f"run-{list(DISKS).index(name)}", {}
+    older: dict[Path, str] = {}
 
     def break_disk() -> None:
         older.update(contents_of(run_dir))
@@ -54,24 +53,27 @@ def _script(folder: Path, words: list[str], whole: Ran, name: str) -> dict:
             set_limit(limit)
 
     actions = {begin: break_disk, **({} if end is None else {end: lambda: set_limit(None)})}
-    words = [*words, "--output_dir", str(run_dir)]
-    try:
-        with at_steps(actions):
-            ran = [train(words)]
-    finally:
-        set_limit(None)
-    is_deleted, repeated = limit is None, 0
-    now = contents_of(run_dir)
-    damaged = 0 if is_deleted else sum(now.get(file) != content for file, content in older.items())
-    if ran[0].code == 4:
-        ran.append(train([*words, "--resume_from_checkpoint", "latest"]))
-        repeated = len(ran[0].steps) + len(ran[1].steps) - STEPS  # of the steps after its last checkpoint
-        del ran[0].steps[len(ran[0].steps) - repeated :]
-    exit_file = run_dir / "exit.json"
-    is_told = not exit_file.exists() or json.loads(exit_file.read_text())["code"] == ran[-1].code
-    result = judge(name, whole, folder / "whole", ran, run_dir, expected=0 if end or has_room(limit) else 4)
-    survived = result["survived"] and is_told and not damaged
-    return {**result, "steps_again": repeated, "damaged": damaged, "survived": survived}
+    words = [*whole.words, "--output_dir", str(run_dir)]
+    with quiet_and_short(run_dir.parent):
+        try:
+            with at_steps(actions):
+                ran = [train(words)]
+        finally:
+            set_limit(None)
+        repeated, now = 0, contents_of(run_dir)
+        if ran[0].code == 4:
+            ran.append(train([*words, "--resume_from_checkpoint", "latest"]))
+            repeated = len(ran[0].steps) + len(ran[1].steps) - STEPS  # of the steps after its last checkpoint
+            del ran[0].steps[len(ran[0].steps) - repeated :]
+    figures = judge(whole, ran, run_dir, expected=0 if end or has_room(limit) else 4)
+    damaged = 0 if limit is None else sum(now.get(file) != content for file, content in older.items())
+    figures["survived"] &= code_in(run_dir) in (None, ran[-1].code) and not damaged
+    return figures | {"what": name, "steps_lost": repeated, "damage_accepted": damaged > 0}
+
+
+def code_in(run_dir: Path) -> int | None:
+    path = run_dir / "exit.json"
+    return json.loads(path.read_text())["code"] if path.exists() else None
 
 
 def has_room(limit: int | None) -> bool:
@@ -106,12 +108,3 @@ def at_steps(actions: dict[int, Callable[[], None]]) -> Iterator[None]:
         yield
     finally:
         PretrainTrainer.training_step = training_step
-
-
-MEASURED = """A run of 12 steps with a checkpoint every four. From some step on no file can grow beyond a limit, for a
-while or for good, or the output directory is deleted. Where the limit stays the run ends with exit code 4, and is
-resumed without it. `survived`: the expected exit code, at most three lines of error, no traceback, no older checkpoint
-changed (`damaged`: files of them). Rows and weights are compared with the run that nothing disturbed."""
-
-if __name__ == "__main__":
-    publish("fault_disk", "a disk that fails in mid-run", MEASURED, disk_faults())

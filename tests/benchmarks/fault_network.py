@@ -1,63 +1,55 @@
-"""20 scripts of a network that fails in mid-run: ten faults, each once for two requests and once for good.
+"""Scripts of a network that fails in mid-run: ten faults, each once for two requests and once for good.
 
 A fault that passes costs nothing. One that stays ends the run with exit code 4 and a checkpoint of its last step; the
 run is then resumed on a network that works.
 """
 
+import contextlib
 import random
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from recipe.data import files, formats
-from tests.benchmarks.fault_runs import judge, prepare, publish, quiet_and_short, train
+from tests.benchmarks.fault_scripts import Whole, judge, prepare, quiet_and_short, train
 from tests.range_server import RangeServer
 
 FAULTS = ("404", "401", "429", "503", "close", "reset", "short", "stall", "no range", "page")
+NETWORK_SCRIPTS = [(how, stays) for how in FAULTS for stays in (False, True)]
 RETRY_SECONDS, STALL_SECONDS = (0.01, 0.01, 0.01), 0.3
 
 
-def network_faults(faults: tuple[str, ...] = FAULTS, seed: int = 0) -> list[dict]:
-    """Runs the scripts; a dict of figures for each."""
+@contextlib.contextmanager
+def impatient() -> Iterator[None]:
     before = files.RETRY_SECONDS, files.STALL_SECONDS
     files.RETRY_SECONDS, files.STALL_SECONDS = RETRY_SECONDS, STALL_SECONDS
-    generator = random.Random(seed)
     try:
-        with tempfile.TemporaryDirectory(prefix="recipe-faults-") as name, quiet_and_short(Path(name)):
-            folder = Path(name)
-            words = prepare(folder)
-            with RangeServer(folder / "data") as server:
-                source = ["--source", f"{server.url}/a.parquet"]
-                whole = train([*words, *source, "--output_dir", str(folder / "whole")])
-                count = len(server.requests())
-            scripts = [(how, stays) for how in faults for stays in (False, True)]
-            return [
-                _script(folder, words, whole, number, *script, generator.randint(2 * count // 3, count - 4))
-                for number, script in enumerate(scripts)
-            ]
+        yield
     finally:
         files.RETRY_SECONDS, files.STALL_SECONDS = before
 
 
-def _script(folder: Path, words: list[str], whole, number: int, how: str, stays: bool, begin: int) -> dict:
-    run_dir = folder / f"run-{number}"
-    words = [*words, "--output_dir", str(run_dir)]
+def begin_network(folder: Path) -> Whole:
+    words = prepare(folder)
+    with quiet_and_short(folder), impatient(), RangeServer(folder / "data") as server:
+        ran = train([*words, "--source", f"{server.url}/a.parquet", "--output_dir", str(folder / "whole")])
+        return Whole(str(folder), words, ran, len(server.requests()))
+
+
+def run_network_script(whole: Whole, number: int, run_dir: Path, chance: random.Random) -> dict:
+    """The figures of one of NETWORK_SCRIPTS."""
+    how, stays = NETWORK_SCRIPTS[number % len(NETWORK_SCRIPTS)]
+    words, served = [*whole.words, "--output_dir", str(run_dir)], Path(whole.folder) / "data"
     formats.close_parquet()
-    with RangeServer(folder / "data") as server:
+    with quiet_and_short(run_dir.parent), impatient(), RangeServer(served) as server:
         source = ["--source", f"{server.url}/a.parquet"]
+        begin = chance.randint(2 * whole.num_requests // 3, whole.num_requests - 4)
         server.fail_after(begin, how, count=10**6 if stays else 2)
         ran = [train([*words, *source])]
         server.reset()
         formats.close_parquet()
         if ran[0].code == 4:
             ran.append(train([*words, *source, "--resume_from_checkpoint", "latest"]))
-    name = f"{how}, {'for good' if stays else 'twice'}"
-    return judge(name, whole, folder / "whole", ran, run_dir, expected=4 if stays else 0)
-
-
-MEASURED = """A run of 12 steps over a loopback HTTP server that begins to fail, for two requests or for good. Where it
-fails for good the run ends with exit code 4, and is resumed on a server that works. `survived`: the expected
-exit code, at most three lines of error, no traceback. Rows and weights are compared with the run that nothing
-disturbed. `lines`: error lines; `warnings`: lines about retries."""
-
-if __name__ == "__main__":
-    publish("fault_network", "a network that fails in mid-run", MEASURED, network_faults())
+    figures = judge(whole, ran, run_dir, expected=4 if stays else 0)
+    is_silent = not (figures["warnings"] or figures["errors"] or how in ("close", "reset"))  # aiohttp asks once more
+    what = f"{how}, {'for good' if stays else 'twice'}"
+    return figures | {"survived": figures["survived"] and not is_silent, "what": what, "steps_lost": 0}

@@ -1,23 +1,30 @@
 """A tiny run in a process of its own, which a fault ends or disturbs at a given moment."""
 
+import gc
 import json
+import mmap
 import os
 import random
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 STEPS, ROWS = 8, 4
 TIMEOUT = 120.0  # seconds; more is a hang
 PHASES = ("forward", "backward", "optimizer", "write", "commit", "rename", "rotation", "evaluation")
+START = "start"  # data, model, probes: before the first step
+PHASE_BYTES = 16
+ROWS_PER_GROUP = 2  # documents: small, so that reading goes on all through the run
 
 
 @dataclass(frozen=True)
 class Fault:
     """`step`: in which it comes, from 1. `share`: where inside the phase, 0 to 1. `action`: `kill` (SIGKILL), `full`
-    (no space left on the device), `nan`, or the name of a signal. `rank`: of several, the first time that they run."""
+    (no space left on the device), `nan`, or names of signals, one after the other; `group` before them: to all
+    processes of its group. `rank`: of several, the first time that they run."""
 
     phase: str
     step: int
@@ -30,11 +37,16 @@ class Fault:
             raise OSError(28, "No space left on device")
         if "STRUCK" in os.environ:
             Path(os.environ["STRUCK"]).touch()
-        os.kill(os.getpid(), signal.SIGKILL if self.action == "kill" else signal.Signals[self.action])
+        send = signal.raise_signal
+        for name in self.action.split():
+            if name == "group":
+                send = partial(os.killpg, os.getpgrp())
+            else:
+                send(signal.SIGKILL if name == "kill" else signal.Signals[name])
 
 
-def write_setting(folder: Path) -> None:
-    """Data, tokenizer, model and configuration of the tiny run."""
+def write_setting(folder: Path, **changes) -> Path:
+    """Data, tokenizer, model and configuration of the tiny run; returns the configuration's path."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -47,19 +59,41 @@ def write_setting(folder: Path) -> None:
     TokenizersBackend(tokenizer_object=backend, eos_token="</s>").save_pretrained(folder / "tokenizer")
     words = random.Random(0)
     texts = [f"<{i}> " + " ".join(f"w{words.randrange(97)}" for _ in range(3 + i * 5 % 23)) for i in range(300)]
-    pq.write_table(pa.table({"text": texts}), folder / "data.parquet", row_group_size=10)
+    (folder / "data").mkdir()
+    plain = {"compression": "none", "use_dictionary": False}
+    pq.write_table(pa.table({"text": texts}), folder / "data/a.parquet", row_group_size=ROWS_PER_GROUP, **plain)
     model = {"model_type": "llama", "vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2}
     model |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
     model |= {"max_position_embeddings": 64, "tie_word_embeddings": True, "eos_token_id": 256, "bos_token_id": None}
     (folder / "model.json").write_text(json.dumps(model))
     config = {"model_config": str(folder / "model.json"), "tokenizer": str(folder / "tokenizer"), "block_size": 32}
-    config |= {"source": str(folder / "data.parquet"), "max_steps": STEPS, "eval_skip": 280, "eval_documents": 10}
+    config |= {"source": str(folder / "data/a.parquet"), "max_steps": STEPS, "eval_skip": 280, "eval_documents": 10}
     config |= {"num_lanes": 4, "per_device_train_batch_size": ROWS, "learning_rate": 0.003, "save_steps": 2}
-    config |= {"eval_strategy": "steps", "eval_steps": 4, "dataloader_num_workers": 0}
-    (folder / "config.json").write_text(json.dumps(config))
+    config |= {"eval_strategy": "steps", "eval_steps": 4, "dataloader_num_workers": 0, "use_cpu": True}
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder / "config.json"
 
 
-def in_child(action: Callable[[], int | None], log: Path) -> int | None:
+def warm_up() -> None:
+    """Import and fill, before the forks, what each of them would take most of a second for."""
+    import tempfile
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    import recipe.train  # noqa: F401
+
+    disable_progress_bar()
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(config).save_pretrained(folder)  # compiles the patterns of transformers' renamed weights
+    gc.collect()
+    gc.freeze()
+
+
+def in_child(
+    action: Callable[[], int | None], log: Path, is_time_to_kill: Callable[[], bool] = lambda: False
+) -> int | None:
     """Run `action` in a forked process, so that nothing is imported again. Returns its exit code, negative for a
     signal; None where it hung and was killed."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +116,9 @@ def in_child(action: Callable[[], int | None], log: Path) -> int | None:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
+        if is_time_to_kill():
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return None
@@ -95,7 +131,8 @@ def train(words: list[str], fault: Fault | None, rows: Path) -> int:
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s | %(message)s")
     record_rows(rows)
-    if fault is not None and fault.rank == int(os.environ.get("RANK", "0")):
+    without_samples()
+    if fault is not None:
         install(fault)
     from recipe.__main__ import run
 
@@ -118,18 +155,75 @@ def record_rows(path: Path) -> None:
     BatchLoader._advance = advance_and_record
 
 
+def without_samples() -> None:
+    from recipe.trainer import SampleCallback
+
+    SampleCallback.on_evaluate = lambda *arguments, **known: None
+
+
+def record_phases(path: Path) -> None:
+    """Keep the name of the phase that this process is in, in a file that `phase_in` reads after it was killed."""
+    from torch.optim import optimizer
+
+    from recipe import checkpoints, train
+    from recipe.data.loader import BatchLoader
+    from recipe.trainer import PretrainTrainer
+
+    path.write_bytes(START.encode().ljust(PHASE_BYTES))
+    with path.open("r+b") as file:
+        memory = mmap.mmap(file.fileno(), PHASE_BYTES)
+
+    def begin(name: str) -> None:
+        memory[:] = name.encode().ljust(PHASE_BYTES)
+
+    def record(owner, name: str, phase: str) -> None:
+        function = getattr(owner, name)
+
+        def recorded(*arguments, **known):
+            if phase == "forward" and not is_step(*arguments[:2]):
+                return function(*arguments, **known)
+            before = memory[:].decode().strip()
+            begin(phase)
+            try:
+                return function(*arguments, **known)
+            finally:
+                begin("callbacks" if before == START else before)
+
+        setattr(owner, name, recorded)
+
+    record(PretrainTrainer, "training_step", "backward")  # what is not forward of it
+    record(PretrainTrainer, "compute_loss", "forward")
+    record(PretrainTrainer, "_write_files", "write")
+    record(PretrainTrainer, "evaluate", "evaluation")
+    record(checkpoints, "commit", "commit")
+    record(checkpoints, "rotate", "rotation")
+    record(checkpoints.os, "rename", "rename")
+    record(BatchLoader, "_read_step", "reading")
+    record(train, "conclude", "end")
+    optimizer.register_optimizer_step_pre_hook(lambda *known: begin("optimizer"))
+    optimizer.register_optimizer_step_post_hook(lambda *known: begin("callbacks"))
+
+
+def is_step(trainer, model) -> bool:
+    """And no evaluation, nor one of the guards' probes, which run on a copy of the trainer."""
+    return model.training and "training_step" in vars(trainer)
+
+
+def phase_in(path: Path) -> str:
+    return path.read_bytes().decode().strip() if path.exists() else START
+
+
 def install(fault: Fault) -> None:
     """Replace, in this process, what the phase runs through."""
     from recipe import checkpoints
-    from recipe.trainer import PretrainTrainer, SampleCallback
+    from recipe.trainer import PretrainTrainer
 
-    SampleCallback.on_evaluate = lambda *arguments, **known: None
     now = {"step": 0, "calls": 0}
     compute = PretrainTrainer.compute_loss
 
     def compute_loss(self, model, inputs, *arguments, **known):
         loss = compute(self, model, inputs, *arguments, **known)
-        if not (model.training and "training_step" in vars(self)):  # the guards' probes run on a copy
+        if not is_step(self, model):
             return loss
         now["step"] = self.state.global_step + 1
         if now["step"] == fault.step and fault.phase == "forward":
@@ -235,21 +329,33 @@ def _in_evaluation(fault: Fault, now: dict, checkpoints) -> None:
     PretrainTrainer.prediction_step = prediction_step
 
 
-def wrong_rows(rows: Path, steps: int = STEPS, rows_per_step: int = ROWS, rank: int = 0, ranks: int = 1) -> int:
-    """Of one rank, rows that the steps of the finished run did not train on in the canonical order: lost, repeated or
-    displaced. Of a process that was killed, what came after the checkpoint that the next one began from does not
-    count."""
+def parts_of(rows: Path) -> list[tuple[int, list[int]]]:
+    """Of each process that wrote to `rows`, the row from which it began and those that it read."""
     parts: list[tuple[int, list[int]]] = []
-    for line in rows.read_text().splitlines():
+    for line in rows.read_text().splitlines() if rows.exists() else ():
         if line.startswith("begin "):
             parts.append((int(line.split()[1]), []))
         else:
             parts[-1][1].extend(map(int, line.split()))
+    return parts
+
+
+def wrong_rows(rows: Path, steps: int = STEPS, rows_per_step: int = ROWS, rank: int = 0, ranks: int = 1) -> int:
+    """Of one rank, rows that the steps of the finished run did not train on in the canonical order: lost, repeated or
+    displaced. Of a process that was killed, what came after the checkpoint that the next one began from does not
+    count."""
     history: list[int] = []
-    for begin, numbers in parts:
+    for begin, numbers in parts_of(rows):
         history = history[: begin // ranks] + numbers
     expected = list(range(rank, steps * rows_per_step, ranks))
     return sum(a != b for a, b in zip(history, expected, strict=False)) + abs(len(history) - len(expected))
+
+
+def steps_again(rows: Path) -> int:
+    """Steps whose rows were read once more, after a process had ended in them or after them."""
+    parts = parts_of(rows)
+    ends = [(numbers[-1] // ROWS + 1) if numbers else begin // ROWS for begin, numbers in parts]
+    return sum(end - begin // ROWS for end, (begin, _) in zip(ends, parts[1:], strict=False))
 
 
 def main() -> None:
@@ -261,6 +367,8 @@ def main() -> None:
     is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if is_first and fault.rank == int(os.environ.get("RANK", "0")):
         install(fault)
+    elif not is_first and "AGAIN" in os.environ:
+        Path(os.environ["AGAIN"]).touch()
     from recipe.__main__ import main as recipe_main
 
     recipe_main()

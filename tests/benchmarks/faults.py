@@ -1,248 +1,82 @@
-"""`python -m tests.benchmarks.faults [--rounds N] [--json]`: kills, damages, NaNs, rollbacks, ... of a tiny run.
+"""`python -m tests.benchmarks.faults [--rounds N] [--json]`: kills, damages, disks, networks, NaNs, ...
 
-Each case ends or disturbs a run, lets `--resume_from_checkpoint auto` finish it, and compares it with one that nothing
-disturbed: final weights bit for bit, and every row that was trained on. Writes its section of RESULTS.md.
+Each case ends or disturbs a tiny run, lets it finish, and compares it with one that nothing disturbed: final weights
+bit for bit, and every row that was trained on. Results are kept in runs/faults/ as they come, so that a command that
+was cut short goes on where it was, if the code is the same. Writes its section of RESULTS.md when all cases are done.
 """
 
 import argparse
+import hashlib
 import json
 import os
-import random
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-from tests.benchmarks import fault_run
-from tests.benchmarks.fault_run import PHASES, ROWS, STEPS, TIMEOUT, Fault, in_child, train, wrong_rows
-from tests.benchmarks.results import RESULTS, Result, format_section, write_section
+from tests.benchmarks import fault_cases as cases_of
+from tests.benchmarks.fault_cases import Bench, Case, run_case
+from tests.benchmarks.fault_run import PHASES, STEPS, warm_up
+from tests.benchmarks.results import RESULTS, ROOT, Result, format_section, write_section
 
 # Cases of one round, by kind.
-COUNTS = {f"kill: {phase}": 13 for phase in PHASES} | {"flipped bit": 60, "cut, emptied or deleted": 40}
-COUNTS |= {"full disk": 10, "NaN": 10, "rollback": 10, "lost rank": 10}
-QUICK = {kind: 1 for kind in COUNTS} | {"flipped bit": 2, "cut, emptied or deleted": 2, "lost rank": 0}
+COUNTS = {f"kill: {phase}": 11 for phase in PHASES} | {
+    cases_of.ANY_MOMENT: 20, cases_of.FLIPPED: 60, cases_of.CUT: 40, cases_of.FULL_DISK: 10, cases_of.DISK: 10,
+    cases_of.NETWORK: 20, cases_of.NAN: 10, cases_of.ROLLBACK: 10, cases_of.LOST_RANK: 10,
+}  # fmt: skip
+QUICK = {kind: 1 for kind in COUNTS} | {cases_of.NETWORK: 2, cases_of.LOST_RANK: 0}
 
 
-@dataclass
-class Case:
-    """`steps_lost`: that were trained again. `damage_accepted`: a damaged checkpoint was resumed from."""
-
-    kind: str
-    survived: bool = False
-    steps_lost: int = 0
-    wrong_rows: int = 0
-    is_equal: bool = False
-    has_hung: bool = False
-    damage_accepted: bool = False
-    seconds_to_end: float = 0.0
-    note: str = ""
-
-
-@dataclass
-class Bench:
-    """`folder`: of all cases. `reference`: the run directory of the run that nothing disturbed."""
-
-    folder: Path
-    chance: random.Random
-    num_cases: int = 0
-    reference: Path = field(default_factory=Path)
-    of_two: Path | None = None
-
-    def begin(self) -> None:
-        (self.folder / "setting").mkdir()
-        assert in_child(lambda: fault_run.write_setting(self.folder / "setting"), self.folder / "setting.log") == 0
-        self.reference = self.new_folder() / "run"
-        assert self.run(self.reference) == 0, (self.reference.parent / "log").read_text()[-2000:]
-
-    def new_folder(self) -> Path:
-        self.num_cases += 1
-        folder = self.folder / f"case-{self.num_cases}"
-        folder.mkdir()
-        return folder
-
-    def run(self, run_dir: Path, fault: Fault | None = None, resume: str = "auto", *words: str) -> int | None:
-        """The exit code; negative for a signal, None where it hung."""
-        config = str(self.folder / "setting/config.json")
-        command = [config, "--output_dir", str(run_dir), "--resume_from_checkpoint", resume, "--use_cpu", "true"]
-        command, folder = [*command, *words], run_dir.parent
-        return in_child(lambda: train(command, fault, folder / "rows"), folder / "log")
-
-    def run_two(self, run_dir: Path, fault: Fault) -> int | None:
-        """On two ranks. The exit code that rank 0 reports, -9 where it could not; None where it hung."""
-        folder, exit_file = run_dir.parent, run_dir.parent / "exit.json"
-        exit_file.write_text("")
-        files = {"ROWS": folder / "rows", "STRUCK": folder / "struck", "RECIPE_EXIT_FILE": exit_file}
-        known = {
-            "FAULT": json.dumps(vars(fault)),
-            "OMP_NUM_THREADS": "1",
-            **{key: str(at) for key, at in files.items()},
-        }
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["-m", "tests.benchmarks.fault_run", "train", str(self.folder / "setting/config.json")]
-        command += ["--output_dir", str(run_dir), "--resume_from_checkpoint", "auto", "--use_cpu", "true"]
-        command += ["--per_device_train_batch_size", str(ROWS // 2)]
-        with (folder / "log").open("a") as log:
-            try:
-                subprocess.run(command, env=os.environ | known, stdout=log, stderr=log, timeout=TIMEOUT)
-            except subprocess.TimeoutExpired:
-                return None
-        return json.loads(exit_file.read_text() or '{"code": -9}')["code"]
-
-    def finish(self, case: Case, run_dir: Path) -> Case:
-        """Let it go on, and compare."""
-        before = last_step(run_dir.parent / "rows")
-        code = self.run(run_dir)
-        log = (run_dir.parent / "log").read_text()
-        case.has_hung |= code is None
-        case.survived = code == 0 and "Traceback" not in log
-        resumed = json.loads((run_dir / "run.json").read_text())["resumed_from"]
-        case.steps_lost = before - (int(resumed.rsplit("-", 1)[1]) if resumed else 0)
-        case.wrong_rows = wrong_rows(run_dir.parent / "rows")
-        case.is_equal = code == 0 and weights(run_dir) == weights(self.reference)
-        if not case.survived:
-            case.note = log[-1500:]
-        return case
+def measure(counts: dict[str, int], rounds: int, jobs: int, minutes: float, kept: Path | None) -> list[Case]:
+    """The cases that are in `kept` already, and those that `minutes` suffice for, which are added to it."""
+    warm_up()
+    end = time.monotonic() + 60 * minutes
+    wanted = [(kind, number) for kind, count in counts.items() for number in range(count * rounds)]
+    done = {(case.kind, case.number): case for case in read_kept(kept)}
+    missing = [each for each in wanted if each not in done]
+    with tempfile.TemporaryDirectory(prefix="recipe-faults-") as folder:
+        bench = Bench(Path(folder))
+        if missing:
+            bench.begin({kind for kind, _ in missing})
+        for case in run_cases(bench, missing, jobs, end):
+            print(f"{len(done) + 1} of {len(wanted)} | {json.dumps(vars(case))}", file=sys.stderr, flush=True)
+            done[case.kind, case.number] = case
+            if kept is not None:
+                with kept.open("a") as file:
+                    file.write(json.dumps(vars(case)) + "\n")
+    return [done[each] for each in wanted if each in done]
 
 
-def last_step(rows: Path) -> int:
-    """The step whose rows were read last."""
-    last = rows.read_text().splitlines()[-1].split()
-    return int(last[1]) // ROWS if last[0] == "begin" else int(last[-1]) // ROWS + 1
+def run_cases(bench: Bench, missing: list[tuple[str, int]], jobs: int, end: float) -> Iterator[Case]:
+    with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
+        futures = [pool.submit(_run_until, end, bench, *each) for each in missing]
+        for future in as_completed(futures):
+            if (case := future.result()) is not None:
+                yield case
 
 
-def weights(run_dir: Path) -> bytes:
-    return (run_dir / "final/model.safetensors").read_bytes()
+def _run_until(end: float, bench: Bench, kind: str, number: int) -> Case | None:
+    return run_case(bench, kind, number) if time.monotonic() < end else None
 
 
-# --- the cases
+def kept_file() -> Path:
+    """Named after what decides the results: the recipe's code, and that of the faults."""
+    code = [*(ROOT / "recipe").rglob("*.py"), *Path(__file__).parent.glob("fault*.py")]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(code))).hexdigest()[:12]
+    path = ROOT / f"runs/faults/{digest}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
-def kill(bench: Bench, phase: str) -> Case:
-    run_dir = bench.new_folder() / "run"
-    steps = {"evaluation": (1, 5), "rotation": (5, 7)}.get(phase, range(1, STEPS + 1))
-    if phase in ("write", "commit", "rename"):
-        steps = range(1, STEPS)
-    fault = Fault(phase, bench.chance.choice(list(steps)), bench.chance.random())
-    code = bench.run(run_dir, fault, "auto", "--save_total_limit", "2")
-    case = bench.finish(Case(f"kill: {phase}"), run_dir)
-    case.has_hung |= code is None
-    if code != -9:
-        case.survived, case.note = False, f"{fault} did not strike ({code}): {case.note}"
-    return case
-
-
-def damage(bench: Bench, kind: str) -> Case:
-    """Of one file of the newest checkpoint of a finished run, whose results are gone."""
-    folder = bench.new_folder()
-    run_dir = folder / "run"
-    shutil.copytree(bench.reference, run_dir)
-    shutil.copy(bench.reference.parent / "rows", folder / "rows")
-    shutil.rmtree(run_dir / "final")
-    newest = run_dir / f"checkpoint-{STEPS}"
-    path = bench.chance.choice(sorted(each for each in newest.rglob("*") if each.is_file()))
-    data = bytearray(path.read_bytes())
-    if kind == "flipped bit":
-        data[bench.chance.randrange(len(data))] ^= 1 << bench.chance.randrange(8)
-        path.write_bytes(data)
-    elif (how := bench.chance.randrange(3)) == 0:
-        path.unlink()
-    else:
-        path.write_bytes(data[: 0 if how == 1 else bench.chance.randrange(len(data))])
-    case = bench.finish(Case(kind), run_dir)
-    resumed = json.loads((run_dir / "run.json").read_text())["resumed_from"]
-    case.damage_accepted = resumed is None or Path(resumed).name == newest.name
-    return case
-
-
-def full_disk(bench: Bench) -> Case:
-    """In one of the saves; the run goes on to its end by itself, and then once more from the last checkpoint."""
-    run_dir = bench.new_folder() / "run"
-    phase = bench.chance.choice(["write", "commit", "rename"])
-    code = bench.run(run_dir, Fault(phase, bench.chance.randrange(1, STEPS), bench.chance.random(), "full"))
-    case = Case("full disk", has_hung=code is None)
-    log = (run_dir.parent / "log").read_text()
-    case.survived = code == 0 and "no checkpoint, training goes on" in log
-    case.note = "" if case.survived else f"{phase} {code} {log[-1500:]}"
-    case.wrong_rows = wrong_rows(run_dir.parent / "rows")
-    case.is_equal = code == 0 and weights(run_dir) == weights(bench.reference)
-    case.damage_accepted = any(find_problems(path) for path in run_dir.glob("checkpoint-*"))
-    return case
-
-
-def find_problems(path: Path) -> list[str]:
-    from recipe.checkpoints import problems_of
-
-    return problems_of(path, is_deep=True)
-
-
-def not_finite(bench: Bench) -> Case:
-    """The loss of one step. `is_equal`: the weights after it are those before it."""
-    run_dir = bench.new_folder() / "run"
-    step = bench.chance.randrange(2, STEPS + 1)
-    code = bench.run(run_dir, Fault("forward", step, action="nan"), "auto", "--save_steps", "1")
-    case = Case("NaN", survived=code == 0, has_hung=code is None, wrong_rows=wrong_rows(run_dir.parent / "rows"))
-    files = [(run_dir / f"checkpoint-{each}/model.safetensors").read_bytes() for each in (step - 1, step)]
-    case.is_equal = files[0] == files[1]
-    case.note = "" if case.survived else (run_dir.parent / "log").read_text()[-1500:]
-    return case
-
-
-def rollback(bench: Bench) -> Case:
-    """To an older checkpoint of a finished run, then killed; `auto` must not take the ones that were abandoned."""
-    folder = bench.new_folder()
-    run_dir = folder / "run"
-    shutil.copytree(bench.reference, run_dir)
-    shutil.copy(bench.reference.parent / "rows", folder / "rows")
-    first = bench.chance.choice([2, 4])
-    step = bench.chance.randrange(first + 1, STEPS + 1)
-    bench.run(run_dir, Fault("backward", step), str(run_dir / f"checkpoint-{first}"))
-    case = bench.finish(Case("rollback"), run_dir)
-    resumed = int(json.loads((run_dir / "run.json").read_text())["resumed_from"].rsplit("-", 1)[1])
-    expected = max(first, (step - 1) // 2 * 2)
-    case.damage_accepted = resumed > expected
-    if resumed != expected:
-        case.survived, case.note = False, f"resumed from {resumed}, not {expected}"
-    return case
-
-
-def lost_rank(bench: Bench) -> Case:
-    """Of two, SIGKILL to one; then `auto` finishes it. Held against a run of two ranks that nothing disturbed."""
-    if bench.of_two is None:
-        bench.of_two = bench.new_folder() / "run"
-        assert bench.run_two(bench.of_two, Fault("none", 0)) == 0
-    run_dir = bench.new_folder() / "run"
-    phase = bench.chance.choice(["forward", "backward", "optimizer", "write", "evaluation"])
-    step = bench.chance.randrange(1, 5) if phase == "evaluation" else bench.chance.randrange(1, STEPS)
-    rank = 0 if phase == "write" else bench.chance.randrange(2)
-    fault = Fault(phase, step, bench.chance.random() / 2, rank=rank)
-    case = Case("lost rank", has_hung=bench.run_two(run_dir, fault) is None)
-    case.seconds_to_end = time.time() - (run_dir.parent / "struck").stat().st_mtime
-    code = bench.run_two(run_dir, Fault("none", 0))
-    case.has_hung |= code is None
-    case.survived = code == 0
-    case.wrong_rows = sum(wrong_rows(run_dir.parent / f"rows-{rank}", rank=rank, ranks=2) for rank in range(2))
-    case.is_equal = code == 0 and weights(run_dir) == weights(bench.of_two)
-    case.note = "" if case.survived else f"{fault} {(run_dir.parent / 'log').read_text()[-1500:]}"
-    return case
-
-
-def make_cases(bench: Bench, counts: dict[str, int]) -> Iterator[Case]:
-    actions: dict[str, Callable[[], Case]] = {f"kill: {phase}": lambda p=phase: kill(bench, p) for phase in PHASES}
-    actions |= {kind: lambda k=kind: damage(bench, k) for kind in ("flipped bit", "cut, emptied or deleted")}
-    actions |= {"full disk": lambda: full_disk(bench), "NaN": lambda: not_finite(bench)}
-    actions |= {"rollback": lambda: rollback(bench), "lost rank": lambda: lost_rank(bench)}
-    for kind, count in counts.items():
-        for _ in range(count):
-            case = actions[kind]()
-            print(json.dumps(vars(case)), file=sys.stderr, flush=True)
-            yield case
+def read_kept(path: Path | None) -> list[Case]:
+    if path is None or not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [Case(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 # --- the report
@@ -260,63 +94,79 @@ def summarize(cases: list[Case]) -> list[dict]:
             "survived": sum(case.survived for case in each),
             "weights bit-equal": sum(case.is_equal for case in each),
             "rows lost or repeated": sum(case.wrong_rows for case in each),
-            "damaged accepted": sum(case.damage_accepted for case in each),
+            "damage accepted": sum(case.damage_accepted for case in each),
             "hangs": sum(case.has_hung for case in each),
-            "steps trained again, mean": sum(case.steps_lost for case in each) / len(each),
+            "steps lost, mean": sum(case.steps_lost for case in each) / len(each),
             "most": max(case.steps_lost for case in each),
-            "seconds to end, most": max(case.seconds_to_end for case in each) or None,
         }
         for kind, each in kinds.items()
     ]
 
 
-def measure(counts: dict[str, int], seed: int = 0) -> list[Case]:
-    import recipe.__main__
-    import recipe.train  # noqa: F401  imported before the forks
+def describe(cases: list[Case]) -> str:
+    """Which moments and files the cases met."""
 
-    with tempfile.TemporaryDirectory(prefix="recipe-faults-") as folder:
-        bench = Bench(Path(folder), random.Random(seed))
-        bench.begin()
-        return list(make_cases(bench, counts))
+    def count(*kinds: str) -> str:
+        found = Counter(case.what.split(": ")[0] for case in cases if case.kind in kinds)
+        return ", ".join(f"{name} {number}" for name, number in found.most_common())
 
-
-def measure_in_parallel(counts: dict[str, int], rounds: int, jobs: int) -> list[Case]:
-    shares = [{kind: count // jobs + (job < count % jobs) for kind, count in counts.items()} for job in range(jobs)]
-    seeds = [1000 * number + job for number in range(rounds) for job in range(jobs)]
-    with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
-        cases = [case for part in pool.map(measure, shares * rounds, seeds) for case in part]
-    return sorted(cases, key=lambda case: [*counts].index(case.kind))
+    seconds = [case.seconds_to_end for case in cases if case.seconds_to_end is not None]
+    again = f"\n\nLost ranks were started again after {min(seconds)} to {max(seconds)} seconds." if seconds else ""
+    return (
+        f"Kills at any moment came in: {count(cases_of.ANY_MOMENT)}.\n\nDamaged files: "
+        f"{count(cases_of.FLIPPED, cases_of.CUT)}.{again}"
+    )
 
 
-MEASURED = (
-    f"A run of {STEPS} steps with a checkpoint every two and two evaluations; each case in forked processes, with "
-    "`auto` to finish it. Kills are SIGKILL in the phase that is named, at a random step and place in it; write, "
-    "commit (syncs and hashes), rename and rotation are parts of a save. Damages: one file of the newest checkpoint, "
-    "a random bit or length. Full disk: the error of a full device is injected into a save, and the run goes on "
-    "without this checkpoint. NaN: the loss of one step; bit-equal are the weights before and after it. Rollback: to "
-    "an older checkpoint, then killed. Lost rank: SIGKILL to one of two gloo ranks; seconds until torchrun ended. "
-    "Survived: ended well, without a traceback. Rows: against the canonical order. "
-    "Steps trained again: from the checkpoint to the step in which the run ended."
-)
+MEASURED = f"""A run of {STEPS} steps with a checkpoint every two and two evaluations; each case in forked
+processes, with `auto` to finish it. Survived: ended well, without a traceback. Rows: against the canonical order.
+Steps lost: from the checkpoint to the step in which the run ended, trained again.
+
+- kill: SIGKILL in the phase that is named, at a random step and place in it; write, commit (syncs and hashes), rename
+  and rotation are parts of a save. Any moment: by the clock, from outside, in the time from the first step to the end.
+- flipped bit; cut, emptied or deleted: one file of the newest checkpoint, at a random place. The files take turns.
+- full disk, one write: the error of a full device is raised in a save; the run goes on without this checkpoint.
+- disk script: no file can grow beyond a limit (RLIMIT_FSIZE), for a while or for good, or the output directory is
+  deleted. Where it stays the run ends with exit code 4, and is resumed without the limit.
+- network script: a loopback HTTP server fails in ten ways, for two requests or for good. Where it stays the run ends
+  with exit code 4 and at most three lines of error, and is resumed.
+- NaN: the loss of one step; bit-equal are the weights before and after it.
+- rollback: to an older checkpoint, then killed.
+- lost rank: SIGKILL to one of two gloo ranks; torchrun starts both again."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.faults", description=__doc__)
     parser.add_argument("--rounds", type=int, default=1, help="each of all cases, with other random places")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that share the cases")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop then; the same command goes on")
     parser.add_argument("--json", action="store_true", help="print every case")
     parser.add_argument("--quick", action="store_true", help="one or two of each kind; writes nothing")
     arguments = parser.parse_args()
-    begin = time.monotonic()
-    counts = QUICK if arguments.quick else COUNTS
-    cases = measure_in_parallel(counts, arguments.rounds, arguments.jobs)
-    rows, minutes = summarize(cases), (time.monotonic() - begin) / 60
-    command = f"python -m tests.benchmarks.faults --rounds {arguments.rounds}"
-    result = Result("kills, damages, full disks, NaNs and rollbacks", MEASURED, rows, f"{minutes:.0f} minutes.")
-    section = format_section("faults", result, command)
-    print(json.dumps([vars(case) for case in cases], indent=1) if arguments.json else section, flush=True)
-    if not arguments.quick:
-        write_section("faults", section, RESULTS)
+    if min(arguments.rounds, arguments.jobs) < 1:
+        parser.error("--rounds and --jobs must be at least 1")
+    counts, kept = (QUICK, None) if arguments.quick else (COUNTS, kept_file())
+    cases = measure(counts, arguments.rounds, arguments.jobs, arguments.minutes, kept)
+    is_whole = len(cases) == sum(counts.values()) * arguments.rounds
+    if is_whole:
+        minutes = sum(case.seconds for case in cases) / 60
+        note = f"{describe(cases)}\n\nAll cases together, one after the other: {minutes:.0f} minutes."
+        result = Result(
+            "kills, damages, disks, networks, NaNs, rollbacks, lost ranks", MEASURED, summarize(cases), note
+        )
+        section = format_section("faults", result, f"python -m tests.benchmarks.faults --rounds {arguments.rounds}")
+        print(section, file=sys.stderr)
+        if kept is not None:
+            write_section("faults", section, RESULTS)
+            kept.unlink()  # the next command measures again
+    if arguments.json:
+        print(json.dumps([vars(case) for case in cases]))
+    sys.exit(not is_whole or not all(is_good(case) for case in cases))
+
+
+def is_good(case: Case) -> bool:
+    bad = case.wrong_rows or case.has_hung or case.damage_accepted
+    return case.survived and case.is_equal and not bad
 
 
 if __name__ == "__main__":
