@@ -71,7 +71,7 @@ def _fork(job: dict, rank: int, port: int) -> int:
 
 def _train(job: dict, rank: int) -> int:
     from recipe.__main__ import run
-    from recipe.redact import configure_logging
+    from recipe.console import configure_logging
 
     configure_logging()
     without_samples()

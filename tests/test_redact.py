@@ -87,7 +87,7 @@ import json, os, pathlib, sys
 import recipe.data.files, recipe.data.packing, recipe.trainer
 from recipe.__main__ import run
 from recipe.data import formats
-from recipe.redact import configure_logging
+from recipe.console import configure_logging
 from tests.range_server import RangeServer
 
 recipe.data.files.RETRY_SECONDS = (0.01,) * 3

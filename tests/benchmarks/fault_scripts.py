@@ -12,9 +12,9 @@ from pathlib import Path
 
 from recipe import trainer
 from recipe.__main__ import run
+from recipe.console import configure_logging
 from recipe.data import packing
 from recipe.data.loader import BatchLoader
-from recipe.redact import configure_logging
 from recipe.trainer import SampleCallback
 from tests.benchmarks.fault_run import write_setting
 
