@@ -73,6 +73,7 @@ def _holds_run(folder: Path) -> bool:
 
 def load_run(run_dir: Path) -> Run:
     """Reads what there is of a run directory; UserError where there is no run."""
+    run_dir = folder_of(run_dir)
     if not _holds_run(run_dir):
         raise UserError(f"no run in {run_dir}: expected a directory with {RUN_FILES[0]} or {RUN_FILES[1]} in it")
     file, gaps = run_dir / RUN_FILES[0], []

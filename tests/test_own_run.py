@@ -16,6 +16,7 @@ from recipe import own_run
 from recipe.__main__ import run
 from recipe.console import BesideBars, LineFormatter, wants_colour
 from recipe.guards import MEANINGS, RegressionCallback
+from recipe.report import load_run
 from tests.test_any_trainer import rows, tiny
 from tests.test_callback import unshifted
 
@@ -79,6 +80,7 @@ def test_the_command_finds_them_from_output_dir(ended, capsys):
     assert capsys.readouterr().out.strip() == str(folder / "_recipe/report.html")
     assert run(["report", str(folder), "--bundle"]) == 0
     (folder / "_recipe/bundle.zip").unlink()
+    assert load_run(folder).num_steps == STEPS
 
 
 def test_a_push_uploads_none_of_them(ended, monkeypatch):

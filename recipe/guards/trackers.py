@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 
+from tqdm.contrib import DummyTqdmFile
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -118,7 +119,7 @@ def _contained(event: Callable, tracker: TrainerCallback) -> Callable:
         if tracker in _off:
             return None
         try:
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(DummyTqdmFile(sys.stderr)):  # above a progress bar
                 return event(*arguments, **keywords)
         except Exception as error:
             _leave_alone(tracker, error)
