@@ -1,6 +1,6 @@
-"""The guards' documentation, generated from their classes: `recipe explain ID`, docs/findings.md, docs/guards.md.
+"""Documentation from the code: `recipe explain ID`, docs/findings.md, docs/guards.md and docs/keys.md.
 
-`python -m recipe.explain docs` writes the generated parts of both pages, which a test compares with the classes.
+`python -m recipe.explain docs` writes the generated parts of the three pages, which a test compares with the code.
 """
 
 import difflib
@@ -12,9 +12,10 @@ from pathlib import Path
 
 from recipe.errors import UserError
 from recipe.guards import FINDING_IDS, GUARDS, MEANINGS, Guard
+from recipe.keys import format_page
 
 SECTIONS = ("When", "Measured", "Try", "Cannot see")
-BEGIN = "<!-- generated from the guards by `python -m recipe.explain docs` -->"
+BEGIN = "<!-- generated from the code by `python -m recipe.explain docs` -->"
 END = "<!-- end of the generated part -->"
 WIDTH = 110
 
@@ -76,8 +77,8 @@ def generated(page: str, part: str) -> str:
 
 
 def pages(folder: Path) -> dict[Path, str]:
-    """The two pages as they should be."""
-    parts = {"findings.md": "\n".join(map(explain, FINDING_IDS)), "guards.md": table()}
+    """The three pages as they should be."""
+    parts = {"findings.md": "\n".join(map(explain, FINDING_IDS)), "guards.md": table(), "keys.md": format_page()}
     paths = {folder / name: part for name, part in parts.items()}
     return {path: generated(path.read_text(encoding="utf-8"), part) for path, part in paths.items()}
 

@@ -159,31 +159,62 @@ def _default(value: ast.expr | None, variables: dict[str, ast.expr]) -> Any:
 # --- help
 
 
-def format_help() -> str:
-    """Every key by group, one line each: name, type, default, text. Keys that the recipe refuses are left out."""
+class Shown(NamedTuple):
+    """A key as it is shown, in words."""
+
+    name: str
+    kinds: list[str]
+    default: str
+    text: str
+    choices: tuple[str, ...]
+
+
+def shown_keys() -> dict[str, list[Shown]]:
+    """Every key by group. Keys that the recipe refuses are left out."""
     from recipe.config_checks import DEFAULTS, FIXED, REFUSED
 
     keys = {name: key for name, key in all_keys().items() if name not in REFUSED}
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[Shown]] = {}
     for name, key in keys.items():
         if name not in FIXED:
-            groups.setdefault(key.group, []).append(_line(name, key, DEFAULTS.get(name, key.default)))
+            groups.setdefault(key.group, []).append(_shown(name, key, DEFAULTS.get(name, key.default)))
     groups["Fixed by the recipe: no other value is accepted"] = [
-        _line(name, keys[name]._replace(text=reason), value) for name, (value, reason) in FIXED.items()
+        _shown(name, keys[name]._replace(text=reason), value) for name, (value, reason) in FIXED.items()
     ]
-    return "\n\n".join("\n".join([f"{group}:", *lines]) for group, lines in groups.items())
+    return groups
 
 
-def _line(name: str, key: Key, default: Any) -> str:
+def _shown(name: str, key: Key, default: Any) -> Shown:
     names = {kind: word for word, kind in PLAIN.items()}
-    kinds = "|".join(names[kind] for kind in key.type.kinds if kind is not NoneType)
-    shown = "required" if default is Required else json.dumps(default)
-    choices = key.type.choices
-    more = f", ... ({len(choices)} in all)" if len(choices) > CHOICES_SHOWN else ""
-    one_of = f" [{', '.join(choices[:CHOICES_SHOWN])}{more}]" if choices else ""
-    left = f"  {name:<40} {kinds:<10} {shown:<20} "
-    text = key.text[:1].upper() + key.text[1:]
-    return left + textwrap.shorten(text + one_of, LINE - len(left), placeholder=" ...")
+    kinds = [names[kind] for kind in key.type.kinds if kind is not NoneType]
+    value = "required" if default is Required else json.dumps(default)
+    return Shown(name, kinds, value, key.text[:1].upper() + key.text[1:], key.type.choices)
+
+
+def format_help() -> str:
+    """One line for each key: name, type, default, text."""
+    groups = shown_keys().items()
+    return "\n\n".join("\n".join([f"{group}:", *map(_line, keys)]) for group, keys in groups)
+
+
+def _line(key: Shown) -> str:
+    more = f", ... ({len(key.choices)} in all)" if len(key.choices) > CHOICES_SHOWN else ""
+    one_of = f" [{', '.join(key.choices[:CHOICES_SHOWN])}{more}]" if key.choices else ""
+    left = f"  {key.name:<40} {'|'.join(key.kinds):<10} {key.default:<20} "
+    return left + textwrap.shorten(key.text + one_of, LINE - len(left), placeholder=" ...")
+
+
+def format_page() -> str:
+    """The same in Markdown, a table for each group, with all values that a key may have."""
+    head = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    tables = ["\n".join([f"## {group}", "", *head, *map(_row, keys)]) for group, keys in shown_keys().items()]
+    return "\n\n".join(tables) + "\n"
+
+
+def _row(key: Shown) -> str:
+    text = key.text.replace("|", "\\|").replace("<", "&lt;").rstrip(".")
+    one_of = f". One of {', '.join(f'`{choice}`' for choice in key.choices)}" if key.choices else ""
+    return f"| `{key.name}` | {' or '.join(key.kinds)} | `{key.default}` | {text}{one_of} |"
 
 
 def _comment_of(node: ast.AnnAssign, lines: list[str]) -> str:

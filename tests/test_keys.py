@@ -61,7 +61,7 @@ def test_words_of_transformers_and_of_the_guards():
 def test_the_help_of_a_command_has_every_key_in_a_line(command, capsys):
     assert run([command, "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"  {command} CONFIG.json")
+    assert lines[0].startswith((f"  {command} CONFIG.json", f"  {command} [CONFIG.json]"))
     shown = [line.split()[0] for line in lines if line.startswith("  ")][1:]
     assert {*shown} >= arguments.FIELDS.keys() and len(set(shown)) == len(shown)
     assert max(map(len, lines)) <= keys.LINE
