@@ -28,7 +28,7 @@ run() {
   printf '$ %s\n' "$1" | tee -a "$record"
   local code=0
   bash -c "$1" >"$log" 2>&1 || code=$?
-  tail -n "${2:-8}" "$log" | tee -a "$record"
+  tr '\r' '\n' <"$log" | grep -v -e '%|' -e '^ *$' | tail -n "${2:-8}" | tee -a "$record" # without the progress bars
   [ "$code" = 0 ] || printf '(exit code %s)\n' "$code" | tee -a "$record"
   return "$code"
 }
