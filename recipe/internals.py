@@ -85,6 +85,10 @@ def set_last_rates(scheduler, rates: list[float]) -> None:
     scheduler._last_lr = rates
 
 
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks)
+
+
 def has_step_post_hooks(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer._optimizer_step_post_hooks)
 

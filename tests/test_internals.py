@@ -136,6 +136,13 @@ def test_torch_is_compiled_module():
     assert internals.is_compiled_module(plain)
 
 
+def test_torch_has_forward_hooks():
+    module = torch.nn.Linear(2, 2)
+    assert not internals.has_forward_hooks(module)
+    module.register_forward_hook(lambda *arguments: None)
+    assert internals.has_forward_hooks(module)
+
+
 def test_torch_has_step_post_hooks():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     assert not internals.has_step_post_hooks(optimizer)

@@ -12,6 +12,7 @@ from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
 from recipe.guards.recording import embeddings_of
 from recipe.guards.run import LOW_PRECISION, Parameters
 from recipe.guards.updates import FIRST_STEPS, MOVING_RATE, PLAIN_GRADIENT
+from recipe.internals import has_forward_hooks
 
 
 class FrozenParameters(Guard):
@@ -227,7 +228,7 @@ def cuts_gradients(model: torch.nn.Module) -> bool:
     nothing inside the layers has one. `enable_input_require_grads` leaves a hook at the embedding."""
     functions = [vars(m).get("_gradient_checkpointing_func") for m in model.modules() if _is_checkpointed(m)]
     is_reentrant = any(getattr(f, "keywords", {}).get("use_reentrant") for f in functions)
-    return is_reentrant and not any(e.weight.requires_grad or e._forward_hooks for e in embeddings_of(model))
+    return is_reentrant and not any(e.weight.requires_grad or has_forward_hooks(e) for e in embeddings_of(model))
 
 
 def _is_checkpointed(module: torch.nn.Module) -> bool:
