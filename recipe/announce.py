@@ -34,7 +34,9 @@ def announce_training(config: Config) -> None:
 
 class FirstStepsCallback(TrainerCallback):
     """Where there is no progress bar: a line whenever nothing was logged for some seconds, until the first loss and
-    the first evaluation are."""
+    the first evaluation are. Silent in a run that trains no step and only writes its results."""
+
+    _is_over = _is_evaluated = True
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._is_over = self._is_evaluated = sys.stderr.isatty() or not state.is_world_process_zero

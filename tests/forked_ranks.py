@@ -86,12 +86,12 @@ def _train(job: dict, rank: int) -> int:
 
 def shard() -> None:
     """As on GPUs: accelerate ignores `fsdp` on CPU ranks, so the recipe refuses it there."""
-    from recipe import config_checks
+    from recipe import arguments
     from tests.test_sharded import shard_on_cpu
 
     shard_on_cpu()
-    find = config_checks.find_conflicts
-    config_checks.find_conflicts = lambda *known: {
+    find = arguments.find_machine_conflicts
+    arguments.find_machine_conflicts = lambda *known: {
         name: problem for name, problem in find(*known).items() if "fsdp" not in name
     }
 

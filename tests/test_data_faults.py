@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import pytest
 
 from conftest import document
 from recipe.__main__ import run
-from recipe.data import files, formats
+from recipe.data import files, formats, loader
 from recipe.data.collator import DataCollatorForPackedRows
 from recipe.data.formats import BadDocument, TokenIds
 from recipe.data.hold_out import digest_of
@@ -492,3 +493,21 @@ def test_bad_documents_of_a_small_source_are_counted_too(write_config, tmp_path,
     assert run(["train", path, "--on_bad_data", "skip", "--save_strategy", "no"]) == 0
     result = json.loads((tmp_path / "run/run.json").read_text())["result"]
     assert result["bad_documents_skipped"] >= 1
+
+
+def _begin_late(main_process: int, is_sent) -> None:
+    is_sent.wait()
+    loader._begin_worker((main_process, logging.WARNING, 1.0, 1.0), 0)
+    threading.Event().wait()
+
+
+def test_a_worker_that_is_ended_while_it_starts_ends():
+    """SIGTERM is pending then, since the server blocks it for all of its children."""
+    context = loader.start_server()
+    is_sent = context.Event()
+    worker = context.Process(target=_begin_late, args=(os.getpid(), is_sent), daemon=True)
+    worker.start()
+    worker.terminate()
+    is_sent.set()
+    worker.join(60)
+    assert worker.exitcode == 0

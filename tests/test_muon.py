@@ -15,7 +15,7 @@ from recipe.errors import UserError
 from recipe.guards.records import read_lines
 from recipe.memory import optimizer_bytes
 from recipe.muon import Muon, group_parameters, orthogonalize
-from tests.test_ranks import launch
+from tests.forked_ranks import run_jobs
 
 SETTINGS = {"weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 # Relative, in Frobenius norm, to torch's iteration in bf16. Measured: 0.012 to 0.016 for fp32 and bf16 alike, where no
@@ -216,6 +216,6 @@ def test_two_ranks_are_the_same_run_as_one(write_config, tmp_path):
     path = write_config(optim="muon", eval_strategy="no", eval_steps=None)
     one = train(path, tmp_path / "one")
     words = ["--output_dir", str(tmp_path / "two"), "--use_cpu", "true", "--per_device_train_batch_size", "2"]
-    assert launch(tmp_path, path, *words)["code"] == 0
+    assert run_jobs([{"words": [path, *words], "ranks": 2, "log": str(tmp_path / "log")}]) == [[0, 0]]
     two = [record["loss"] for record in read_lines(tmp_path / "two/steps.jsonl")]
     assert two == pytest.approx(one, abs=2e-3)  # a bf16 iteration rounds gradients of another last bit to 2**-8

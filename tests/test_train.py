@@ -331,7 +331,8 @@ def test_an_unknown_command_names_those_that_exist(capsys):
     assert run(["trian"]) == run(["launch"]) == 2
     error = capsys.readouterr().err
     assert "no command 'trian'; did you mean train?" in error
-    assert "there are train, check, plan, verify-data, tokenize, report, new, explain, trajectory" in error
+    names = "train, check, plan, verify-data, tokenize, report, new, generate, evaluate, compare, explain, trajectory"
+    assert f"there are {names}" in error
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

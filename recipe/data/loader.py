@@ -170,8 +170,9 @@ def _begin_worker(settings: tuple, worker_id: int) -> None:
     main_process, level, files.RETRY_SECONDS, files.STALL_SECONDS = settings
     configure_logging(level)
     configure_transformers_logging()
-    for number in ENDING:
+    for number in {*ENDING} - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
+    # Not by way of SIG_IGN, which would drop a SIGTERM that came while this process was starting.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
