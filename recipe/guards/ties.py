@@ -12,7 +12,8 @@ class UntiedWeights(Guard):
     """Embedding and head should share their weights and do not.
 
     When: before step 1, after a resume too.
-    Measured: where the config says `tie_word_embeddings`, both must be one memory, those that PEFT trains as well.
+    Measured: where the config says `tie_word_embeddings`, both must be one memory. A copy that PEFT trains
+        (`modules_to_save`) is information.
     Try: `ensure_weight_tying` in the config of PEFT's adapter (`modules_to_save`). Else `model.tie_weights()` before
         the optimizer is built, or `tie_word_embeddings: false`.
     Cannot see: sharded weights, a head of another shape.
@@ -40,15 +41,17 @@ class UntiedWeights(Guard):
         if embedding.data_ptr() == output.data_ptr():
             return None
         is_equal = torch.equal(embedding, output.to(embedding))
+        severity = "warning"
         causes = ("the model was moved, emptied or wrapped after tying", "a checkpoint without the head was loaded")
         action = "model.tie_weights() before the optimizer is built, or tie_word_embeddings false"
         if any(hasattr(module, "modules_to_save") for module in (head, model.get_input_embeddings())):
+            severity = "info"  # it is trained so on purpose, too
             causes = (
                 "PEFT trains a copy of one of them (modules_to_save): merged, it is lost or overwrites the other",
             )
             action = "ensure_weight_tying=True in the adapter's config, or tie_word_embeddings false before it is made"
         return cls.finding(
-            "warning",
+            severity,
             found=f"embedding and head are two tensors, {'equal so far' if is_equal else 'not equal'}",
             expected="one: tie_word_embeddings",
             causes=causes,

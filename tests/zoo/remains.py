@@ -2,6 +2,7 @@
 
 NO_EOS = "A missing EOS is told after 1,000,000 tokens, and only as information; this run has 102,400 tokens or fewer."
 OTHER_TEXT = "Text is changed before it is tokenised: nothing that a Trainer holds shows the original."
+COPIED = "A copy of a tied layer is said as information only: it is trained on purpose, too, and merging comes later."
 WHY_MISSED: dict[str, str] = {
     # --- development
     "original_sdp_kernel": "Nothing that is computed changes, only its speed: the flags are as before the call.",
@@ -44,6 +45,8 @@ WHY_MISSED: dict[str, str] = {
     "cosine_as_long_as_the_warmup": "A scheduler of the user's own is taken at its word: no argument says otherwise.",
     "end_of_text_spelled_out": NO_EOS,
     # --- held_out_4
+    "tied_head_saved_apart": COPIED,
+    "adapter_unties_embedding": COPIED,
     "rotary_base_lost": "The independent model reads the same configuration.",
     "base_unfrozen": "Training the base beside its adapter is allowed.",
     "dpo_rejected_prompt_scored": "Which tokens of a pair are scored is the user's choice.",
