@@ -132,7 +132,7 @@ def add_missing(recorded: dict, parts: dict, again: set[str], processes: int | N
     results = {**recorded, "parts": {}, "problems": recorded["problems"] + new["problems"]}
     for part, (bugs, _) in parts.items():
         rows = {row["name"]: row for row in old[part]["bugs"] + new["parts"][part]["bugs"]}
-        healthy = {row["setting"]: row for row in old[part]["healthy"] + new["parts"][part]["healthy"]}
+        healthy = {_healthy_key(row): row for row in old[part]["healthy"] + new["parts"][part]["healthy"]}
         results["parts"][part] = {
             "bugs": [rows[bug.name] for bug in bugs if bug.name in rows],
             "healthy": list(healthy.values()),
@@ -141,6 +141,11 @@ def add_missing(recorded: dict, parts: dict, again: set[str], processes: int | N
     added = {name: new[name] for name in ("environment", "runs", "seconds")}
     results["added"] = [*recorded.get("added", ()), {**added, "names": sorted(_names(missing))}]
     return results
+
+
+def _healthy_key(row: dict) -> str:
+    """Twins go by their setting, which several bugs may share; others by name: settings may read the same."""
+    return row["setting"] if row["name"].startswith("twin of ") else f"healthy {row['name']}"
 
 
 def _names(parts: dict) -> set[str]:
