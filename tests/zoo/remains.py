@@ -19,7 +19,7 @@ WHY_MISSED: dict[str, str] = {
     "weight_decay_on_norms_and_biases": "What decays is the user's choice: no argument says that norms must not.",
     "eos_never_added": NO_EOS,
     "ids_modulo_vocabulary": "All ids are in range, and this Trainer has no tokenizer whose size would tell.",
-    "tenth_of_rows_shuffled": "Labels that differ from the tokens in a few rows look like noise that is put in on purpose.",
+    "tenth_of_rows_shuffled": "Labels that fit no token in a few rows look like noise that is put in on purpose.",
     # --- held_out
     "masters_rebuilt_from_bf16": "Rounding moves the loss by less than the 1e-3 that is allowed at a resume.",
     "ids_stored_in_a_byte": NO_EOS,
