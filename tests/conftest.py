@@ -4,10 +4,13 @@ import gc
 import json
 import logging
 import os
+import shutil
+import tempfile
 from dataclasses import replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when it is imported, by whichever test
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +26,10 @@ torch.set_num_threads(1)
 # the same examples in every run: a test that fails by chance on somebody else's change is of no use
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
 def pytest_collection_finish(session):

@@ -3,6 +3,7 @@
 import importlib.machinery
 import json
 import math
+import os
 import sys
 import types
 
@@ -73,12 +74,11 @@ def test_tensorboard(tmp_path, reference):
     assert [each.step for each in events.Tensors("train/finding/text_summary")] == [f.step for f in guards.findings]
 
 
-def test_trackio(tmp_path, reference, monkeypatch, capsys):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported, here
+def test_trackio(tmp_path, reference, capsys):
     trackio = pytest.importorskip("trackio", reason="trackio is not installed")
     from trackio.sqlite_storage import SQLiteStorage
 
-    assert SQLiteStorage.get_project_db_path("p").is_relative_to(tmp_path)
+    assert SQLiteStorage.get_project_db_path("p").is_relative_to(os.environ["TRACKIO_DIR"])
     _, guards = train(tmp_path, reference, "trackio", project="p", run_name="r")
     (found,) = trackio.Api().runs("p")
     rows = SQLiteStorage.get_logs("p", found.name)
