@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a user does, by the commands of the docs: `bash tests/journeys.sh [--record] [NAME ...]`, about 20 minutes on 2 cores.
+# What a user does, by the commands of the docs: `bash tests/journeys.sh [--record] [NAME ...]`, most in under a minute each.
 # Without NAME all journeys, in this order; later ones use the runs of `tutorial` and `jsonl`. Each prints its commands and
 # the end of their output. --record writes docs/journeys.md. Exit code 1 if a journey fails, 2 for an unknown name.
 set -euo pipefail

@@ -167,7 +167,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(forked, name):
     """Also where it ends no data worker although all processes of the rank get it, as from torchrun."""
     run_dir = check_ended(forked, name, SIGNALS[name][-1])
     newest = list_checkpoints(run_dir)[0]
-    assert newest.name == "checkpoint-4"  # said at the end of step 3, heard at the end of step 4
+    assert newest.name == "checkpoint-4"  # sent at the end of step 3, received at the end of step 4
     assert problems_of(newest, is_deep=True) == [] and (newest / "rng_state_1.pth").is_file()
     assert position_in(newest)["rows"] == 16
     assert not (run_dir / "final").exists()
