@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from recipe.arguments import Config
 
 logger = logging.getLogger(__name__)
-QUIET_SECONDS = 5
+QUIET_SECONDS = 5  # before the first line; each further line of an evaluation waits twice as long
 
 
 def announce_run(config: Config, output_dir: Path) -> None:
@@ -37,10 +37,11 @@ class FirstStepsCallback(TrainerCallback):
     the first evaluation are. Silent in a run that trains no step and only writes its results."""
 
     _is_over = _is_evaluated = True
+    _batches = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._is_over = self._is_evaluated = sys.stderr.isatty() or not state.is_world_process_zero
-        self._last = time.perf_counter()
+        self._last, self._wait = time.perf_counter(), QUIET_SECONDS
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self._is_over and self._is_quiet():
@@ -48,8 +49,10 @@ class FirstStepsCallback(TrainerCallback):
             logger.info("step %d of %d; losses are logged every %g", step, total, args.logging_steps)
 
     def on_prediction_step(self, args, state, control, **kwargs):
+        self._batches += 1
         if not self._is_evaluated and self._is_quiet():
-            logger.info("step %d of %d; evaluating", state.global_step, state.max_steps)
+            self._wait *= 2
+            logger.info("step %d of %d; evaluating, batch %d", state.global_step, state.max_steps, self._batches)
 
     def on_log(self, args, state, control, **kwargs):
         self._is_over, self._last = True, time.perf_counter()
@@ -59,7 +62,7 @@ class FirstStepsCallback(TrainerCallback):
 
     def _is_quiet(self) -> bool:
         now = time.perf_counter()
-        if now <= self._last + QUIET_SECONDS:
+        if now <= self._last + self._wait:
             return False
         self._last = now
         return True

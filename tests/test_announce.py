@@ -33,7 +33,8 @@ def test_the_wait_before_step_1_is_announced(compiles, caplog):
 
 
 def test_steps_are_told_while_no_loss_is(monkeypatch, caplog):
-    """A second each: a line every 5 s, none once a loss was logged, none on a terminal or on another rank."""
+    """A second each: a line every 5 s, in an evaluation ever more seldom, none once a loss was logged, none on a
+    terminal or on another rank."""
     caplog.set_level("INFO")
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(announce.time, "perf_counter", lambda: clock.now)
@@ -50,7 +51,7 @@ def test_steps_are_told_while_no_loss_is(monkeypatch, caplog):
             if step == logged_at:
                 callback.on_log(args, state, None)
         for _ in range(2):
-            for _ in range(11):
+            for _ in range(25):
                 clock.now += 1
                 callback.on_prediction_step(args, state, None)
             callback.on_evaluate(args, state, None)

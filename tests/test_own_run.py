@@ -53,6 +53,8 @@ def test_one_line_at_the_start_and_one_at_the_end_none_of_them_in_a_bar(ended):
     start, end = lines
     numbers = re.fullmatch(r"INFO recipe.guards \| recipe guards: (\d+) watching, (\d+) not applicable", start)
     assert sum(map(int, numbers.groups())) == len(MEANINGS)
+    judged = json.loads((folder / "_recipe/run.json").read_text())["result"]["guards"]["judged"]
+    assert len(judged) <= int(numbers[1])
     assert end.startswith(
         "INFO recipe.guards | verdict: no fault found, but nothing learned from context yet: too few"
     )

@@ -92,7 +92,7 @@ class AccumulationMismatch(Guard):
 
     def probe(self, batch) -> Iterator[Verdict]:
         if batch.run.args.gradient_accumulation_steps * batch.run.world_size == 1:
-            raise NotApplicable("one micro-batch a step: nothing is accumulated")
+            return  # nothing is accumulated; the steps' counts are judged all the same
         try:
             yield self._judge_batch(batch) or self.clear(check=PROBE)
         except CannotJudge as reason:
