@@ -3,6 +3,7 @@
 import copy
 import math
 import shutil
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ GPUS = {
 GPU_MFU = 0.40  # assumed: no run of the recipe on a GPU has been measured yet
 CPU_MFU = 0.45  # of the fp32 matrix-product rate: the demo reached 46 % (6 N) on two cores with AVX2
 USABLE = 0.9  # of a GPU's memory: the rest is for the CUDA context and fragmentation
+WIDTH = 110
 TOKENS_PER_PARAMETER = 20  # compute-optimal, Chinchilla (arXiv 2203.15556)
 
 
@@ -84,7 +86,7 @@ def make_plan(config: Config) -> dict:
         "steps": config.max_steps,
         "tokens_per_step": config.tokens_per_step,
         "tokens_per_parameter": tokens / count,
-        "step_memory": _parts(sizes[here].step(training.per_device_train_batch_size)),
+        "step_memory": _parts(sizes[here].step(training.per_device_train_batch_size), device.type),
         "evaluation_memory": sizes[here].evaluation,
         "devices": [{**asdict(each), "hours": hours[each.name]} for each in (own, *gpus)],
         "disk": {"checkpoint": checkpoint, "kept": kept, "needed": checkpoint * (kept + 1) + 4 * count},
@@ -92,8 +94,9 @@ def make_plan(config: Config) -> dict:
     }
 
 
-def _parts(memory: StepMemory) -> dict:
-    return {**asdict(memory), "gradients": memory.gradients, "peak": memory.peak}
+def _parts(memory: StepMemory, device: str) -> dict:
+    peak = memory.peak_on_cpu if device == "cpu" else memory.peak
+    return {**asdict(memory), "gradients": memory.gradients, "freed": peak - memory.peak, "peak": peak}
 
 
 class StepSizes:
@@ -134,9 +137,9 @@ class StepSizes:
     def step(self, rows: int) -> StepMemory:
         return extrapolate(self._one, self._two, rows - self._first + 1)
 
-    def peak(self, rows: int) -> float:
+    def peak(self, rows: int, is_cpu: bool) -> float:
         at = self.step(rows)
-        return max(at.peak, at.weights + at.optimizer + self.evaluation)
+        return max(at.peak_on_cpu if is_cpu else at.peak, at.weights + at.optimizer + self.evaluation)
 
 
 def with_layers(model: PretrainedConfig, layers: int) -> PretrainedConfig | None:
@@ -155,11 +158,11 @@ def extrapolate(one: StepMemory, two: StepMemory, count: int) -> StepMemory:
 
 
 def _device(name: str, memory: float, sizes: StepSizes, config: Config, rate: float, mfu: float) -> Device:
-    training = config.training
+    training, is_cpu = config.training, name == "this cpu"
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    fitting = [each for each in range(1, rows + 1) if rows % each == 0 and sizes.peak(each) <= memory]
+    fitting = [each for each in range(1, rows + 1) if rows % each == 0 and sizes.peak(each, is_cpu) <= memory]
     best = max(fitting, default=None)
-    peak = sizes.peak(training.per_device_train_batch_size)
+    peak = sizes.peak(training.per_device_train_batch_size, is_cpu)
     accumulation = rows // best if best else None
     return Device(name, memory, sizes.precision, peak, best, accumulation, rate, mfu)
 
@@ -183,27 +186,28 @@ def _existing(path: Path) -> Path:
 def format_plan(plan: dict) -> str:
     parameters, memory, disk = dict(plan["parameters"]), plan["step_memory"], plan["disk"]
     total = parameters.pop("total")
-    names = ("weights", "gradients", "optimizer", "activations", "logits")
+    names = ("weights", "gradients", "optimizer", "activations", "logits", "freed")
     values = {
         "parameters": f"{total:,} ({', '.join(f'{name} {show_count(n)}' for name, n in parameters.items())})",
         "FLOPs per token": show_count(plan["flops_per_token"]),
         "tokens": f"{plan['tokens']:,} in {plan['steps']:,} steps of {plan['tokens_per_step']:,}; "
         f"{plan['tokens_per_parameter']:.3g} per parameter (compute-optimal: about {TOKENS_PER_PARAMETER})",
-        "memory of a step": " | ".join(f"{name} {_size(memory[name])}" for name in names),
+        "step memory": ", ".join(f"{name} {_size(memory[name])}" for name in names if memory[name]),
         "evaluation": f"{_size(plan['evaluation_memory'])} beside weights and optimizer",
         "disk": f"{_size(disk['needed'])}: {disk['kept'] + 1} checkpoints of {_size(disk['checkpoint'])} at most, and "
         f"final/; {_size(plan['disk_free'])} are free",
     }
-    lines = [f"{name:<18}{value}" for name, value in values.items()]
+    lines = [f"{name:<16}{value}" for name, value in values.items()]
     lines += ["", f"{'device':<16}{'precision':>10}{'usable':>10}{'peak':>10}{'rows x accumulation':>21}{'hours':>9}"]
     lines += [_device_line(device) for device in plan["devices"]]
     own, gpu = plan["devices"][0], plan["devices"][1]
-    return "\n".join(lines) + (
-        "\n\nPeak: with the config's micro-batch, eager, without the process. rows x accumulation: the largest\n"
-        "micro-batch that fits, for the same global batch. Hours: without evaluation; at "
-        f"{own['mfu']:.0%} of the {own['rate'] / 1e9:,.0f} GFLOP/s\nthat matrix products reach here now; GPUs at "
-        f"{gpu['mfu']:.0%} of their data sheets' rate (assumed, not measured)."
+    note = (
+        "Freed: what malloc keeps of freed blocks, on a CPU. Peak: with the config's micro-batch, eager, beside what "
+        "the process holds anyway. rows x accumulation: the largest micro-batch that fits, for the same global batch. "
+        f"Hours: without evaluation; at {own['mfu']:.0%} of the {own['rate'] / 1e9:,.0f} GFLOP/s that matrix products "
+        f"reach here now; GPUs at {gpu['mfu']:.0%} of their data sheets' rate (assumed, not measured)."
     )
+    return "\n".join([*lines, "", *textwrap.wrap(note, WIDTH)])
 
 
 def _device_line(device: dict) -> str:

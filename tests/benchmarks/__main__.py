@@ -1,9 +1,9 @@
 """`python -m tests.benchmarks SUITE [--only NAME]`: measures, and writes RESULTS.md.
 
 `stream` takes `--corpus PATH_OR_GLOB` too; `guards` measures what the guards cost on the demo and on the 180M;
-`checkpoints` how long a commit takes; `limits` a long run's report and one huge document; `load` training beside other
-processes, in 3 minutes, on a machine that does nothing else; `start` seconds until an answer. `faults` and `endurance`
-are commands of their own: `python -m tests.benchmarks.faults`.
+`checkpoints` how long a commit takes; `limits` memory: a long run's report, one huge document, a plan and its step;
+`load` training beside other processes, in 3 minutes, on a machine that does nothing else; `start` seconds until an
+answer. `faults` and `endurance` are commands of their own: `python -m tests.benchmarks.faults`.
 """
 
 import argparse

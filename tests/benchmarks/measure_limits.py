@@ -10,11 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recipe.plan import make_plan
 from recipe.report import write_report
 from tests.benchmarks.measure import open_stream
+from tests.benchmarks.measure_guards import build, drop_guards, parse
+from tests.benchmarks.measure_throughput import keys_of
 
 
 def report(folder: str, num_steps: int) -> dict:
@@ -56,6 +60,18 @@ def document(folder: str, kind: str, megabytes: int) -> dict:
             break
     assert tokens > size // 10, f"the document was not read: {tokens} tokens"
     return {"seconds": time.perf_counter() - begin, "before": before, "peak": peak_mebibytes(), "tokens": tokens}
+
+
+def plan(folder: str, name: str) -> dict:
+    """Bytes in MB of the peak that is planned for a step, and of the peak over what there was before the model."""
+    config, keys = keys_of(folder, name, steps=2)
+    planned = make_plan(parse(folder, config, **keys))["step_memory"]["peak"]
+    run = build(folder, config, **keys)
+    drop_guards(run)
+    weights = sum(weight.untyped_storage().nbytes() for weight in run.trainer.model.parameters())
+    before = psutil.Process().memory_info().rss - weights
+    run.trainer.train()
+    return {"planned": planned / 1e6, "measured": (peak_mebibytes() * 2**20 - before) / 1e6}
 
 
 def peak_mebibytes() -> float:

@@ -22,41 +22,45 @@ from tests.benchmarks.results import Result, commit, format_section, processor, 
 RECORDS = Path(__file__).with_suffix(".json")
 SEEDS = (42, 43, 44)
 ARMS = {"ours": "the recipe, Muon, guards on", "stock": "stock Trainer, AdamW"}
-COSINE = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+COSINE = {"lr_scheduler_type": "cosine_with_min_lr"}
 WSD = {"lr_scheduler_type": "warmup_stable_decay"}
+WARM_UP = 61_440  # tokens
 
 
-def cosine(rate: float, rows: int, tokens: int) -> dict:
-    """To a tenth of the rate at `tokens`; warm-up over 60,000 of them."""
-    return _schedule(rate, rows, tokens) | COSINE
+def cosine(rate: float, rows: int, tokens: int, warm_up: int = WARM_UP, floor: float = 0.1) -> dict:
+    """To `floor` of the rate at `tokens`."""
+    return _schedule(rate, rows, tokens, warm_up) | COSINE | {"lr_scheduler_kwargs": {"min_lr_rate": floor}}
 
 
-def wsd(rate: float, rows: int, tokens: int) -> dict:
+def wsd(rate: float, rows: int, tokens: int, warm_up: int = WARM_UP) -> dict:
     """Constant, then down to a tenth in the last 40 % of `tokens`."""
     steps = tokens // (rows * BLOCK_SIZE)
     decay = {"num_decay_steps": steps * 2 // 5, "decay_type": "linear", "min_lr_ratio": 0.1}
-    return _schedule(rate, rows, tokens) | WSD | {"lr_scheduler_kwargs": decay}
+    return _schedule(rate, rows, tokens, warm_up) | WSD | {"lr_scheduler_kwargs": decay}
 
 
-def _schedule(rate: float, rows: int, tokens: int) -> dict:
+def _schedule(rate: float, rows: int, tokens: int, warm_up: int) -> dict:
     step = rows * BLOCK_SIZE
-    steps = {"max_steps": tokens // step, "warmup_steps": 61_440 // step}
+    steps = {"max_steps": tokens // step, "warmup_steps": warm_up // step}
     return {"learning_rate": rate, "per_device_train_batch_size": rows, **steps}
 
 
-# At most 8 an arm and loss. The stock arm's first is the demo as it was tuned for AdamW.
+# At most 8 an arm and loss. AdamW's second is the demo as it was tuned for it.
 SWEEP = {
     ("ours", 5.03): [
         cosine(6e-3, 8, 573_440),
         cosine(1.2e-2, 8, 573_440),
         cosine(6e-3, 4, 450_560),
         wsd(6e-3, 8, 450_560),
+        cosine(8e-3, 8, 512_000, floor=0.0),
+        wsd(8e-3, 8, 512_000),
+        wsd(6e-3, 4, 512_000),
     ],
     ("stock", 5.03): [
         cosine(3e-3, 8, 1_638_400),
-        cosine(3e-3, 4, 1_228_800),
-        cosine(6e-3, 8, 1_228_800),
-        wsd(3e-3, 4, 1_024_000),
+        cosine(3e-3, 8, 1_638_400, 2 * WARM_UP),
+        cosine(3e-3, 4, 1_228_800, 2 * WARM_UP),
+        wsd(3e-3, 4, 1_024_000, 2 * WARM_UP),
     ],
 }
 # --- the runs and their records
@@ -177,9 +181,11 @@ def make_result(records: list[dict]) -> Result:
 
 
 def describe(settings: dict) -> str:
-    """The schedule, and its length in tokens."""
-    tokens = settings["max_steps"] * settings["per_device_train_batch_size"] * BLOCK_SIZE
-    return f"{'WSD' if 'stable' in settings['lr_scheduler_type'] else 'cosine'} over {tokens:,}"
+    """The schedule, its length in tokens, its warm-up and its end."""
+    step = settings["per_device_train_batch_size"] * BLOCK_SIZE
+    name = "WSD" if "stable" in settings["lr_scheduler_type"] else "cosine"
+    end = " to 0" if settings["lr_scheduler_kwargs"].get("min_lr_rate") == 0 else ""
+    return f"{name}{end} over {settings['max_steps'] * step:,}, warm-up {settings['warmup_steps'] * step:,}"
 
 
 if __name__ == "__main__":
