@@ -103,7 +103,7 @@ def test_model_that_cannot_fit_is_refused_before_it_is_allocated(monkeypatch):
 def test_plan_of_a_shipped_config(monkeypatch):
     plan = make_plan(parse_config(CONFIGS / "cpu_demo.json", ["--use_cpu", "true"]))
     assert plan["parameters"]["total"] == 3_148_224
-    assert plan["steps"] == 800 and plan["tokens"] == 1_638_400
+    assert plan["steps"] == 280 and plan["tokens"] == 573_440
     assert all(device["rows"] * device["accumulation"] == 8 for device in plan["devices"])
     assert plan["disk"]["kept"] == 2
     memory = plan["step_memory"]
