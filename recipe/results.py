@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shlex
 import shutil
 from collections import Counter
@@ -11,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from recipe import rundir
+from recipe import checkpoints, rundir
 from recipe.arguments import Config, format_config
-from recipe.checkpoints import step_of
 from recipe.data.loader import count_bad, whole_position
 from recipe.data.pipeline import Data, unigram_entropy
 from recipe.data.source import counted
@@ -31,6 +31,7 @@ from recipe.verdict import Verdict, describe_guards, verdict
 logger = logging.getLogger(__name__)
 
 GOOD, STOPPED_BY_GUARD = 0, 3
+CHANGE = "lower learning_rate (--allow_change learning_rate) or drop the documents of loss_not_finite"
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,10 @@ def conclude(
         "guards": describe_guards(guards),
     }
     if trainer.is_world_process_zero():
-        saved = trainer.last_saved
         if not is_whole:
-            is_of_this_step = saved is not None and step_of(saved) == result["steps"]
-            say_how_to_continue(config, output_dir, saved if is_of_this_step else None)
+            say_how_to_continue(config, output_dir, trainer)
+        elif trainer.is_rotation_due and trainer.last_saved and math.isfinite(metrics["eval_loss"]):
+            trainer.rotate(result["steps"] + 1)  # the last checkpoint is good
         write_results(config, output_dir, data, guards, result, is_whole)
         if is_whole and config.training.push_to_hub:
             trainer.push_to_hub()
@@ -217,12 +218,25 @@ def save_tokenizer(tokenizer, name: str, folder: Path) -> None:
         rundir.update_json(folder / config.name, left_out)
 
 
-def say_how_to_continue(config: Config, output_dir: Path, checkpoint: Path | None) -> None:
-    """`checkpoint`: of the last step, None where it could not be saved."""
-    if checkpoint is None:
-        logger.warning("no checkpoint of the last step could be saved; the last one before it is still there")
+def say_how_to_continue(config: Config, output_dir: Path, trainer: PretrainTrainer) -> None:
+    """And from which checkpoint: of the last step, or, after steps that were not finite, the newest good one."""
+    saved, name = trainer.last_saved, ""
     again = f"bash run_clm.sh {config.path}{_repeated(config.overrides)} --output_dir {output_dir}"
-    name = f"{checkpoint.name} is saved; " if checkpoint else ""
+    if trainer.skips.is_hopeless:
+        good, moved = checkpoints.abandon_unproven(output_dir, trainer.skips.last_applied, trainer.lineage)
+        if moved:
+            logger.warning("no step after them was finite: the newest checkpoints are now %s", ", ".join(moved))
+        if good is None:
+            logger.warning(
+                "no checkpoint is known to be good: start a new run with a lower learning_rate or other data"
+            )
+            return
+        logger.warning("the last good checkpoint is %s; %s", good.name, CHANGE)
+        name = "after that "
+    elif saved is not None and checkpoints.step_of(saved) == trainer.state.global_step:
+        name = f"{saved.name} is saved; "
+    else:
+        logger.warning("no checkpoint of the last step could be saved; the last one before it is still there")
     logger.info(f"{name}to continue: {again} --resume_from_checkpoint latest")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from recipe.checkpoints import list_checkpoints
+from recipe.checkpoints import ABANDONED, list_checkpoints
 from recipe.errors import UserError
 from recipe.plain_json import dumps
 
@@ -54,9 +54,17 @@ def choose_output_dir(output_dir: str, is_default: bool, resume_from_checkpoint:
     if resume_from_checkpoint is not None:
         if not Path(resume_from_checkpoint).is_dir():
             return path  # which `checkpoints.choose` refuses
-        home = Path(resume_from_checkpoint).resolve().parent
+        wanted = Path(resume_from_checkpoint).resolve()
+        home = wanted.parent
         if home == path.resolve():
             return path
+        if ABANDONED in (home.name, home.parent.name):
+            run = home.parent if home.name == ABANDONED else home.parent.parent
+            back = run / wanted.name
+            raise UserError(
+                f"{resume_from_checkpoint} was moved aside; to return to it: mv {wanted} {back} (where that exists, "
+                f"move it away first), then --output_dir {run} --resume_from_checkpoint {back}"
+            )
         raise UserError(
             f"output_dir {path} holds another run than {resume_from_checkpoint}; choose an empty one, or {home}"
         )

@@ -31,7 +31,7 @@ from recipe.progress import ProgressBarCallback
 from recipe.publish import check_login
 from recipe.redact import redact_all
 from recipe.results import Outcome, conclude, describe_run
-from recipe.resume import check_settings, load_position, read_stream_state, settings_of
+from recipe.resume import check_readable, check_settings, load_position, loading, read_stream_state, settings_of
 from recipe.signals import SignalCallback
 from recipe.skipping import SkipCallback
 from recipe.trainer import PretrainTrainer, SampleCallback, StreamCallback, gather_all
@@ -89,6 +89,8 @@ class Assembled:
 def assemble(config: Config, output_dir: Path) -> Assembled:
     """Data, model, guards and trainer, at the position of the checkpoint if there is one."""
     checkpoint = choose_checkpoint(config, output_dir)
+    if checkpoint is not None:
+        check_readable(checkpoint, config.max_steps)
     disable_progress_bar()
     set_seed(config.training.seed)
     attention = choose_attention(config.model.attn_implementation, config.data.document_masking)
@@ -113,19 +115,21 @@ def assemble(config: Config, output_dir: Path) -> Assembled:
     settings = settings_of(config, model, data.tokenizer)
     if checkpoint is not None:
         check_settings(checkpoint, settings, config.data.allow_change)
-        data.loader.position = load_position(
-            checkpoint,
-            data.identity,
-            start=data.loader.dataset.start(),
-            on_changed_stream=config.data.on_changed_stream,
-            allow_change=config.data.allow_change,
-        )
+        with loading(checkpoint, "stream_state.json"):
+            data.loader.position = load_position(
+                checkpoint,
+                data.identity,
+                start=data.loader.dataset.start(),
+                on_changed_stream=config.data.on_changed_stream,
+                allow_change=config.data.allow_change,
+            )
     guards = build_guards(config)
     guards.documents_of = data.loader.documents_of
     stream = StreamCallback(data.loader, {"identity": data.identity, **settings}, guards)
     trainer, signals = build_trainer(config, data, model, guards, stream)
     if checkpoint is not None:
-        trainer.skips.num_skipped = read_stream_state(checkpoint)["skipped_steps"]
+        saved, step = read_stream_state(checkpoint), checkpoints.step_of(checkpoint)
+        trainer.skips.resume(step, saved["skipped_steps"], saved.get("last_applied_step", step))
     return Assembled(data, guards, trainer, signals, checkpoint)
 
 

@@ -25,7 +25,7 @@ from recipe.guards.records import append_line, keep_until
 from recipe.internals import reset_logged_loss
 from recipe.muon import make_muon
 from recipe.publish import upload, upload_checkpoint
-from recipe.resume import keep_configured
+from recipe.resume import keep_configured, loading
 from recipe.rundir import versions, write_json
 from recipe.skipping import SkipCallback
 
@@ -48,10 +48,12 @@ class PretrainTrainer(Trainer):
         super().__init__(*args, train_dataset=train_loader.dataset, **kwargs)
         self.train_loader, self.guards, self.stream = train_loader, guards, stream
         self.skips = next(each for each in self.callback_handler.callbacks if isinstance(each, SkipCallback))
+        self.add_callback(RotationCallback(self))
         train_loader.batches_per_step = self.args.gradient_accumulation_steps
         train_loader.remember(3 * self.args.gradient_accumulation_steps)  # two steps, one of them being prefetched
         self.lineage: list[dict] = []
         self.last_saved: Path | None = None
+        self.is_rotation_due = self.args.save_total_limit is not None
         self._saved_step = -1
         self._loss_sum: torch.Tensor | None = None  # of the micro-batches of this step
         self._staging: Path | None = None
@@ -64,9 +66,15 @@ class PretrainTrainer(Trainer):
             self.optimizer = make_muon(self.model if model is None else model, self)
         return super().create_optimizer(model)
 
+    @property
+    def newest_step(self) -> int:
+        """Of the newest checkpoint of the run."""
+        return checkpoints.step_of(self.last_saved) if self.last_saved else self.lineage[-1]["step"]
+
     def save_after_failure(self) -> None:
         """A checkpoint of the last whole step, after the loader raised on all ranks."""
         if self.state.global_step > self.lineage[-1]["step"]:
+            self.control.should_training_stop = True
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
@@ -88,9 +96,26 @@ class PretrainTrainer(Trainer):
         self.skips.total, self._loss_sum = self._loss_sum + whole, None
         return norm
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with loading(resume_from_checkpoint, "the weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result):
+        """Not of tied weights, which are saved under one of their names."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = set(load_result.missing_keys)
+        loaded = {id(weight) for name, weight in named.items() if name not in missing}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if id(named.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_rng_state(self, checkpoint):
+        with loading(checkpoint, "rng_state.pth"):
+            super()._load_rng_state(checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         configured = [dict(group) for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with loading(checkpoint, "optimizer or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             keep_configured(self.optimizer, self.lr_scheduler, configured, self.state.global_step)
 
@@ -107,6 +132,12 @@ class PretrainTrainer(Trainer):
         self._saved_step = step
         self.skips.settle(self.optimizer, self.lr_scheduler)
         self.guards.begin_save(self.control)
+        # No step from this state was finite yet. Where the training goes on, there will be a better one.
+        self.skips.is_save_due = bool(self.skips.in_a_row)
+        if self.skips.is_hopeless or (self.skips.is_save_due and not self.control.should_training_stop):
+            if self.is_world_process_zero():
+                logger.warning("step %d | no checkpoint: the step was not finite", step)
+            return
         if not all(gather_all(is_finite(self.model, self.optimizer))):
             if self.is_world_process_zero():
                 logger.error("step %d | no checkpoint: weights or optimizer state are not finite", step)
@@ -146,12 +177,21 @@ class PretrainTrainer(Trainer):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _commit(self, staged: Path, position: dict) -> None:
-        state = {**self.stream.belongs_to, "position": position, "skipped_steps": self.skips.num_skipped}
+        state = {**self.stream.belongs_to, "position": position}
+        state |= {"skipped_steps": self.skips.num_skipped, "last_applied_step": self.skips.last_applied}
         write_json(staged / checkpoints.STREAM_STATE, state)
-        target = checkpoints.commit(staged, self.lineage, versions())
-        known = (target.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
-        if (problem := failure_of(checkpoints.rotate, *known)) is not None:
-            logger.warning("%s is saved, but an older one could not be deleted: %s", target.name, problem)
+        checkpoints.commit(staged, self.lineage, versions())
+        self.rotate(self.skips.last_applied)
+
+    def rotate(self, applied: int) -> None:
+        """Delete checkpoints over the limit, on the main process. `applied`: the last step that was finite."""
+        known = (self.args.save_total_limit, self.state.best_model_checkpoint, self.lineage, applied)
+
+        def delete() -> None:
+            self.is_rotation_due = checkpoints.rotate(Path(self.args.output_dir), *known)
+
+        if (problem := failure_of(delete)) is not None:
+            logger.warning("an older checkpoint could not be deleted: %s", problem)
 
     def _finalize_training(self, *args):
         # With a limit of 1 Trainer would delete the newest checkpoint where another one is the best.
@@ -160,6 +200,19 @@ class PretrainTrainer(Trainer):
             return super()._finalize_training(*args)
         finally:
             self.args.save_total_limit = limit
+
+
+class RotationCallback(TrainerCallback):
+    """Deletes checkpoints that were kept only until a step after a newer one was finite."""
+
+    def __init__(self, trainer: PretrainTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        applied = self.trainer.skips.last_applied
+        if state.is_world_process_zero and self.trainer.is_rotation_due and applied > self.trainer.newest_step:
+            self.trainer.is_rotation_due = False  # a disk that fails is not asked in each step
+            self.trainer.rotate(applied)
 
 
 def gather_all(value) -> list:

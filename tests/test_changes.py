@@ -6,13 +6,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from recipe.__main__ import run
 from recipe.arguments import FIELDS, parse_config
+from recipe.config_checks import FIXED
 from recipe.data.pipeline import build_data
 from recipe.guards.records import read_lines
+from recipe.internals import takes_found_inf
 from recipe.model import build_model
-from recipe.resume import FREE, SETTINGS, find_differences, is_named, settings_of
+from recipe.resume import ELSEWHERE, FREE, SETTINGS, find_differences, is_named, keep_configured, settings_of
 from recipe.train import assemble
 
 DOCS = Path(__file__).resolve().parent.parent / "docs/resume.md"
@@ -28,16 +31,16 @@ def table() -> dict[str, str]:
 
 
 def test_the_table_is_what_the_code_does():
-    says = table()
-    assert {name for name in says if says[name].startswith("free")} == {
-        *FREE,
-        "ranks",
-        "rows_per_step",
-        "train_tokens",
-    }
-    assert set(SETTINGS) == {name for name in says if says[name] == "refused unless named"} - {"model", "tokenizer"}
+    says, counted = table(), {"ranks", "rows_per_step", "train_tokens"}
+    assert {name for name in says if says[name].startswith("free")} == {*FREE} | counted
+    watched = {name for name in says if says[name] == "refused unless named"} - {"model", "tokenizer"}
+    assert set(SETTINGS) == watched | FIXED.keys()  # which have one value
     assert {"model", "tokenizer", "train_seed", "block_size", "num_lanes"} <= says.keys()
-    assert set(SETTINGS) | set(FREE) <= FIELDS.keys()
+
+
+def test_every_key_is_watched_unless_the_table_says_that_it_is_free():
+    assert sorted([*SETTINGS, *FREE, *ELSEWHERE]) == sorted(FIELDS)  # each in one of them
+    assert {"neftune_noise_alpha", "optim_target_modules", "use_liger_kernel", "fsdp"} <= set(SETTINGS)
 
 
 # Of every setting another value that the configuration accepts
@@ -55,6 +58,14 @@ OTHER = {
     "warmup_steps": 2,
     "seed": 7,
     "document_masking": True,
+    "neftune_noise_alpha": 5.0,
+    "optim_target_modules": "all-linear",
+    "use_liger_kernel": None,  # no value that this machine accepts
+    "liger_kernel_config": {"rope": False},
+    "use_cache": None,
+    "fsdp": None,
+    "fsdp_config": {"min_num_params": 9},
+    "deepspeed": None,
 }
 OTHER_MODEL = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
@@ -93,11 +104,11 @@ def as_word(value) -> str:
 
 
 def test_each_setting_is_seen(write_config):
-    assert OTHER.keys() == set(SETTINGS)
+    assert OTHER.keys() == set(SETTINGS) - FIXED.keys()
     path = write_config()
     before = settings_of_file(path)
     for name, value in OTHER.items():
-        if name != "lr_scheduler_kwargs":
+        if name != "lr_scheduler_kwargs" and value is not None:
             differences = find_differences(
                 before["settings"], settings_of_file(path, **{name: value})["settings"], True
             )
@@ -130,6 +141,29 @@ def test_only_what_both_versions_know_is_compared():
     assert not is_named("model.rope.theta", ["rope"])
 
 
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_an_optimizer_keeps_the_code_that_skips_steps(is_fused):
+    """The groups of a checkpoint would choose it otherwise."""
+
+    def make(is_fused):
+        weight = torch.nn.Parameter(torch.ones(2))
+        weight.grad = torch.ones(2)
+        optimizer = torch.optim.AdamW([weight], fused=is_fused)
+        optimizer.step()
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    (optimizer, scheduler), (other, _) = make(is_fused), make(not is_fused)
+    configured = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(other.state_dict())
+    keep_configured(optimizer, scheduler, configured, 1)
+    assert optimizer.param_groups[0]["fused"] is is_fused and takes_found_inf(optimizer) == is_fused
+    optimizer.found_inf = torch.ones(())
+    if is_fused:
+        before = optimizer.param_groups[0]["params"][0].detach().clone()
+        optimizer.step()
+        assert torch.equal(before, optimizer.param_groups[0]["params"][0])
+
+
 # --- whole runs
 
 
@@ -154,7 +188,16 @@ def test_a_named_change_takes_effect_and_the_jump_is_stated(write_config, tmp_pa
     assert len(error.splitlines()) == 3
     assert run([*again, "--allow_change", "learning_rate"]) == 2
     assert "learning_rate" not in capsys.readouterr().err.splitlines()[1]
+    for name, value in (("optim", "sgd"), ("optim", "adafactor"), ("lr_scheduler_type", "reduce_lr_on_plateau")):
+        words = [f"--{name}", value, "--eval_strategy", "steps", "--eval_steps", "3"]
+        assert run([*again, *words, "--allow_change", f"learning_rate,weight_decay,{name}"]) == 2
+        assert f"{value} (never: " in capsys.readouterr().err
+    assert run([*again, "--neftune_noise_alpha", "5"]) == 2
+    assert "neftune_noise_alpha: checkpoint none, config 5" in capsys.readouterr().err
+    assert run([*again, "--max_steps", "2"]) == 2
+    assert "checkpoint-3 is after max_steps 2" in capsys.readouterr().err
     assert run([*again, "--allow_change", "learning_rate,weight_decay"]) == 0
+    assert "missing keys" not in caplog.text  # of tied weights
     assert "learning rate of step 4: 0.0015 in the checkpoint, 0.003 now" in caplog.text
     assert rates(tmp_path / "run")[3:] == pytest.approx([0.003, 0.002, 0.001])
     assert read_lines(tmp_path / "run/findings.jsonl") == []

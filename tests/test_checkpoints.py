@@ -18,6 +18,7 @@ from recipe.__main__ import run
 from recipe.checkpoints import choose, clean, commit, list_checkpoints, problems_of, read_manifest, rotate
 from recipe.errors import UserError
 from recipe.guards.records import read_lines
+from recipe.rundir import choose_output_dir
 from tests.benchmarks.fault_run import write_setting
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +102,7 @@ from recipe import checkpoints
 def die(*arguments): os.kill(os.getpid(), signal.SIGKILL)
 {how}
 checkpoints.commit(pathlib.Path({str(staged)!r}), {LINEAGE!r}, {{}})
-checkpoints.rotate(pathlib.Path({str(tmp_path)!r}), 2, None)
+checkpoints.rotate(pathlib.Path({str(tmp_path)!r}), 2, None, {LINEAGE!r}, 3)
 """
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == -9
     assert choose("latest", tmp_path).name == ("checkpoint-3" if is_committed else "checkpoint-2")
@@ -121,14 +122,27 @@ def names_in(output_dir: Path) -> list[str]:
 def test_the_oldest_go_but_never_the_newest_or_the_best(tmp_path):
     for step in (1, 2, 3, 4):
         make(tmp_path, step)
-    rotate(tmp_path, None, None)
+    rotate(tmp_path, None, None, LINEAGE, 4)
     assert len(names_in(tmp_path)) == 4
-    rotate(tmp_path, 3, str(tmp_path / "checkpoint-1"))
+    assert not rotate(tmp_path, 3, str(tmp_path / "checkpoint-1"), LINEAGE, 4)
     assert names_in(tmp_path) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
-    rotate(tmp_path, 1, str(tmp_path / "checkpoint-1"))
+    assert rotate(tmp_path, 1, str(tmp_path / "checkpoint-1"), LINEAGE, 5)
     assert names_in(tmp_path) == ["checkpoint-1", "checkpoint-4"]
-    rotate(tmp_path, 1, None)
+    assert not rotate(tmp_path, 1, None, LINEAGE, 5)
     assert names_in(tmp_path) == ["checkpoint-4"]
+
+
+def test_the_last_one_after_which_a_step_was_finite_stays(tmp_path):
+    for step in (1, 2, 3, 4):
+        make(tmp_path, step)
+    assert rotate(tmp_path, 1, None, LINEAGE, 2)
+    assert names_in(tmp_path) == ["checkpoint-1", "checkpoint-4"]
+    assert checkpoints.abandon_unproven(tmp_path, 2, LINEAGE) == (
+        tmp_path / "checkpoint-1",
+        ["abandoned/checkpoint-4"],
+    )
+    assert checkpoints.abandon_unproven(tmp_path, 1, LINEAGE) == (None, [])
+    assert names_in(tmp_path) == ["checkpoint-1"]
 
 
 def test_what_is_not_whole_does_not_count(tmp_path):
@@ -136,10 +150,43 @@ def test_what_is_not_whole_does_not_count(tmp_path):
         make(tmp_path, step)
     (tmp_path / "checkpoint-3/optimizer.pt").unlink()
     (tmp_path / "checkpoint-9").mkdir()  # of another tool
-    rotate(tmp_path, 2, None)
+    rotate(tmp_path, 2, None, LINEAGE, 4)
     assert names_in(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-9"]
-    rotate(tmp_path, 1, None)
+    rotate(tmp_path, 1, None, LINEAGE, 4)
     assert names_in(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-9"]
+
+
+def test_what_is_not_of_the_run_is_never_deleted(tmp_path):
+    make(tmp_path, 5)
+    shutil.copytree(tmp_path / "checkpoint-5", tmp_path / "checkpoint-best-5")
+    shutil.copytree(tmp_path / "checkpoint-5", tmp_path / "checkpoint-005")
+    for name in ("checkpoint-", "checkpoint-\u00b2", "checkpoint--5", "checkpoint-5 (copy)"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    make(tmp_path / "elsewhere", 6)
+    (tmp_path / "checkpoint-6").symlink_to(tmp_path / "elsewhere/checkpoint-6")
+    make(tmp_path, 7, [{"part": "of another run", "began_from": None, "step": 0}])
+    assert names_in(tmp_path) == ["checkpoint-5", "checkpoint-6", "checkpoint-7"]
+    before = {path.name for path in tmp_path.iterdir()}
+    make(tmp_path, 8)
+    rotate(tmp_path, 1, None, LINEAGE, 9)
+    assert {path.name for path in tmp_path.iterdir()} == before - {"checkpoint-5"} | {"checkpoint-8"}
+    assert (tmp_path / "elsewhere/checkpoint-6").is_dir()
+
+
+def test_checkpoints_without_optimizer_are_rotated_too(tmp_path):
+    make(tmp_path, 1)
+    for step in (2, 3):
+        staged = write_files(tmp_path, step)
+        (staged / "optimizer.pt").unlink()
+        commit(staged, LINEAGE, {})
+    rotate(tmp_path, 1, None, LINEAGE, 9)
+    assert names_in(tmp_path) == ["checkpoint-1", "checkpoint-3"]  # the last one to resume from
+    (tmp_path / "checkpoint-1").rename(tmp_path / "away")
+    with pytest.raises(
+        UserError, match=r"none to resume from \(checkpoint-3: optimizer was not saved.*model_name_or_path"
+    ):
+        choose("auto", tmp_path)
 
 
 # --- verifying
@@ -197,10 +244,62 @@ def test_foreign_files_another_name_and_no_manifest(tmp_path):
     (path / "folder/more.bin").write_bytes(b"x")
     assert problems_of(path) == ["folder/more.bin is foreign"]
     (path / "folder/more.bin").unlink()
+    for name in (".DS_Store", "folder/._shard.bin", "Thumbs.db", ".ipynb_checkpoints/x"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(b"x")
+    assert problems_of(path, is_deep=True) == []
     path.rename(tmp_path / "checkpoint-5")
-    assert problems_of(tmp_path / "checkpoint-5") == ["manifest.json is of step 1"]
+    assert problems_of(tmp_path / "checkpoint-5") == ["manifest.json is of step 1: its name was checkpoint-1"]
     assert problems_of(tmp_path) == ["manifest.json missing: the recipe did not commit it"]
     assert problems_of(tmp_path / "nowhere") == ["no such folder"]
+
+
+UNREADABLE = {
+    "dangling link": lambda file: file.symlink_to("/nowhere/optimizer.pt"),
+    "link to itself": lambda file: file.symlink_to(file.name),
+    "folder": Path.mkdir,
+    "none": lambda file: None,
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+@pytest.mark.parametrize("name", ["optimizer.pt", "manifest.json"])
+def test_a_file_that_cannot_be_read_is_a_damage(tmp_path, kind, name, caplog):
+    whole, newest = make(tmp_path, 1), make(tmp_path, 2)
+    (newest / name).unlink()
+    UNREADABLE[kind](newest / name)
+    assert choose("auto", tmp_path) == whole
+    assert f"passed over {newest}: {name}" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["checkpoints._hash_of", "Path.stat", "Path.is_dir", "Path.rglob"])
+def test_a_disk_that_fails_while_it_is_read_is_a_damage(tmp_path, monkeypatch, place):
+    whole, newest = make(tmp_path, 1), make(tmp_path, 2)
+    owner, method = (checkpoints, "_hash_of") if place == "checkpoints._hash_of" else (Path, place.split(".")[1])
+    real = getattr(owner, method)
+
+    def fail(path, *arguments, **known):
+        if newest in (path, *path.parents) and path.name != "manifest.json":
+            raise OSError(5, "Input/output error")
+        return real(path, *arguments, **known)
+
+    monkeypatch.setattr(owner, method, fail)
+    assert "Input/output error" in problems_of(newest, is_deep=True)[0]
+    assert choose("auto", tmp_path) == whole
+
+
+OTHER_FORMS = [{"files": None}, {"files": {"a": 1}}, {"files": {"a": {}}}, {"lineage": None}, {"lineage": []}]
+OTHER_FORMS += [{"lineage": [{}]}, {"lineage": [1]}, {"step": "1"}, {"step": None}]
+
+
+@pytest.mark.parametrize("change", OTHER_FORMS, ids=str)
+def test_a_manifest_of_another_form_is_damaged(tmp_path, change):
+    path = make(tmp_path, 1)
+    known = {name: value for name, value in {**read_manifest(path), **change}.items() if value is not None}
+    (path / "manifest.json").write_text(checkpoints._render(known))
+    assert problems_of(path) == ["manifest.json is damaged"]
+    (path / "manifest.json").write_text(checkpoints._render(change))
+    assert problems_of(path) == ["manifest.json is damaged"]
 
 
 def test_what_was_saved_without_the_optimizer_cannot_be_resumed(tmp_path):
@@ -220,7 +319,9 @@ def test_auto_begins_where_there_is_nothing_and_refuses_where_all_is_damaged(tmp
     path = make(tmp_path, 1)
     assert choose("auto", tmp_path) == path and f"resuming from {path}, step 1" in caplog.text
     (path / "scheduler.pt").unlink()
-    with pytest.raises(UserError, match="holds 1 checkpoints, none whole"):
+    with pytest.raises(
+        UserError, match=r"holds 1 checkpoint, none to resume from \(checkpoint-1: scheduler.pt missing\)"
+    ):
         choose("auto", tmp_path)
 
 
@@ -247,8 +348,47 @@ def test_a_part_knows_those_before_it(tmp_path):
     assert choose("latest", tmp_path).name == "checkpoint-8"
     assert checkpoints.abandon(tmp_path, 8)[-1] == "abandoned/checkpoint-16"
     assert sorted(path.name for path in (tmp_path / "abandoned").iterdir()) == [
-        "checkpoint-16", "checkpoint-24", "checkpoint-24-again-2", "checkpoint-32", "checkpoint-40",
+        "2", "checkpoint-16", "checkpoint-24", "checkpoint-32", "checkpoint-40",
     ]  # fmt: skip
+    shutil.move(tmp_path / "abandoned/2/checkpoint-24", tmp_path)
+    assert choose(str(tmp_path / "checkpoint-24"), tmp_path) == tmp_path / "checkpoint-24"
+
+
+BROKEN = ['{"lineage": [{}]}', '{"lineage": [1]}', '{"lineage": 5}', '{"lineage": null}', '{"lineage": []}', "[]", "{"]
+BROKEN += ["[" * 100_000, "\udcff", "", None]
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=lambda text: str(text)[:20])
+def test_without_run_json_the_manifests_say_which_is_the_line(tmp_path, text, caplog):
+    first = checkpoints.begin_part(None)
+    for step in (8, 16):
+        make(tmp_path, step, first)
+    second = checkpoints.begin_part(tmp_path / "checkpoint-8")
+    if text is not None:
+        (tmp_path / "run.json").write_text(text, errors="surrogateescape")
+    assert choose("latest", tmp_path).name == "checkpoint-16"
+    assert f"{tmp_path}/run.json" in caplog.text and "the lineage is taken from checkpoint-16" in caplog.text
+    make(tmp_path, 24, second)  # 16 is of the branch that was left
+    for wanted in ("latest", "auto"):
+        with pytest.raises(UserError, match=r"of several branches; name .*/checkpoint-24"):
+            choose(wanted, tmp_path)
+    assert choose(str(tmp_path / "checkpoint-16"), tmp_path).name == "checkpoint-16"
+
+
+def test_one_of_another_run_is_named_as_such(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"lineage": LINEAGE}))
+    path = make(tmp_path, 8, checkpoints.begin_part(None))
+    with pytest.raises(UserError, match=f"the run does not come from it.*--resume_from_checkpoint {path}"):
+        choose("auto", tmp_path)
+
+
+def test_one_that_was_moved_aside_is_to_be_moved_back(tmp_path):
+    for name in ("checkpoint-8", "2/checkpoint-8"):
+        moved = tmp_path / "abandoned" / name
+        moved.mkdir(parents=True)
+        (tmp_path / "run.json").touch()
+        with pytest.raises(UserError, match=f"mv {moved} {tmp_path}/checkpoint-8 .* --output_dir {tmp_path} "):
+            choose_output_dir(str(tmp_path), False, str(moved))
 
 
 # --- whole runs
@@ -305,6 +445,45 @@ def test_rolled_back_and_killed_it_goes_on_from_where_it_was_rolled_back_to(
     assert [each["began_from"] for each in lineage] == [None, "checkpoint-2"]
 
 
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+STATES = {
+    "trainer_state.json": [b"[]", b'{"global_step": 4}', b'{"global_step": "3"}', b'{"global_step": 3, "epoch": []}'],
+    "stream_state.json": [b"5", b"{}", "position"],
+    "optimizer.pt": [b"text", Payload(), {"state": 1}],
+    "scheduler.pt": [Payload(), [1]],
+    "rng_state.pth": [Payload(), {}],
+    "pytorch_model.bin": [Payload()],
+}  # fmt: skip
+CASES = [(name, content) for name, contents in STATES.items() for content in contents]
+
+
+@pytest.mark.parametrize(("name", "content"), CASES, ids=lambda each: str(each)[:24])
+def test_what_somebody_wrote_under_right_hashes_is_refused(
+    words, finished, tmp_path, monkeypatch, capsys, name, content
+):
+    monkeypatch.chdir(tmp_path)
+    staged = checkpoints.staging_of(tmp_path / "run", 3)
+    shutil.copytree(finished / "run/checkpoint-3", staged)
+    lineage = read_manifest(staged)["lineage"]
+    if name == "pytorch_model.bin":
+        (staged / "model.safetensors").unlink()
+    if content == "position":
+        saved = json.loads((staged / name).read_text())
+        content = json.dumps({**saved, "position": {**saved["position"], "lanes": [[{}]]}}).encode()
+    (staged / name).write_bytes(content) if isinstance(content, bytes) else torch.save(content, staged / name)
+    checkpoint = commit(staged, lineage, {})
+    assert run([*words, "--resume_from_checkpoint", "auto"]) == 2
+    error = capsys.readouterr().err.strip()
+    what = {"optimizer.pt": "optimizer", "pytorch_model.bin": "the weights"}.get(name, name)
+    assert f"{checkpoint}: " in error and f"{what}" in error and "cannot be loaded" in error, error
+    assert len(error.splitlines()) <= 3 and "weights_only" not in error
+    assert not (tmp_path / "executed").exists()
+
+
 def test_a_stock_trainer_resumes_from_it(finished, tmp_path):
     checkpoint = finished / "run/checkpoint-3"
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -356,7 +535,7 @@ def test_an_old_one_that_cannot_be_deleted_costs_nothing(words, tmp_path, monkey
     monkeypatch.setattr("recipe.checkpoints.rotate", read_only)
     assert run([*words, "--save_total_limit", "1"]) == 0
     assert len(names_in(tmp_path / "run")) == 6
-    assert "checkpoint-2 is saved, but an older one could not be deleted: [Errno 30]" in caplog.text
+    assert "an older checkpoint could not be deleted: [Errno 30]" in caplog.text
 
 
 def test_one_command_for_jobs_that_are_killed(words, finished, tmp_path, monkeypatch):

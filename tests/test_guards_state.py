@@ -1,5 +1,6 @@
 """What a resumed run reads of the run before it may be damaged: its guards start fresh, or leave the record out."""
 
+import itertools
 import json
 import logging
 import math
@@ -13,7 +14,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from recipe.guards import Finding, RegressionCallback
+from recipe.guards.checkpoint import read_session, write_session
 from recipe.guards.records import StepRecord, append_line, read_lines, read_steps
+from recipe.guards.session import state_of
 
 STEPS, SAVED_AT, ROWS, LENGTH = 8, 6, 4, 24
 FINDING = Finding("loss_spike", "warning", 3, 288, "a jump", "none", ("a bad batch",), "wait", {"losses": [1.0]})
@@ -85,6 +88,32 @@ def test_a_healthy_state_restores_exactly(finished, resume):
         again = resumed.session.taps.save()[name]
         for key, value in state.items():
             assert np.array_equal(again[key], value), (name, key)
+
+
+def test_numbers_that_are_not_finite_survive_in_every_state(finished, tmp_path):
+    """As one step with a NaN leaves them in windows and sums. As null, the guard would fail at its next look."""
+    session = finished[0].session
+    own, arrays, taps = state_of(session)
+    rotation = itertools.cycle([math.nan, math.inf, -math.inf])
+
+    def spoil(value):
+        if isinstance(value, dict):
+            return {key: spoil(each) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [spoil(each) for each in value] + [next(rotation)]
+        return next(rotation) if isinstance(value, float) else value
+
+    spoiled = spoil(own)
+    write_session(tmp_path, spoiled, arrays, taps)
+    read = read_session(tmp_path).numbers
+    assert repr({name: read[name] for name in own}) == repr(json_keys(spoiled)) and "nan" in repr(read["guards"])
+    json.loads((tmp_path / "guards.json").read_text(), parse_constant=pytest.fail)
+
+
+def json_keys(value):
+    if isinstance(value, dict):
+        return {str(key): json_keys(each) for key, each in value.items()}
+    return [json_keys(each) for each in value] if isinstance(value, list) else value
 
 
 def test_healthy_files_are_read_whole(finished, resume, tmp_path):

@@ -75,18 +75,16 @@ PLAIN = {"eval_strategy": "no", "eval_steps": None, "save_steps": 1, "max_steps"
     ids=lambda changes: next(iter(changes), "fused"),
 )
 def test_weights_moments_and_schedule_stay(write_config, tmp_path, spoil, changes):
-    spoil({4, 7}, which=changes.get("gradient_accumulation_steps", 1) - 1)
+    spoil({4, 7, 12}, which=changes.get("gradient_accumulation_steps", 1) - 1)
     assert run(["train", write_config(**PLAIN, **changes)]) == 0
     saved = [tmp_path / f"run/checkpoint-{step}" for step in range(13)]
-    for step in (4, 7):
-        assert_same_state(saved[step - 1], saved[step])
-    assert state_of(saved[12])[2][1] == 10 and state_of(saved[6])[2][1] == 5
+    assert_same_state(saved[11], saved[12])  # the last step is always saved
+    assert [step for step in range(1, 13) if not saved[step].exists()] == [4, 7]
+    assert state_of(saved[12])[2][1] == 9 and state_of(saved[6])[2][1] == 5
     findings = read_lines(tmp_path / "run/findings.jsonl")
     assert [(each["id"], each["step"], each["severity"]) for each in findings] == [("loss_not_finite", 4, "warning")]
     result = json.loads((tmp_path / "run/run.json").read_text())["result"]
-    assert result["skipped_steps"] == 2 and result["verdict"] == "suspicious: loss_not_finite"
-    trained = json.loads((saved[12] / "trainer_state.json").read_text())["log_history"]
-    assert all(math.isfinite(entry["loss"]) for entry in trained if entry.get("step") == 12 and "loss" in entry)
+    assert result["skipped_steps"] == 3 and result["verdict"] == "suspicious: loss_not_finite"
 
 
 @pytest.mark.parametrize("step", [1, 10])  # 10: all weights and all gradients are looked at
@@ -111,19 +109,67 @@ def test_the_documents_are_named(write_config, tmp_path, spoil):
     assert finding["evidence"]["documents"] == expected and expected[0] in finding["found"]
 
 
+def names_in(folder):
+    return sorted(path.name for path in folder.rglob("checkpoint-*"))
+
+
 def test_three_in_a_row_end_the_run_at_the_last_good_state(write_config, tmp_path, spoil, caplog):
     caplog.set_level(logging.INFO)
     spoil({5, 6, 7, 8})
     path = write_config(**PLAIN)
     assert run(["train", path]) == 3
-    assert_same_state(tmp_path / "run/checkpoint-4", tmp_path / "run/checkpoint-8")
     assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 3
     assert "step 8 | stopping: 3 steps in a row were not finite; none of them was applied" in caplog.text
-    assert "checkpoint-8 is saved; to continue" in caplog.text
+    assert "no step after them was finite: the newest checkpoints are now abandoned/checkpoint-4" in caplog.text
+    assert "the last good checkpoint is checkpoint-3; lower learning_rate" in caplog.text
     spoil({99})
     assert run(["train", path, "--resume_from_checkpoint", "latest"]) == 0
+    assert [each["step"] for each in read_lines(tmp_path / "run/steps.jsonl")] == [*range(1, 13)]
     result = json.loads((tmp_path / "run/run.json").read_text())["result"]
-    assert result["skipped_steps"] == 4 and result["verdict"] == "suspicious: loss_not_finite"
+    assert result["skipped_steps"] == 0 and json.loads((tmp_path / "run/run.json").read_text())["resumed_from"]
+
+
+def test_a_state_that_has_exploded_costs_no_good_checkpoint(write_config, tmp_path, caplog):
+    path, run_dir = write_config(**{**PLAIN, "max_steps": 4, "save_total_limit": 1}), tmp_path / "run"
+    assert run(["train", path]) == 0
+    assert names_in(run_dir) == ["checkpoint-4"]
+    auto = ["train", path, "--resume_from_checkpoint", "auto", "--max_steps", "12"]
+    for times in (1, 2):  # the checkpoint after the first step is finite, and useless
+        assert run([*auto, "--learning_rate", "1e30", "--allow_change", "learning_rate"]) == 3
+        assert names_in(run_dir) == ["checkpoint-4", *["checkpoint-5"] * times]
+        assert [path.name for path in run_dir.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert run(auto) == 0
+    assert [path.name for path in run_dir.glob("checkpoint-*")] == ["checkpoint-12"]
+
+
+def test_without_a_good_checkpoint_none_is_moved(write_config, tmp_path, spoil, caplog):
+    path, run_dir = write_config(**PLAIN), tmp_path / "run"
+    auto = ["train", path, "--resume_from_checkpoint", "auto"]
+    for _ in range(2):
+        spoil({2, 3, 4, 5, 6})
+        assert run(auto) == 3
+        assert names_in(run_dir) == ["checkpoint-1"]
+        assert "no checkpoint is known to be good: start a new run with a lower learning_rate" in caplog.text
+
+
+def test_a_single_one_loses_nothing(write_config, tmp_path, spoil, caplog):
+    """A checkpoint that it falls on is made up, and the guards go on with the NaN in their windows."""
+    spoil({6})
+    path, run_dir = write_config(**{**PLAIN, "save_steps": 3}), tmp_path / "run"
+    assert run(["train", path]) == 0
+    assert names_in(run_dir) == ["checkpoint-12", "checkpoint-3", "checkpoint-7", "checkpoint-9"]
+    weights = (run_dir / "final/model.safetensors").read_bytes()
+    losses = [each["loss"] for each in read_lines(run_dir / "steps.jsonl")]
+    assert run(["train", path, "--resume_from_checkpoint", str(run_dir / "checkpoint-7")]) == 0
+    assert weights == (run_dir / "final/model.safetensors").read_bytes()
+    assert losses == [each["loss"] for each in read_lines(run_dir / "steps.jsonl")]
+    assert "failed and is off" not in caplog.text
+
+
+def test_a_row_goes_on_after_a_resume():
+    skips = SkipCallback()
+    skips.resume(step=8, num_skipped=3, last_applied=6)
+    assert (skips.in_a_row, skips.last_applied, skips.num_skipped) == (2, 6, 3)
 
 
 def test_two_in_a_row_do_not(write_config, tmp_path, spoil):

@@ -6,6 +6,7 @@ with one warning.
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,8 +37,21 @@ def write_session(checkpoint: Path, numbers: dict, arrays: dict[str, np.ndarray]
         np.savez(file, **arrays)
     partial.replace(checkpoint / ARRAYS)
     partial, shapes = checkpoint / f"{NUMBERS}.partial", {name: np.shape(array) for name, array in arrays.items()}
-    partial.write_text(dumps({**numbers, "taps": plain, "shapes": shapes}), encoding="utf-8")
+    partial.write_text(dumps(_keep_not_finite({**numbers, "taps": plain, "shapes": shapes})), encoding="utf-8")
     partial.replace(checkpoint / NUMBERS)
+
+
+def _keep_not_finite(value):
+    """A copy in which a float that JSON lacks is `{"float": "nan"}`: as null, no guard would know it for a number."""
+    if isinstance(value, dict):
+        return {key: _keep_not_finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_keep_not_finite(each) for each in value]
+    return {"float": str(float(value))} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _restore_not_finite(read: dict):
+    return float(read["float"]) if read.keys() == {"float"} and isinstance(read["float"], str) else read
 
 
 def read_session(checkpoint: Path) -> Saved | None:
@@ -45,7 +59,8 @@ def read_session(checkpoint: Path) -> Saved | None:
     if not (checkpoint / NUMBERS).is_file():
         return None
     try:
-        numbers = json.loads((checkpoint / NUMBERS).read_text(encoding="utf-8"))
+        text = (checkpoint / NUMBERS).read_text(encoding="utf-8")
+        numbers = json.loads(text, object_hook=_restore_not_finite)
         if not isinstance(numbers, dict):
             raise ValueError(f"{NUMBERS} holds no JSON object")
         with np.load(checkpoint / ARRAYS, allow_pickle=False) as file:

@@ -234,11 +234,13 @@ def full_disk(bench: Bench, case: Case, folder: Path, chance: random.Random) -> 
 
 
 def not_finite(bench: Bench, case: Case, folder: Path, chance: random.Random) -> Case:
-    """The loss of one step. `is_equal`: the weights after it are those before it."""
+    """The loss of one step, the last, which is always saved. `is_equal`: the weights after it are those before it."""
     run_dir, step = folder / "run", chance.randrange(2, STEPS + 1)
-    code = bench.run(run_dir, Fault("forward", step, action="nan"), "auto", "--save_steps", "1")
+    code = bench.run(
+        run_dir, Fault("forward", step, action="nan"), "auto", "--save_steps", "1", "--max_steps", str(step)
+    )
     case.what, case.survived, case.has_hung = f"step {step}", code == 0, code is None
-    case.wrong_rows = wrong_rows(folder / "rows")
+    case.wrong_rows = wrong_rows(folder / "rows", steps=step)
     files = [(run_dir / f"checkpoint-{each}/model.safetensors").read_bytes() for each in (step - 1, step)]
     case.is_equal = files[0] == files[1]
     case.note = "" if case.survived else (folder / "log").read_text()[-1500:]
