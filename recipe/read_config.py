@@ -19,6 +19,7 @@ from recipe.conflicts import find_conflicts
 from recipe.errors import UserError
 from recipe.keys import Required, all_keys, source_types
 from recipe.other_names import refusal
+from recipe.redact import remember_urls
 
 FILES, FOLDERS = ("model_config", "trajectory"), ("tokenizer", "model_name_or_path")
 HUB_NAME = r"(?!tokenizer/)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(?<!\.json)(?<!\.model)"
@@ -89,6 +90,7 @@ def read_config(
     options, of_words = _read_overrides(overrides)
     replaced = {name for pair in checks.ALTERNATIVES if options.keys() & pair for name in pair}
     given = {k: v for k, v in given.items() if not k.startswith("_") and k not in replaced} | options
+    remember_urls(given)  # before anything is said about them
     values = defaults() | {"output_dir": f"runs/{path.stem}"} | (machine_defaults or {})
     if given.get("fp16") is True and "bf16" not in given:
         values["bf16"] = False  # the user's fp16 overrides the machine's bf16

@@ -447,9 +447,25 @@ def test_a_copy_that_changes_while_it_is_read_is_noticed(tmp_path):
 
 def test_a_copy_is_not_named_after_the_credentials_of_its_url(tmp_path, server):
     (tmp_path / "served/b.json").write_bytes(array_with_bad())
-    source = open_source(f"{server.url}/b.json?X-Amz-Signature=planted", on_bad_data="skip")
+    address = server.url.replace("://", "://user:plant'öd@")
+    source = open_source(f"{address}/b.json?X-Amz-Signature=planted'é#sig=planted", on_bad_data="skip")
     assert len(read_all(source)) == 300
-    assert not [file for file in (tmp_path / "cache").rglob("*") if "planted" in file.name]
+    (copy,) = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    reasons = pq.read_table(copy).column(formats.BAD).to_pylist()
+    assert any(reasons) and not any("plant" in text for text in [copy.name, *filter(None, reasons)])
+
+
+def test_a_token_cache_does_not_hold_the_credentials_of_its_source(tmp_path, server, tokenizer):
+    from recipe.data.token_cache import write_token_cache
+
+    address = server.url.replace("://", "://user:plant'öd@")
+    text = open_source(f"{address}/a.parquet?sig=plant'ed")
+    write_token_cache(text, tokenizer, tmp_path / "tokens")
+    metadata = pq.read_metadata(tmp_path / "tokens/tokens-00000.parquet").metadata
+    assert b"a.parquet" in metadata[formats.TOKEN_CACHE.encode()] and not any(
+        b"plant" in each for each in metadata.values()
+    )
+    assert open_source(str(tmp_path / "tokens")).fingerprint == text.fingerprint
 
 
 def write_arrow(path, texts):
@@ -497,7 +513,7 @@ def test_bad_documents_of_a_small_source_are_counted_too(write_config, tmp_path,
 
 def _begin_late(main_process: int, is_sent) -> None:
     is_sent.wait()
-    loader._begin_worker((main_process, logging.WARNING, 1.0, 1.0), 0)
+    loader._begin_worker((main_process, logging.WARNING, 1.0, 1.0, ()), 0)
     threading.Event().wait()
 
 

@@ -26,6 +26,7 @@ from recipe.data.packing import Row
 from recipe.data.stream import RowStream, check_division, source_of_row
 from recipe.errors import ENDING, DataError, UserError, message_of
 
+from recipe.redact import known, remember
 PR_SET_PDEATHSIG = 1  # prctl(2)
 WATCH_SECONDS = 1.0  # between two looks of a worker at its main process
 PREFETCHED_ROWS = 64  # per worker: it tokenizes dozens of rows at once, and must not wait for the others
@@ -102,7 +103,7 @@ class BatchLoader:
         # The order of the lanes does not use torch's generator; a separate one keeps DataLoader from drawing on the
         # run's.
         context = start_server() if self.num_workers else None
-        settings = os.getpid(), logging.getLogger().level, files.RETRY_SECONDS, files.STALL_SECONDS
+        settings = os.getpid(), logging.getLogger().level, files.RETRY_SECONDS, files.STALL_SECONDS, known()
         rows = DataLoader(
             self.dataset,
             batch_size=None,
@@ -166,8 +167,9 @@ def start_server() -> multiprocessing.context.BaseContext:
 
 def _begin_worker(settings: tuple, worker_id: int) -> None:
     """Leave signals to the main process, and end with it: workers of a killed parent would wait forever to deliver
-    their rows. `settings` are the main process's: its id, log level and patience."""
-    main_process, level, files.RETRY_SECONDS, files.STALL_SECONDS = settings
+    their rows. `settings` are the main process's: its id, log level, patience and what it masks."""
+    main_process, level, files.RETRY_SECONDS, files.STALL_SECONDS, credentials = settings
+    remember(*credentials)
     configure_logging(level)
     configure_transformers_logging()
     for number in {*ENDING} - {signal.SIGTERM}:

@@ -16,6 +16,7 @@ from recipe.data.hold_out import digest_of
 from recipe.data.packing import encode, hash_of_tokenizer, load_tokenizer
 from recipe.data.source import Source, open_source
 from recipe.errors import DataError, UserError
+from recipe.plain_json import dumps
 
 logger = logging.getLogger(__name__)
 FILE_BYTES = 1 << 28  # of text in one file
@@ -85,7 +86,7 @@ def _parts(source: Source) -> list[list[Chunk]]:
 def _write(source: Source, chunks: list[Chunk], tokenizer, path: Path, about: dict) -> int:
     schema = pa.schema(
         [(source.text_column, pa.list_(pa.int32())), (TEXT_DIGEST, pa.binary())],
-        metadata={TOKEN_CACHE: json.dumps(about)},
+        metadata={TOKEN_CACHE: dumps(about)},
     )
     partial, total = path.with_suffix(".partial"), 0
     try:
