@@ -427,7 +427,21 @@ def test_a_bad_document_of_a_copied_file_is_skipped_counted_and_logged_or_stops(
         read_all(open_source(str(path)))
     loader = BatchLoader(RowStream([part_of(str(path))], tokenizer, 32, 4), DataCollatorForPackedRows(256), 1)
     list(itertools.islice(loader, 160))
-    assert count_bad(loader.position) >= 3
+    skipped = [line for line in caplog.messages if line.startswith("skipped, as on_bad_data says: ")]
+    assert count_bad(loader.position) == len(skipped) >= 3
+
+
+def test_a_full_disk_of_the_cache_is_named(tmp_path, server, monkeypatch, caplog):
+    """It is neither the file's fault nor the network's."""
+    (tmp_path / "served/b.json").write_bytes(array_with_bad())
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("recipe.data.convert.pq.ParquetWriter", full)
+    with pytest.raises(DataError, match=rf"cannot be written into {tmp_path}/cache/.*No space left.*RECIPE_CACHE"):
+        open_source(f"{server.url}/b.json", on_bad_data="skip")
+    assert not caplog.messages
 
 
 def test_a_copied_file_in_which_all_documents_are_bad(tmp_path):

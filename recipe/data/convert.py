@@ -72,7 +72,10 @@ def _file_name(path: str) -> str:
 
 
 def _write(path: str, kind: str, column: str, target: Path, skips: bool) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_room(path, target, error) from error
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     digest, writer = hashlib.blake2b(digest_size=8), None
     try:
@@ -98,8 +101,20 @@ def _write(path: str, kind: str, column: str, target: Path, skips: bool) -> None
         raise DataError(
             f"{path}: cannot be read ({first_line(error)}); replace the file, or leave it out of `source`"
         ) from error
+    except OSError as error:
+        if is_disk_error(error):
+            raise _no_room(path, target, error) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _no_room(path: str, target: Path, error: OSError) -> DataError:
+    """Of the cache's disk, which must not look like a failure of the file or of the network."""
+    return DataError(
+        f"{path}: its copy cannot be written into {target.parent} ({first_line(error)}); set RECIPE_CACHE to a folder "
+        "on another disk"
+    )
 
 
 def _text_of(document: str | Exception) -> str | None:
