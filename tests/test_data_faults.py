@@ -38,6 +38,16 @@ MARK = "MARK_OF_A_TEST"  # in the environment of a run's processes
 FAULTS = ["404", "401", "403", "429", "500", "503", "close", "reset", "short", "stall", "no range", "page"]
 
 
+REFUSED = "put a URL that is valid now into `source`, or log in"
+SAYS = {  # in each line of the log and in the error; how to fix it
+    "401": ("the server refuses it (401)", REFUSED),
+    "403": ("the server refuses it (403)", REFUSED),
+    "404": ("not found (404)", "replace the file, or leave it out of `source`"),
+    "503": ("503", "try again when the server answers"),
+    "stall": ("no answer within 0.2 s", "try again when the server answers"),
+}
+
+
 @pytest.fixture(autouse=True)
 def settings(tmp_path, monkeypatch):
     monkeypatch.setenv("RECIPE_CACHE", str(tmp_path / "cache"))
@@ -90,10 +100,25 @@ def test_a_fault_that_stays_is_one_data_error(server, name, how, caplog):
     server.fail_next(1000, how)
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(DataError, match=rf"{name}: cannot read documents \d+ to \d+ "),
+        pytest.raises(DataError, match=rf"{name}: cannot read documents \d+ to \d+ ") as raised,
     ):
         source.read_chunk(source.chunks[1])  # not the first: a server that ignores ranges can begin a file
     assert len(caplog.records) == len(files.RETRY_SECONDS)
+    words, fix = SAYS.get(how, ("", ""))
+    assert all(words in text for text in (*caplog.messages, str(raised.value))) and fix in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "*.parquet"])
+@pytest.mark.parametrize("how", ["401", "403", "404"])
+def test_what_a_server_refuses_at_the_start_is_said(server, name, how):
+    server.fail_next(1000, how)
+    if how == "404":
+        with pytest.raises(UserError, match="no such file"):
+            open_source(f"{server.url}/{name}")
+    else:
+        with pytest.raises(DataError, match=rf"the server refuses it \({how}\).*; put a URL that is valid now"):
+            open_source(f"{server.url}/{name}")
+    assert len(server.requests()) <= 4  # it is not tried again
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from recipe.data import formats
 from recipe.data.arrow import index_arrow, read_arrow_chunk
 from recipe.data.convert import convert
 from recipe.data.docstrings import build_docstring_corpus, corpus_info, default_cache_dir
-from recipe.data.files import FileFacts, facts_of, find_files, first_line, format_of, is_remote, with_retries
+from recipe.data.files import FileFacts, facts_of, find_files, first_line, fix_for, format_of, is_remote, with_retries
 from recipe.data.formats import BadDocument, Chunk, Content, FileIndex, refuse
 from recipe.data.sniff import NotPlain
 from recipe.errors import DataError, UserError
@@ -107,7 +107,7 @@ class Source:
         except (OSError, pa.ArrowException) as error:
             failure = DataError(
                 f"{chunk.path}: cannot read documents {chunk.first_document} to {chunk.stop_document - 1} "
-                f"({first_line(error)}); replace the file, or leave it out of `source`"
+                f"({first_line(error)}); {fix_for(error, chunk.path)}"
             )
             if not (skips and self._is_corrupt(chunk.path, error)):
                 raise failure from error
@@ -295,9 +295,7 @@ def _index_one(path: str, text_column: str, skips: bool) -> tuple[FileFacts, Fil
     except UserError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(
-            f"{path}: cannot be opened ({first_line(error)}); replace the file, or leave it out of `source`"
-        ) from error
+        raise DataError(f"{path}: cannot be opened ({first_line(error)}); {fix_for(error, path)}") from error
 
 
 def _cached_index(path: str, text_column: str, skips: bool) -> tuple[FileFacts, FileIndex]:
