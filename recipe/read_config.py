@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe import checkpoints
+from recipe import checkpoints, rundir
 from recipe import config_checks as checks
 from recipe.conflicts import find_conflicts
 from recipe.errors import UserError
@@ -169,9 +169,12 @@ def _resolve_paths(values: dict[str, Any], config_path: Path, unsound: Set[str])
             problems[name] = _why_empty(name, value, place)
     if "source" not in unsound:
         values["source"] = _locate_source(values["source"], config_path)
-    wanted = values["resume_from_checkpoint"]
-    if "resume_from_checkpoint" not in unsound and wanted not in (None, "latest", "auto"):
-        problem = checkpoints.problem_of_path(wanted, Path(values["output_dir"]))
+    if unsound.isdisjoint({"resume_from_checkpoint", "output_dir"}):
+        output_dir, wanted = Path(values["output_dir"]), values["resume_from_checkpoint"]
+        if rundir.began_before_restart(wanted, output_dir) and checkpoints.list_checkpoints(output_dir):
+            values["resume_from_checkpoint"] = wanted = "latest"
+        is_path = wanted not in (None, "latest", "auto")
+        problem = checkpoints.problem_of_path(wanted, output_dir) if is_path else None
         problems |= {"resume_from_checkpoint": problem} if problem else {}
     return problems
 
