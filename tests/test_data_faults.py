@@ -190,6 +190,36 @@ def test_a_file_that_was_touched_is_read_on_with_one_line(write_parquet, tmp_pat
     assert "another date" in line
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json"])
+def test_a_file_that_another_of_the_same_size_and_date_replaces_is_noticed(tmp_path, name, caplog):
+    """While it is read, and by the caches of a later start."""
+
+    def write(text, to):
+        texts = [f"{text} {number} " + "x" * 500 for number in range(40)]
+        if name == "a.parquet":
+            pq.write_table(pa.table({"text": texts}), to, row_group_size=10)
+        else:
+            items = [json.dumps({"text": text}) for text in texts]
+            to.write_text(f"[{', '.join(items)}]" if name == "a.json" else "\n".join(items))
+        os.utime(to, (1, 1))
+
+    path = tmp_path / name
+    write("before", path)
+    source = open_source(str(path))
+    source.read_chunk(source.chunks[0])
+    path.chmod(0o600)
+    write("before", tmp_path / "same")
+    (tmp_path / "same").replace(path)
+    with caplog.at_level(logging.WARNING):
+        assert read_all(source)[0].startswith("before") and not caplog.messages
+    write("after!", tmp_path / "other")
+    (tmp_path / "other").replace(path)
+    assert read_all(open_source(str(path)))[0].startswith("after!")
+    if name != "a.json":  # of which a copy is read
+        with pytest.raises(DataError, match="changed while it was read"):
+            read_all(source)
+
+
 def test_a_token_cache_is_watched_too(write_parquet, tmp_path, tokenizer):
     from recipe.data.token_cache import write_token_cache
 

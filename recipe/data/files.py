@@ -49,13 +49,15 @@ class FileFacts:
     """Identifies a version of a file: size in bytes, ETag or modification time, hash of the content.
 
     `content` hashes the footer of a parquet file, which has size, offset and statistics of each column chunk, and all
-    bytes of other files. If only `modified` differs, the file was copied or touched.
+    bytes of other files. If only `modified` differs, the file was copied or touched. `stamp`, of a local file: inode
+    and time of the last change of any kind, which nobody can set. Another file may have the same size and date.
     """
 
     path: str
     num_bytes: int
     modified: str
     content: str = ""
+    stamp: str = ""
 
 
 def first_line(error: BaseException) -> str:
@@ -117,7 +119,8 @@ def facts_of(path: str) -> FileFacts:
     filesystem.invalidate_cache()  # some remember what they have listed
     info = filesystem.info(inside)
     if not is_remote(path):
-        return FileFacts(path, info["size"], str(os.stat(inside).st_mtime_ns))
+        found = os.stat(inside)
+        return FileFacts(path, info["size"], str(found.st_mtime_ns), stamp=f"{found.st_ino}:{found.st_ctime_ns}")
     version = next((info[key] for key in ("ETag", "blob_id", "LastModified", "Last-Modified") if info.get(key)), "")
     return FileFacts(path, info["size"] or 0, str(version))
 

@@ -45,7 +45,8 @@ INDEX_VERSION = 1  # increase it when an index would differ
 LOGGED = 20  # bad documents that a process logs one by one; later ones at each power of two
 
 _num_bad, _logged = itertools.count(1), set()
-_other_dates: dict[FileFacts, set[str]] = {}  # of files that were touched, by the facts at the start of the run
+# Of files that were touched or replaced: date and stamp, by the facts at the start of the run.
+_other_dates: dict[FileFacts, set[tuple[str, str]]] = {}
 
 
 @dataclass(frozen=True)
@@ -144,16 +145,17 @@ class Source:
         """Raise `DataError` if the file is not the one that was opened. Another date alone costs a second look at what
         identifies its content."""
         then, now = self._facts[path], facts_of(path)
-        dates = _other_dates.setdefault(then, {then.modified})
-        if now.num_bytes == then.num_bytes and now.modified in dates:
+        dates = _other_dates.setdefault(then, {(then.modified, then.stamp)})
+        if now.num_bytes == then.num_bytes and (now.modified, now.stamp) in dates:
             return
         if now.num_bytes != then.num_bytes or self._content_of(path) != then.content:
             raise DataError(
                 f"{path}: the file changed while it was read ({then.num_bytes:,} bytes at the start of the run, now "
                 f"{now.num_bytes:,}); restore it, or resume with --on_changed_stream continue or restart"
             )
-        dates.add(now.modified)
-        logger.warning("%s has another date than at the start of the run, and the same content", path)
+        if now.modified not in [modified for modified, _ in dates]:
+            logger.warning("%s has another date than at the start of the run, and the same content", path)
+        dates.add((now.modified, now.stamp))
 
 
 def _skip(error: Exception) -> BadDocument:
