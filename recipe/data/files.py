@@ -151,9 +151,6 @@ def with_retries(read: Callable[[], Result], path: str, was_read: bool = False) 
             time.sleep(seconds)
 
 
-def _in_words(reason: BaseException) -> str:
-    if isinstance(reason, TimeoutError):
-        return f"no answer within {STALL_SECONDS:g} s"
 def fix_for(error: BaseException, path: str) -> str:
     """What to do where a file cannot be read. `error`: of `with_retries`."""
     if is_remote(path) and isinstance(error, PermissionError):
@@ -163,6 +160,10 @@ def fix_for(error: BaseException, path: str) -> str:
     return "replace the file, or leave it out of `source`"
 
 
+def _in_words(reason: BaseException) -> str:
+    status = _status_of(reason)
+    if isinstance(reason, TimeoutError):
+        return f"no answer within {STALL_SECONDS:g} s"
     if status in REFUSED:
         return f"the server refuses it ({status}): wrong or expired signature or login"
     return f"not found ({status or 404})" if isinstance(reason, FileNotFoundError) else first_line(reason)

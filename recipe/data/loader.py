@@ -23,10 +23,11 @@ from recipe.data import files
 from recipe.data.collator import DataCollatorForPackedRows
 from recipe.data.files import first_line
 from recipe.data.packing import Row
+from recipe.data.source import log_skipped
 from recipe.data.stream import RowStream, check_division, source_of_row
 from recipe.errors import ENDING, DataError, UserError, message_of
-
 from recipe.redact import known, remember
+
 PR_SET_PDEATHSIG = 1  # prctl(2)
 WATCH_SECONDS = 1.0  # between two looks of a worker at its main process
 PREFETCHED_ROWS = 64  # per worker: it tokenizes dozens of rows at once, and must not wait for the others
@@ -125,6 +126,8 @@ class BatchLoader:
     def _advance(self, batch: list[Row]) -> None:
         for row in batch:
             self.position["lanes"][row.source][row.lane] = row.state
+            for reason in row.skipped:
+                log_skipped(reason)
         first = self.position["rows"]
         self.position["rows"] += len(batch) * self.dataset.world_size
         for number in range(first, self.position["rows"]):

@@ -159,13 +159,18 @@ class Source:
 
 
 def _skip(error: Exception) -> BadDocument:
-    """Logs a document once, though a chunk may be read several times."""
-    if str(error) not in _logged:
-        number = next(_num_bad)
-        if number <= LOGGED or number & (number - 1) == 0:
-            _logged.add(str(error))
-            logger.warning("skipped, as on_bad_data says: %s (skip %d of this process)", error, number)
-    return BadDocument()
+    document = BadDocument()
+    document.reason = str(error)
+    return document
+
+
+def log_skipped(reason: str) -> None:
+    """Of a document that was passed. One that was only read, ahead or for another purpose, is not logged, so that the
+    lines are those that `bad_documents_skipped` counts."""
+    number = next(_num_bad)
+    if reason not in _logged and (number <= LOGGED or number & (number - 1) == 0):
+        _logged.add(reason)
+        logger.warning("skipped, as on_bad_data says: %s (skip %d of this process)", reason, number)
 
 
 def open_source(source: str, text_column: str = "text", on_bad_data: str = "stop") -> Source:
