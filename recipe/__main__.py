@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipe.console import configure_logging, configure_transformers_logging
-from recipe.errors import DataError, UserError, exit_code_of, handle_endings, is_disk_error, message_of
+from recipe.errors import (
+    DataError,
+    UserError,
+    exit_code_of,
+    handle_endings,
+    is_disk_error,
+    is_lost_peer,
+    message_of,
+)
 from recipe.plain_json import dumps
 from recipe.read_config import read_config
 from recipe.rundir import ended_on_purpose_before, write_exit
@@ -64,7 +72,10 @@ def train(arguments: list[str]) -> int:
     if not outcome.is_main:
         write_exit(outcome.code, outcome.result["verdict"], None)  # on another machine nobody else does
     if options.json and outcome.is_main:
-        print(dumps(outcome.result))
+        try:
+            print(dumps(outcome.result), flush=True)
+        except OSError as error:  # exit.json has the code already
+            logging.getLogger("recipe").warning("the result cannot be printed (%s); run.json has it", error)
     return outcome.code
 
 
@@ -349,13 +360,16 @@ def run(arguments: list[str]) -> int:
     try:
         if arguments[0] not in (*CONFIG_COMMANDS, "new") and not {"-h", "--help"} & set(arguments):
             configure_transformers_logging()
-        return COMMANDS[arguments[0]](arguments[1:])
+        code = COMMANDS[arguments[0]](arguments[1:])
+        if arguments[0] != "train":
+            sys.stdout.flush()  # a full disk fails here, not when the process ends
+        return code
     except (UserError, DataError) as error:
         return _fail(error.exit_code, message_of(error))
     except SystemExit as stop:  # argparse
         return stop.code or GOOD
     except Exception as error:
-        if not is_disk_error(error):
+        if not is_disk_error(error) and not is_lost_peer(error):
             raise
         return _fail(exit_code_of(error), message_of(error))
 
@@ -373,7 +387,8 @@ def help_of(command: str) -> str:
 
 def _fail(code: int, reason: str) -> int:
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {reason}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the log may be on the disk that is full
+            print(f"error: {reason}", file=sys.stderr, flush=True)
     write_exit(code, reason, None)
     return code
 
@@ -398,15 +413,16 @@ def main() -> None:
     except BrokenPipeError:  # of `| head`
         os._exit(GOOD)
     except KeyboardInterrupt as interrupt:
-        code = _fail(exit_code_of(interrupt), "interrupted while not training, so no new checkpoint was saved")
+        code = _fail(exit_code_of(interrupt), message_of(interrupt))
     except Exception:
         logging.getLogger("recipe").exception("unexpected error; a bug in the recipe or in a library")
         write_exit(UNEXPECTED, "unexpected error", None)
         code = UNEXPECTED
     with contextlib.redirect_stdout(sys.stderr):  # what was asked for is printed
         atexit._run_exitfuncs()  # trackers finish their uploads here
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # it has been reported; the code is the one in exit.json
+            stream.flush()
     os._exit(code)
 
 

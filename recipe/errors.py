@@ -16,6 +16,12 @@ DISK_WORDS = (
     "PytorchStreamWriter failed",
     "unexpected pos",
 )
+# Of gloo and NCCL where a peer is killed.
+LOST_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
+LOST_PEER = (
+    "another process of the run was lost: killed, or out of memory (torchrun's report names it); "
+    "--resume_from_checkpoint auto goes on from the last checkpoint"
+)
 
 
 class UserError(ValueError):
@@ -48,8 +54,19 @@ def handle_endings(handler: Callable) -> dict:
     return {number: signal.signal(number, handler) for number in numbers}
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether another process of the run is gone, in the middle of a collective call of torch."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER_WORDS)
+
+
 def message_of(error: BaseException) -> str:
-    """The error's own message, without the traceback in which a DataLoader worker wraps it, nor credentials."""
+    """The error's own message, without the traceback in which a DataLoader worker wraps it, nor credentials; in other
+    words where those would mislead."""
+    if isinstance(error, KeyboardInterrupt):
+        name = signal.Signals(error.args[0] if error.args else signal.SIGINT).name
+        return f"ended by {name} while not training, so no new checkpoint was saved"
+    if is_lost_peer(error):
+        return LOST_PEER
     text = str(error).strip()
     text = text.splitlines()[-1].split(": ", 1)[-1] if "Original Traceback" in text else text or type(error).__name__
     return redact(f"the disk is full or read-only: {text}" if is_disk_error(error) else text)

@@ -28,6 +28,7 @@ from recipe.errors import UserError
 from recipe.harness import find_tasks, run_tasks
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
 from recipe.model import check_fit
+from recipe.redact import remember_urls
 from recipe.trained import Trained, load_model, longest_input
 
 logger = logging.getLogger(__name__)
@@ -242,6 +243,7 @@ def run_evaluation(trained: Trained, options: Namespace) -> dict:
     task_manager = find_tasks(options.tasks, options.include_path) if options.tasks else None
     model, tokenizer = load_model(trained)
     settings = EvaluationSettings(options.text_column, options.block_size, options.batch_size, options.max_tokens)
+    remember_urls(options.sources)
     is_wanted = options.sources or not options.tasks
     results = evaluate_sources(trained, model, tokenizer, options.sources, settings) if is_wanted else []
     # A model of the recipe has seen EOS before each document, and never BOS.

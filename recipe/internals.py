@@ -106,11 +106,3 @@ def count_graph_breaks() -> int:
 def is_grad_switch(func: Callable) -> bool:
     """Whether a `TorchFunctionMode` is given `torch.no_grad`'s or `torch.enable_grad`'s switch."""
     return func is torch._C._set_grad_enabled
-
-
-# --- evaluate
-
-
-def begin_metric(module) -> None:
-    """Make an `evaluate` module's table, to which batches are added."""
-    module._init_writer()

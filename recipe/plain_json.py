@@ -1,18 +1,21 @@
-"""JSON as the standard has it: NaN and infinity, which it lacks, become null; and without credentials."""
+"""JSON as the standard has it: NaN and infinity, which it lacks, become null; and without credentials.
+
+Strings are redacted before they are escaped: a quote or a letter beyond ASCII would hide part of a password.
+"""
 
 import json
 import math
 
-from recipe.redact import redact
+from recipe.redact import redact_all
 
 
 def dumps(value, **options) -> str:
     """`json.dumps` of what may hold numbers that are not finite."""
+    value = redact_all(value)
     try:
-        text = json.dumps(value, allow_nan=False, **options)
+        return json.dumps(value, allow_nan=False, **options)
     except ValueError:
-        text = json.dumps(without_nan(value), allow_nan=False, **options)
-    return redact(text)
+        return json.dumps(without_nan(value), allow_nan=False, **options)
 
 
 def without_nan(value):

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe import checkpoints
+from recipe import checkpoints, rundir
 from recipe import config_checks as checks
 from recipe.conflicts import find_conflicts
 from recipe.errors import UserError
 from recipe.keys import Required, all_keys, source_types
 from recipe.other_names import refusal
+from recipe.redact import remember_urls
 
 FILES, FOLDERS = ("model_config", "trajectory"), ("tokenizer", "model_name_or_path")
 HUB_NAME = r"(?!tokenizer/)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(?<!\.json)(?<!\.model)"
@@ -89,6 +90,7 @@ def read_config(
     options, of_words = _read_overrides(overrides)
     replaced = {name for pair in checks.ALTERNATIVES if options.keys() & pair for name in pair}
     given = {k: v for k, v in given.items() if not k.startswith("_") and k not in replaced} | options
+    remember_urls(given)  # before anything is said about them
     values = defaults() | {"output_dir": f"runs/{path.stem}"} | (machine_defaults or {})
     if given.get("fp16") is True and "bf16" not in given:
         values["bf16"] = False  # the user's fp16 overrides the machine's bf16
@@ -167,9 +169,12 @@ def _resolve_paths(values: dict[str, Any], config_path: Path, unsound: Set[str])
             problems[name] = _why_empty(name, value, place)
     if "source" not in unsound:
         values["source"] = _locate_source(values["source"], config_path)
-    wanted = values["resume_from_checkpoint"]
-    if "resume_from_checkpoint" not in unsound and wanted not in (None, "latest", "auto"):
-        problem = checkpoints.problem_of_path(wanted, Path(values["output_dir"]))
+    if unsound.isdisjoint({"resume_from_checkpoint", "output_dir"}):
+        output_dir, wanted = Path(values["output_dir"]), values["resume_from_checkpoint"]
+        if rundir.began_before_restart(wanted, output_dir) and checkpoints.list_checkpoints(output_dir):
+            values["resume_from_checkpoint"] = wanted = "latest"
+        is_path = wanted not in (None, "latest", "auto")
+        problem = checkpoints.problem_of_path(wanted, output_dir) if is_path else None
         problems |= {"resume_from_checkpoint": problem} if problem else {}
     return problems
 

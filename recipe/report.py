@@ -19,7 +19,7 @@ from recipe.errors import UserError
 from recipe.guards import MEANINGS
 from recipe.guards.callback import FOLDER
 from recipe.guards.records import iterate_lines, number, parse_object, read_columns
-from recipe.redact import redact, without_folders
+from recipe.redact import redact_all, without_folders
 from recipe.verdict import HEALTHY
 
 RUN_FILES = ("run.json", "steps.jsonl", "evals.jsonl", "findings.jsonl", "samples.jsonl")
@@ -78,7 +78,7 @@ def load_run(run_dir: Path) -> Run:
         raise UserError(f"no run in {run_dir}: expected a directory with {RUN_FILES[0]} or {RUN_FILES[1]} in it")
     file, gaps = run_dir / RUN_FILES[0], []
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    info = parse_object(redact(text))  # an older version may have written credentials
+    info = redact_all(parse_object(text))  # an older version may have written credentials
     if info is None:
         gaps.append(f"{file.name} is missing or cannot be read")
     steps, num_records, num_lines = read_columns(run_dir / RUN_FILES[1], STEP_FIELDS)

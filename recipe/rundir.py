@@ -49,7 +49,8 @@ def choose_output_dir(output_dir: str, is_default: bool, resume_from_checkpoint:
     Otherwise the default name gets a number; a name that the user chose is refused with `UserError`.
     """
     path = Path(output_dir)
-    if not holds_run(path) or resume_from_checkpoint in ("latest", "auto"):
+    goes_on = resume_from_checkpoint in ("latest", "auto") or began_before_restart(resume_from_checkpoint, path)
+    if goes_on or not holds_run(path):
         return path
     if resume_from_checkpoint is not None:
         if not Path(resume_from_checkpoint).is_dir():
@@ -73,6 +74,19 @@ def choose_output_dir(output_dir: str, is_default: bool, resume_from_checkpoint:
         return next(candidate for candidate in numbered if not holds_run(candidate))
     fix = "choose another one, or resume it: --resume_from_checkpoint latest"
     raise UserError(f"output_dir {path} holds a run already; {fix}")
+
+
+def began_before_restart(resume_from_checkpoint: str | None, output_dir: Path) -> bool:
+    """Whether torchrun has started this process again, and an earlier start has begun the run in `output_dir` from
+    this path: then it has gone on since, and must not go back to where it began."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not restarts or resume_from_checkpoint in (None, "latest", "auto"):
+        return False
+    try:
+        lineage = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))["lineage"][-restarts:]
+        return Path(resume_from_checkpoint).name in [part["began_from"] for part in lineage]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def holds_run(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from recipe.arguments import Config
 from recipe.data.loader import start_server
 from recipe.data.pipeline import Data, build_data
 from recipe.data.stream import HeldOutRows
-from recipe.errors import DataError, UserError, exit_code_of, message_of
+from recipe.errors import DataError, UserError, exit_code_of, is_disk_error, message_of
 from recipe.guards import RegressionCallback
 from recipe.guards.checkpoint import restore_findings
 from recipe.guards.trackers import contain
@@ -69,9 +70,15 @@ def run_claimed(config: Config, output_dir: Path) -> Outcome:
         seconds = train(trainer, guards, run.checkpoint)
         return conclude(config, output_dir, data, trainer, guards, run.signals, seconds)
     except BaseException as error:
-        if isinstance(error, DataError) and (last := checkpoints.newest_whole(output_dir)):
-            error.args = (f"{message_of(error)}; --resume_from_checkpoint latest then continues from {last.name}",)
-        rundir.write_failure(exit_code_of(error), message_of(error), output_dir)
+        failure = error
+        if is_disk_error(error):  # which seldom says whose
+            places = f"output_dir is {output_dir}, temporary files are in {tempfile.gettempdir()}"
+            failure = DataError(f"{message_of(error)} ({places})")
+        if isinstance(failure, DataError) and (last := checkpoints.newest_whole(output_dir)):
+            failure.args = (f"{message_of(failure)}; --resume_from_checkpoint latest then continues from {last.name}",)
+        rundir.write_failure(exit_code_of(failure), message_of(failure), output_dir)
+        if failure is not error:
+            raise failure from error
         raise
 
 

@@ -38,6 +38,16 @@ MARK = "MARK_OF_A_TEST"  # in the environment of a run's processes
 FAULTS = ["404", "401", "403", "429", "500", "503", "close", "reset", "short", "stall", "no range", "page"]
 
 
+REFUSED = "put a URL that is valid now into `source`, or log in"
+SAYS = {  # in each line of the log and in the error; how to fix it
+    "401": ("the server refuses it (401)", REFUSED),
+    "403": ("the server refuses it (403)", REFUSED),
+    "404": ("not found (404)", "replace the file, or leave it out of `source`"),
+    "503": ("503", "try again when the server answers"),
+    "stall": ("no answer within 0.2 s", "try again when the server answers"),
+}
+
+
 @pytest.fixture(autouse=True)
 def settings(tmp_path, monkeypatch):
     monkeypatch.setenv("RECIPE_CACHE", str(tmp_path / "cache"))
@@ -90,10 +100,25 @@ def test_a_fault_that_stays_is_one_data_error(server, name, how, caplog):
     server.fail_next(1000, how)
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(DataError, match=rf"{name}: cannot read documents \d+ to \d+ "),
+        pytest.raises(DataError, match=rf"{name}: cannot read documents \d+ to \d+ ") as raised,
     ):
         source.read_chunk(source.chunks[1])  # not the first: a server that ignores ranges can begin a file
     assert len(caplog.records) == len(files.RETRY_SECONDS)
+    words, fix = SAYS.get(how, ("", ""))
+    assert all(words in text for text in (*caplog.messages, str(raised.value))) and fix in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "*.parquet"])
+@pytest.mark.parametrize("how", ["401", "403", "404"])
+def test_what_a_server_refuses_at_the_start_is_said(server, name, how):
+    server.fail_next(1000, how)
+    if how == "404":
+        with pytest.raises(UserError, match="no such file"):
+            open_source(f"{server.url}/{name}")
+    else:
+        with pytest.raises(DataError, match=rf"the server refuses it \({how}\).*; put a URL that is valid now"):
+            open_source(f"{server.url}/{name}")
+    assert len(server.requests()) <= 4  # it is not tried again
 
 
 @pytest.fixture
@@ -163,6 +188,36 @@ def test_a_file_that_was_touched_is_read_on_with_one_line(write_parquet, tmp_pat
         assert len(read_all(source)) == 60
     (line,) = [record.getMessage() for record in caplog.records]
     assert "another date" in line
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json"])
+def test_a_file_that_another_of_the_same_size_and_date_replaces_is_noticed(tmp_path, name, caplog):
+    """While it is read, and by the caches of a later start."""
+
+    def write(text, to):
+        texts = [f"{text} {number} " + "x" * 500 for number in range(40)]
+        if name == "a.parquet":
+            pq.write_table(pa.table({"text": texts}), to, row_group_size=10)
+        else:
+            items = [json.dumps({"text": text}) for text in texts]
+            to.write_text(f"[{', '.join(items)}]" if name == "a.json" else "\n".join(items))
+        os.utime(to, (1, 1))
+
+    path = tmp_path / name
+    write("before", path)
+    source = open_source(str(path))
+    source.read_chunk(source.chunks[0])
+    path.chmod(0o600)
+    write("before", tmp_path / "same")
+    (tmp_path / "same").replace(path)
+    with caplog.at_level(logging.WARNING):
+        assert read_all(source)[0].startswith("before") and not caplog.messages
+    write("after!", tmp_path / "other")
+    (tmp_path / "other").replace(path)
+    assert read_all(open_source(str(path)))[0].startswith("after!")
+    if name != "a.json":  # of which a copy is read
+        with pytest.raises(DataError, match="changed while it was read"):
+            read_all(source)
 
 
 def test_a_token_cache_is_watched_too(write_parquet, tmp_path, tokenizer):
@@ -264,7 +319,7 @@ def write_with_bad(path, bad=BAD, repeat=1):
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_skipped_documents_are_the_same_and_counted_for_any_ranks_and_workers(
-    tmp_path, tokenizer, world_size, num_workers
+    tmp_path, tokenizer, world_size, num_workers, caplog
 ):
     path = write_with_bad(tmp_path / "a.jsonl")
     expected = list(itertools.islice(RowStream([part_of(path)], tokenizer, 32, 4), 120))
@@ -277,6 +332,8 @@ def test_skipped_documents_are_the_same_and_counted_for_any_ranks_and_workers(
         states.append(count_bad(loader.position))
     assert [row.input_ids.tolist() for row in found] == [row.input_ids.tolist() for row in expected]
     assert not {*BAD} & {index for row in found for index in row.documents}
+    lines = [line for line in caplog.messages if "skipped, as on_bad_data says" in line]
+    assert len(lines) == sum(states)  # of the rows that were trained on, though more was read ahead
     last = {row.lane: row.state.get("bad", 0) for row in expected}
     assert sum(states) == sum(last.values()) >= 3
 
@@ -422,12 +479,26 @@ def test_a_bad_document_of_a_copied_file_is_skipped_counted_and_logged_or_stops(
         contents = read_all(open_source(str(path), on_bad_data="skip"))
     assert [i for i, content in enumerate(contents) if isinstance(content, BadDocument)] == [*BAD]
     assert all(contents[i] == document(i) for i in range(300) if i not in BAD)
-    assert re.search(rf"skipped, as on_bad_data says: .*{name}: document 5\D", caplog.text)
+    assert re.search(rf"{name}: document 5\D", contents[5].reason) and not caplog.messages
     with pytest.raises(DataError, match=rf"{name}: document 5\D"):  # the copy is there, and it stops nevertheless
         read_all(open_source(str(path)))
     loader = BatchLoader(RowStream([part_of(str(path))], tokenizer, 32, 4), DataCollatorForPackedRows(256), 1)
     list(itertools.islice(loader, 160))
-    assert count_bad(loader.position) >= 3
+    skipped = [line for line in caplog.messages if line.startswith("skipped, as on_bad_data says: ")]
+    assert count_bad(loader.position) == len(skipped) >= 3
+
+
+def test_a_full_disk_of_the_cache_is_named(tmp_path, server, monkeypatch, caplog):
+    """It is neither the file's fault nor the network's."""
+    (tmp_path / "served/b.json").write_bytes(array_with_bad())
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("recipe.data.convert.pq.ParquetWriter", full)
+    with pytest.raises(DataError, match=rf"cannot be written into {tmp_path}/cache/.*No space left.*RECIPE_CACHE"):
+        open_source(f"{server.url}/b.json", on_bad_data="skip")
+    assert not caplog.messages
 
 
 def test_a_copied_file_in_which_all_documents_are_bad(tmp_path):
@@ -447,9 +518,25 @@ def test_a_copy_that_changes_while_it_is_read_is_noticed(tmp_path):
 
 def test_a_copy_is_not_named_after_the_credentials_of_its_url(tmp_path, server):
     (tmp_path / "served/b.json").write_bytes(array_with_bad())
-    source = open_source(f"{server.url}/b.json?X-Amz-Signature=planted", on_bad_data="skip")
+    address = server.url.replace("://", "://user:plant'öd@")
+    source = open_source(f"{address}/b.json?X-Amz-Signature=planted'é#sig=planted", on_bad_data="skip")
     assert len(read_all(source)) == 300
-    assert not [file for file in (tmp_path / "cache").rglob("*") if "planted" in file.name]
+    (copy,) = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    reasons = pq.read_table(copy).column(formats.BAD).to_pylist()
+    assert any(reasons) and not any("plant" in text for text in [copy.name, *filter(None, reasons)])
+
+
+def test_a_token_cache_does_not_hold_the_credentials_of_its_source(tmp_path, server, tokenizer):
+    from recipe.data.token_cache import write_token_cache
+
+    address = server.url.replace("://", "://user:plant'öd@")
+    text = open_source(f"{address}/a.parquet?sig=plant'ed")
+    write_token_cache(text, tokenizer, tmp_path / "tokens")
+    metadata = pq.read_metadata(tmp_path / "tokens/tokens-00000.parquet").metadata
+    assert b"a.parquet" in metadata[formats.TOKEN_CACHE.encode()] and not any(
+        b"plant" in each for each in metadata.values()
+    )
+    assert open_source(str(tmp_path / "tokens")).fingerprint == text.fingerprint
 
 
 def write_arrow(path, texts):
@@ -497,7 +584,7 @@ def test_bad_documents_of_a_small_source_are_counted_too(write_config, tmp_path,
 
 def _begin_late(main_process: int, is_sent) -> None:
     is_sent.wait()
-    loader._begin_worker((main_process, logging.WARNING, 1.0, 1.0), 0)
+    loader._begin_worker((main_process, logging.WARNING, 1.0, 1.0, ()), 0)
     threading.Event().wait()
 
 

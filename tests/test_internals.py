@@ -10,7 +10,6 @@ from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
 
 from recipe import internals
-from recipe.metrics.perplexity import Perplexity
 
 RECIPE = Path(internals.__file__).parent
 # Of Python itself, methods that the recipe overrides or that are documented in spite of their name, and buffers and
@@ -174,13 +173,6 @@ def test_torch_is_grad_switch():
     with Watch(), torch.no_grad():
         pass
     assert switched == [False, True]
-
-
-def test_evaluate_begin_metric(tmp_path):
-    module = Perplexity(cache_dir=str(tmp_path))
-    module.selected_feature_format = module.features
-    internals.begin_metric(module)
-    assert module.writer is not None
 
 
 def test_private_names_are_used_there_only():

@@ -1,6 +1,7 @@
 """Metrics against plain torch and plain Python, alone and through a real Trainer."""
 
 import math
+import tempfile
 from pathlib import Path
 
 import evaluate
@@ -22,7 +23,7 @@ from transformers import (
 
 import recipe.metrics as metrics_package
 from recipe.errors import UserError
-from recipe.metrics import BitsPerByte, NextTokenMetrics, Perplexity, _add_batch, token_byte_lengths
+from recipe.metrics import NextTokenMetrics, token_byte_lengths
 
 FOLDER = Path(metrics_package.__file__).parent
 SHIPPED_TOKENIZER = Path(__file__).parents[1] / "tokenizer" / "llama-4k"
@@ -78,23 +79,29 @@ def test_bits_per_byte(tmp_path):
     assert math.isnan(bits_per_byte.compute(predictions=[1.0], references=[0])["bits_per_byte"])
 
 
-def test_sums_are_float64(tmp_path):
+def test_sums_are_float64():
     nll = np.random.default_rng(0).gamma(2.0, 2.0, 100_000).astype(np.float32)
-    module = Perplexity(cache_dir=str(tmp_path))
-    _add_batch(module, predictions=nll)
+    metrics = NextTokenMetrics(BYTE_LENGTHS)
+    add(metrics, nll.tolist(), [1] * 100_001, compute_result=False)
     # A float32 sum is off by up to 6e-8, its rounding; a float64 one by 1e-16 times a few.
-    assert module.compute()["loss"] == pytest.approx(math.fsum(nll.tolist()) / len(nll), rel=1e-13)
+    assert metrics.compute()["loss"] == pytest.approx(math.fsum(nll.tolist()) / len(nll), rel=1e-13)
 
 
-def test_fast_add_equals_evaluates_own_add_batch(tmp_path):
-    rng = np.random.default_rng(0)
-    nll, num_bytes = rng.gamma(2.0, 2.0, 3001).astype(np.float32), rng.integers(0, 9, 3001)
-    stock = load_module("bits_per_byte", tmp_path / "stock")
-    ours = BitsPerByte(cache_dir=str(tmp_path / "ours"))
-    for part in (slice(0, 17), slice(17, 17), slice(17, 2500), slice(2500, None)):
-        stock.add_batch(predictions=nll[part], references=num_bytes[part])
-        _add_batch(ours, predictions=nll[part], references=num_bytes[part])
-    assert stock.compute() == ours.compute()
+def test_sums_give_what_the_modules_give(tmp_path):
+    rng, metrics = np.random.default_rng(0), NextTokenMetrics(BYTE_LENGTHS)
+    nll = rng.gamma(2.0, 2.0, (3, 1000)).astype(np.float32)
+    predicted, labels = rng.integers(0, 4, (3, 1000)).astype(np.int32), rng.integers(0, 4, (3, 1001))
+    for row in range(3):
+        labels[row, 1:200] = -100
+        arrays = [torch.from_numpy(array[row : row + 1]) for array in (nll, predicted, labels)]
+        result = metrics(EvalPrediction(tuple(arrays[:2]), arrays[2]), compute_result=row == 2)
+    targets = labels[:, 1:]
+    is_scored = targets != -100
+    columns = {"predictions": predicted.ravel(), "references": targets.ravel()}
+    expected = load_module("next_token_accuracy", tmp_path).compute(**columns)
+    expected |= load_module("perplexity", tmp_path).compute(predictions=nll[is_scored])
+    columns = {"predictions": nll[is_scored], "references": BYTE_LENGTHS[targets[is_scored]]}
+    assert result == pytest.approx(expected | load_module("bits_per_byte", tmp_path).compute(**columns), rel=1e-13)
 
 
 # Bytes per token.
@@ -317,19 +324,10 @@ def test_nothing_scored_is_nan():
     assert all(math.isnan(value) for value in result.values())
 
 
-def test_tokens_wait_on_disk_in_a_folder_that_goes_away():
+def test_no_file_is_written(monkeypatch):
+    """A full disk, TMPDIR's too, must not end an evaluation."""
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", "/dev/null/nonexistent")
     metrics = NextTokenMetrics(BYTE_LENGTHS)
-    folder = Path(metrics._folder.name)
     add(metrics, [1.0] * 5000, [1] * 5001, compute_result=False)
-    assert sum(path.stat().st_size for path in folder.rglob("*.arrow")) > 0
-    metrics.compute()
-    assert not list(folder.rglob("*.arrow"))
-    del metrics
-    assert not folder.exists()
-
-
-def test_two_processes_of_one_machine_do_not_share_a_file():
-    first, second = NextTokenMetrics(BYTE_LENGTHS), NextTokenMetrics(BYTE_LENGTHS)
-    add(first, [1.0], [9, 1], compute_result=False)
-    add(second, [3.0], [9, 1], compute_result=False)
-    assert (first.compute()["loss"], second.compute()["loss"]) == (1.0, 3.0)
+    assert metrics.compute()["loss"] == 1.0

@@ -1,12 +1,16 @@
 """No credential leaves the process: unit tests of the boundary, and a search of every file that a run writes."""
 
+import itertools
 import json
+import logging
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,15 +18,19 @@ import pytest
 
 from conftest import document
 from recipe import redact as module
+from recipe.console import LineFormatter
+from recipe.errors import message_of
 from recipe.model_card import write_model_card
 from recipe.plain_json import dumps
 from recipe.publish import PUBLISHED
-from recipe.redact import redact, redact_all, remember
+from recipe.redact import redact, redact_all, remember, remember_urls
 from recipe.report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
-PASSWORD, SIGNATURE, TOKEN = "hunter2planted", "SIGplanted0123456789", "hf_plantedPLANTEDplanted0123"
-SECRETS = (PASSWORD, SIGNATURE, TOKEN)
+# With what ends a URL, what JSON escapes, and what is percent-encoded. A run must write no part of them.
+PASSWORD, SIGNATURE = "hunter2'ö%2F%23%40planted", "sIg'é%22planted0123456789"
+TOKEN = "hf_plantedPLANTEDplanted0123"
+SECRETS = ("hunter2", "planted", "sIg", TOKEN)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +47,13 @@ SECRETS = (PASSWORD, SIGNATURE, TOKEN)
             "what? a=b; https://github.com/a/b#c, user@host, 1 < 2",
         ),
         ("postgres://u:p@h:5/d", "postgres://***@h:5/d"),
+        ("s3://k:s/ecret@b/x", "s3://***@b/x"),
+        ("opening http://u:it's@h/a?sig=o'ne: its index", "opening http://***@h/a?sig=***: its index"),
+        ("'http://u:p@h/a?sig=b': no such file", "'http://***@h/a?sig=***': no such file"),
+        ("http://h/a.parquet#sig=abc, [x](http://h/p#part)", "http://h/a.parquet#sig=***, [x](http://h/p#part)"),
+        ("http%3A%2F%2Fu%3Ap%40h%2Fa and http%3A%2F%2Fh%2Fa", "http%3A%2F%2F*** and http%3A%2F%2Fh%2Fa"),
+        *([text] * 2 for text in ("http://[::1]:8080/a@b http://h:80/a@b", "s3://b/day=1/x@v2", "file:///me@h/a")),
+        *([text] * 2 for text in ('{"a":"http://h/x","b":"me@h"}', "see (https://h/a.), or me@h; 50% = half")),
     ],
 )
 def test_credentials_are_masked_and_nothing_else(text, expected):
@@ -46,10 +61,43 @@ def test_credentials_are_masked_and_nothing_else(text, expected):
 
 
 def test_remembered_values_are_masked_anywhere(monkeypatch):
-    monkeypatch.setattr(module, "_known", set())
+    monkeypatch.setattr(module, "_known", [])
     remember("correct-horse", None, "", "short")
     assert redact("x correct-horsey short") == "x ***y short"
     assert redact_all({"correct-horse": ["correct-horse", 1, None]}) == {"***": ["***", 1, None]}
+
+
+ODD = ["pass7'wörd7", 'pass7"ote\\word7', "pass7%2Fcent7%27%C3%B6%23word7", "pass7+;=word7", "pass7/s'word7"]
+URLS = ["https://us3r:{}@h/a.parquet", "https://h/a.parquet?x=1&sig={}", "https://h/a.parquet?{}", "s3://{}@bucket/a"]
+
+
+@pytest.mark.parametrize(
+    ("url", "password"),
+    [
+        *itertools.product(URLS[:2], ODD),
+        *itertools.product(URLS[2:3], [*ODD[:3], ODD[4]]),
+        *itertools.product(URLS[3:], ODD[:4]),
+        *itertools.product(URLS[:1], ["pass7#word7", "pass7?word7", "pass7@7@word7", "pass7&x=word7"]),
+    ],
+)
+def test_an_odd_credential_of_the_source_is_masked_in_any_text(monkeypatch, password, url):
+    """Also where the URL is quoted, escaped, decoded, encoded or cut."""
+    monkeypatch.setattr(module, "_known", [])
+    source = url.format(password)
+    remember_urls({"source": [{"path": source}], "block_size": 64})
+    record = logging.LogRecord("recipe", 20, "", 0, "%r and %s, %s", (source, shlex.quote(source), password), None)
+    texts = [LineFormatter(False).format(record), message_of(ValueError(f"no {password}!")), dumps([source, password])]
+    texts += [redact(json.dumps({"source": source})), redact(f"cannot get {quote(source, safe='')}: 404")]
+    texts += [redact(f"cannot get {unquote(source)}"), redact(f"{quote(unquote(password))} is refused")]
+    assert [text for text in texts if "pass7" in text or "word7" in text or "wörd7" in text] == []
+
+
+def test_ordinary_text_stays_as_it_is(monkeypatch):
+    """Values of a query that are words, numbers or dates are no credentials, nor is the user's name."""
+    monkeypatch.setattr(module, "_known", [])
+    remember_urls("https://training:pw@h/a.parquet?format=parquet&sv=2024-11-04&part=12&raw=true")
+    text = "training on part 12 of a.parquet since 2024-11-04, not raw text; pw"
+    assert redact(text) == text
 
 
 def test_json_stays_json():
@@ -64,17 +112,20 @@ def test_a_run_writes_no_credential_anywhere(write_config, tmp_path):
     table = pa.table({"text": [document(i) for i in range(300)]})
     pq.write_table(table, served / "a.parquet", row_group_size=10)
     words = ["train", write_config(save_steps=10, max_steps=30), "--hub_token", TOKEN, "--json"]
-    address = f"http://user:{PASSWORD}@127.0.0.1:PORT/a.parquet?X-Amz-Signature={SIGNATURE}%d&token={TOKEN}"
+    address = f"http://user:{PASSWORD}@127.0.0.1:PORT/a.parquet?X-Amz-Signature={SIGNATURE}"
+    first, second = (["--source", f"{address}{number}&token={TOKEN}"] for number in (1, 2))
     more = ["--resume_from_checkpoint", "latest", "--dataloader_num_workers", "2"]
-    runs = [(45, 1000, [*words, "--source", address % 1]), (20, 2, [*words, *more, "--source", address % 2])]
+    runs = [(45, 1000, [*words, *first]), (20, 2, [*words, *more, *second])]
     command = [sys.executable, "-c", RUNS, str(served), json.dumps(runs), str(run_dir)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300)
+    environment = os.environ | {"RECIPE_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300, env=environment)
     printed = done.stdout + done.stderr
     assert done.stdout.splitlines()[-1:] == [b"[4, 0]"], printed.decode()
     assert b"trying again" in printed and b"?X-Amz-Signature=***" in printed and b"Traceback" not in printed
     with zipfile.ZipFile(run_dir / "bundle.zip") as bundle:
         bundle.extractall(tmp_path / "bundle")
-    files = [file for folder in (run_dir, tmp_path / "bundle") for file in folder.rglob("*") if file.is_file()]
+    folders = run_dir, tmp_path / "bundle", tmp_path / "cache"
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     names = {file.name for file in files}
     assert {"run.json", "stream_state.json", "report.html", "README.md", "training_args.bin", "steps.jsonl"} <= names
     assert [file for file in files if holds_secret(file.read_bytes())] == [] and not holds_secret(printed)

@@ -10,6 +10,7 @@ import json
 import logging
 import lzma
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ from recipe.data.formats import (
     text_documents,
     without_mark,
 )
-from recipe.errors import DataError, UserError
+from recipe.errors import DataError, UserError, is_disk_error
+from recipe.redact import redact
 
 logger = logging.getLogger(__name__)
 VERSION = 1  # increase it when the result would differ
@@ -65,16 +67,20 @@ def convert(path: str, kind: str, column: str, facts: FileFacts, skips: bool = F
 
 
 def _file_name(path: str) -> str:
-    return Path(path.partition("?")[0] if is_remote(path) else path).name  # the query may hold credentials
+    """Without the query and the fragment of a URL, which may hold credentials."""
+    return Path(re.split("[?#]", redact(path))[0] if is_remote(path) else path).name
 
 
 def _write(path: str, kind: str, column: str, target: Path, skips: bool) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_room(path, target, error) from error
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     digest, writer = hashlib.blake2b(digest_size=8), None
     try:
         for group in _groups(_read(path, kind, column, skips)):
-            bad = pa.array([str(each) if isinstance(each, Exception) else None for each in group], pa.string())
+            bad = pa.array([redact(str(each)) if isinstance(each, Exception) else None for each in group], pa.string())
             values = pa.array([each.ids if isinstance(each, TokenIds) else _text_of(each) for each in group])
             if writer is None:
                 values = values.cast(pa.string()) if pa.types.is_null(values.type) else values
@@ -95,8 +101,20 @@ def _write(path: str, kind: str, column: str, target: Path, skips: bool) -> None
         raise DataError(
             f"{path}: cannot be read ({first_line(error)}); replace the file, or leave it out of `source`"
         ) from error
+    except OSError as error:
+        if is_disk_error(error):
+            raise _no_room(path, target, error) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _no_room(path: str, target: Path, error: OSError) -> DataError:
+    """Of the cache's disk, which must not look like a failure of the file or of the network."""
+    return DataError(
+        f"{path}: its copy cannot be written into {target.parent} ({first_line(error)}); set RECIPE_CACHE to a folder "
+        "on another disk"
+    )
 
 
 def _text_of(document: str | Exception) -> str | None:

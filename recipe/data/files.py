@@ -40,6 +40,7 @@ TRAIN_SPLIT = re.compile(r"(?i)(^|[/._ -])train(ing)?([/._ -]|$)")
 OTHER_SPLIT = re.compile(r"(?i)(^|[/._ -])(test(ing)?|valid(ation)?|val|dev|eval(uation)?)([/._ -]|$)")
 HUB_OFFLINE_HINT = "train on data that needs no network, --source docstrings, or on your own files"
 RETRY_SECONDS = (1, 2, 4, 8, 16)
+REFUSED, MISSING = (401, 403), (404, 410)  # HTTP statuses that do not pass at the start of a run
 STALL_SECONDS = 60  # an HTTP connection that is silent for so long has failed; aiohttp would wait for 300 s
 
 
@@ -48,13 +49,15 @@ class FileFacts:
     """Identifies a version of a file: size in bytes, ETag or modification time, hash of the content.
 
     `content` hashes the footer of a parquet file, which has size, offset and statistics of each column chunk, and all
-    bytes of other files. If only `modified` differs, the file was copied or touched.
+    bytes of other files. If only `modified` differs, the file was copied or touched. `stamp`, of a local file: inode
+    and time of the last change of any kind, which nobody can set. Another file may have the same size and date.
     """
 
     path: str
     num_bytes: int
     modified: str
     content: str = ""
+    stamp: str = ""
 
 
 def first_line(error: BaseException) -> str:
@@ -116,13 +119,15 @@ def facts_of(path: str) -> FileFacts:
     filesystem.invalidate_cache()  # some remember what they have listed
     info = filesystem.info(inside)
     if not is_remote(path):
-        return FileFacts(path, info["size"], str(os.stat(inside).st_mtime_ns))
+        found = os.stat(inside)
+        return FileFacts(path, info["size"], str(found.st_mtime_ns), stamp=f"{found.st_ino}:{found.st_ctime_ns}")
     version = next((info[key] for key in ("ETag", "blob_id", "LastModified", "Last-Modified") if info.get(key)), "")
     return FileFacts(path, info["size"] or 0, str(version))
 
 
 def with_retries(read: Callable[[], Result], path: str, was_read: bool = False) -> Result:
-    """`read()`, repeated after a wait where the network fails; `OSError` when all attempts fail. Local files are not
+    """`read()`, repeated after a wait where the network fails. Raises `OSError` when all attempts fail: a
+    `PermissionError` where the server refuses, a `ConnectionError` where it cannot be reached. Local files are not
     retried.
 
     `was_read`: the file could be read before, so any failure may be temporary: a missing file, a refused login, a
@@ -134,20 +139,53 @@ def with_retries(read: Callable[[], Result], path: str, was_read: bool = False) 
         except (UserError, DataError):
             raise
         except Exception as error:  # each protocol's client has exceptions of its own
-            reason = (_network_failure(error) or (error if was_read else None)) if is_remote(path) else None
-            if reason is None:
+            if not is_remote(path):
                 raise
-            words = _in_words(reason)
-            if seconds is None:
-                raise OSError(words) from error
+            failure = _network_failure(error)
+            words = _in_words(failure or error)
+            if failure is None and not was_read and _status_of(error) is None:
+                raise
+            if seconds is None or (failure is None and not was_read):
+                raise _kind_of(error, failure)(words) from error
             logger.warning("%s: %s; trying again in %g s", path, words, seconds)
             time.sleep(seconds)
 
 
+def fix_for(error: BaseException, path: str) -> str:
+    """What to do where a file cannot be read. `error`: of `with_retries`."""
+    if is_remote(path) and isinstance(error, PermissionError):
+        return "put a URL that is valid now into `source`, or log in"
+    if is_remote(path) and isinstance(error, ConnectionError):
+        return "try again when the server answers"
+    return "replace the file, or leave it out of `source`"
+
+
 def _in_words(reason: BaseException) -> str:
+    status = _status_of(reason)
     if isinstance(reason, TimeoutError):
         return f"no answer within {STALL_SECONDS:g} s"
-    return "not found (404)" if isinstance(reason, FileNotFoundError) else first_line(reason)
+    if status in REFUSED:
+        return f"the server refuses it ({status}): wrong or expired signature or login"
+    return f"not found ({status or 404})" if isinstance(reason, FileNotFoundError) else first_line(reason)
+
+
+def _status_of(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error, of aiohttp, requests or httpx."""
+    while error is not None:
+        status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None
+
+
+def _kind_of(error: BaseException, failure: BaseException | None) -> type[OSError]:
+    if _status_of(error) in REFUSED or isinstance(error, PermissionError):
+        return PermissionError
+    if failure is not None:
+        return ConnectionError
+    is_missing = _status_of(error) in MISSING or isinstance(error, FileNotFoundError)
+    return FileNotFoundError if is_missing else OSError
 
 
 def _network_failure(error: BaseException | None) -> BaseException | None:
@@ -157,7 +195,7 @@ def _network_failure(error: BaseException | None) -> BaseException | None:
         return _network_failure(error.__cause__)
     modules = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
     is_network = isinstance(error, OSError) or bool(modules & {"aiohttp", "httpx", "requests", "botocore"})
-    is_final = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403, 404, 410)
+    is_final = isinstance(error, PermissionError) or _status_of(error) in (*REFUSED, *MISSING)
     return error if is_network and not is_final else None
 
 
@@ -199,7 +237,8 @@ def _list_files(source: str) -> list[str]:
     except FileNotFoundError:
         found = []
     except OSError as error:
-        raise DataError(f"source {source!r}: cannot be listed ({first_line(error)}); {HUB_OFFLINE_HINT}") from error
+        fix = fix_for(error, source) if isinstance(error, PermissionError) else HUB_OFFLINE_HINT
+        raise DataError(f"source {source!r}: cannot be listed ({first_line(error)}); {fix}") from error
     if not found:
         why = _why_nothing(source)
         kinds = f"a source is docstrings, hf://OWNER/NAME, or a path, glob or URL of {', '.join(FORMATS)} files"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from recipe.data.formats import Chunk, Content, TokenIds
+from recipe.data.formats import BadDocument, Chunk, Content, TokenIds
 from recipe.data.hold_out import HoldOutFilter, digest_of
 from recipe.data.lanes import Split, pieces_of
 from recipe.data.source import Source, counted
@@ -135,7 +135,10 @@ def _fit_small(source: Source, wish: Wish, hold_out: tuple[int, int]) -> Fitted:
             f"than one block of {wish.block_size}; {AS_IT_FITS}"
         )
     copies = HoldOutFilter([*held, *divided])
-    train: list[Content] = ["" if copies.holds(content) else content for content in contents]
+    is_bad = [isinstance(content, BadDocument) for content in contents]  # to be counted, though others are held out
+    train: list[Content] = [
+        "" if copies.holds(content) and not bad else content for content, bad in zip(contents, is_bad, strict=True)
+    ]
     train[: wish.train_skip] = [""] * min(wish.train_skip, len(train))
     train[slice(*hold_out)] = [""] * len(held)
     counted_length = sum(min(len(content), LONG_TOKEN * wish.block_size) for content in held)

@@ -53,7 +53,9 @@ Content = str | TokenIds
 
 
 class BadDocument(str):
-    """Stands for a document that cannot be read and is skipped: an empty text that can be told from others."""
+    """Stands for a document that cannot be read and is skipped: an empty text with the reason beside it."""
+
+    reason = ""
 
 
 def refuse(error: Exception) -> Content:

@@ -111,10 +111,11 @@ def read_lane(
 ) -> Iterator[Document]:
     """The lane's documents from `state` on, endlessly: chunks shuffled in each pass, documents shuffled in each chunk.
 
-    Documents that equal a held-out one are skipped, and those that cannot be read, which are counted in the state.
+    Documents that equal a held-out one are skipped, and those that cannot be read, which are counted in the state and
+    named in the next one.
     Raises `UserError` after a whole pass without text, which would otherwise never end.
     """
-    state, bad = dict(state), state.get("bad", 0)
+    state, bad, skipped = dict(state), state.get("bad", 0), []
     while True:
         is_whole_pass, has_text = state["chunk"] == state["document"] == 0, False
         order = shuffled(chunks, split.seed, lane, state["pass"])
@@ -125,12 +126,16 @@ def read_lane(
             for place in range(state["document"], len(indices)):
                 here = {"pass": state["pass"], "chunk": position, "document": place, "token": 0}
                 content = contents[indices[place] - chunk.first_document]
-                bad += isinstance(content, BadDocument)
+                if isinstance(content, BadDocument):
+                    bad += 1
+                    skipped.append(content.reason)
+                    continue
                 if bad:
                     here["bad"] = bad
                 if hold_out_filter is None or not hold_out_filter.holds(content):
                     has_text = has_text or len(content) > 0
-                    yield Document(indices[place], content, here)
+                    yield Document(indices[place], content, here, tuple(skipped))
+                    skipped.clear()
             state["document"] = 0
         if is_whole_pass and not has_text:
             count = sum(len(split.documents_of(chunk)) for chunk in chunks)

@@ -23,8 +23,10 @@ from recipe.data import files
 from recipe.data.collator import DataCollatorForPackedRows
 from recipe.data.files import first_line
 from recipe.data.packing import Row
+from recipe.data.source import log_skipped
 from recipe.data.stream import RowStream, check_division, source_of_row
 from recipe.errors import ENDING, DataError, UserError, message_of
+from recipe.redact import known, remember
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 WATCH_SECONDS = 1.0  # between two looks of a worker at its main process
@@ -102,7 +104,7 @@ class BatchLoader:
         # The order of the lanes does not use torch's generator; a separate one keeps DataLoader from drawing on the
         # run's.
         context = start_server() if self.num_workers else None
-        settings = os.getpid(), logging.getLogger().level, files.RETRY_SECONDS, files.STALL_SECONDS
+        settings = os.getpid(), logging.getLogger().level, files.RETRY_SECONDS, files.STALL_SECONDS, known()
         rows = DataLoader(
             self.dataset,
             batch_size=None,
@@ -124,6 +126,8 @@ class BatchLoader:
     def _advance(self, batch: list[Row]) -> None:
         for row in batch:
             self.position["lanes"][row.source][row.lane] = row.state
+            for reason in row.skipped:
+                log_skipped(reason)
         first = self.position["rows"]
         self.position["rows"] += len(batch) * self.dataset.world_size
         for number in range(first, self.position["rows"]):
@@ -166,8 +170,9 @@ def start_server() -> multiprocessing.context.BaseContext:
 
 def _begin_worker(settings: tuple, worker_id: int) -> None:
     """Leave signals to the main process, and end with it: workers of a killed parent would wait forever to deliver
-    their rows. `settings` are the main process's: its id, log level and patience."""
-    main_process, level, files.RETRY_SECONDS, files.STALL_SECONDS = settings
+    their rows. `settings` are the main process's: its id, log level, patience and what it masks."""
+    main_process, level, files.RETRY_SECONDS, files.STALL_SECONDS, credentials = settings
+    remember(*credentials)
     configure_logging(level)
     configure_transformers_logging()
     for number in {*ENDING} - {signal.SIGTERM}:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple, NotRequired, TypedDict
 
@@ -37,11 +37,13 @@ class LaneState(TypedDict("LaneState", {"pass": int})):
 
 @dataclass(frozen=True)
 class Document:
-    """One text (or its token ids), its index in its source, and the lane's state before it is read."""
+    """One text (or its token ids), its index in its source, and the lane's state before it is read. `skipped`: why
+    each of the documents directly before it cannot be read."""
 
     index: int
     content: Content
     state: LaneState
+    skipped: tuple[str, ...] = ()
 
 
 class Piece(NamedTuple):
@@ -59,7 +61,7 @@ class Row:
 
     `input_ids`: int32 `[block_size]`. `pieces`: its parts in order, from the source number `source`.
     `state`: the lane's state in that source after it. `source`, `lane` and `number` (its position in the
-    canonical order) are set by the stream.
+    canonical order) are set by the stream. `skipped`: of the documents that begin in it.
     """
 
     input_ids: np.ndarray
@@ -68,6 +70,7 @@ class Row:
     source: int = 0
     lane: int = 0
     number: int = 0
+    skipped: tuple[str, ...] = ()
 
     @property
     def documents(self) -> list[int]:
@@ -90,9 +93,10 @@ def tokenize(documents: Iterable[Document], tokenizer, source_name: str = "") ->
 
     Raises `DataError` for a token id that the tokenizer does not have.
     """
-    eos, vocab_size = np.int32(tokenizer.eos_token_id), len(tokenizer)
+    eos, vocab_size, skipped = np.int32(tokenizer.eos_token_id), len(tokenizer), ()
     for batch in _batches(documents):
         for document, ids in zip(batch, encode([document.content for document in batch], tokenizer), strict=True):
+            skipped += document.skipped
             if not len(ids):
                 continue
             ids = np.asarray(ids, dtype=np.int32)
@@ -101,7 +105,9 @@ def tokenize(documents: Iterable[Document], tokenizer, source_name: str = "") ->
                     f"source {source_name!r}: document {document.index} has token ids from {ids.min()} to "
                     f"{ids.max()}, but the tokenizer has {vocab_size}; name the tokenizer that made them"
                 )
-            yield document, ids if ids[-1] == eos else np.append(ids, eos)
+            named = document if document.skipped == skipped else replace(document, skipped=skipped)
+            yield named, ids if ids[-1] == eos else np.append(ids, eos)
+            skipped = ()
 
 
 def encode(contents: Sequence[Content], tokenizer) -> list[Sequence[int]]:
@@ -184,17 +190,17 @@ def pack(documents: Iterable[tuple[Document, np.ndarray]], block_size: int, skip
     With block_size 4, documents [5 6 2] and [7 8 9 2] (2 = EOS) and more to come:
     [5 6 2 7] with state {document 1, token 1}, then [8 9 2 ...].
     """
-    block, filled, held = np.empty(block_size, dtype=np.int32), 0, []
+    block, filled, held, skipped = np.empty(block_size, dtype=np.int32), 0, [], ()
     for document, ids in documents:
-        start, skip_tokens = skip_tokens, 0
+        start, skip_tokens, skipped = skip_tokens, 0, skipped + document.skipped
         while start < len(ids):
             taken = ids[start : start + block_size - filled]
             block[filled : filled + len(taken)] = taken
             held.append(Piece(document.index, document.state["pass"], start, len(taken)))
             start, filled = start + len(taken), filled + len(taken)
             if filled == block_size:
-                yield Row(block, tuple(held), _state_after(document, start, len(ids)))
-                block, filled, held = np.empty(block_size, dtype=np.int32), 0, []
+                yield Row(block, tuple(held), _state_after(document, start, len(ids)), skipped=skipped)
+                block, filled, held, skipped = np.empty(block_size, dtype=np.int32), 0, [], ()
 
 
 def _state_after(document: Document, token: int, length: int) -> LaneState:

@@ -106,14 +106,15 @@ def build_parts(arguments: DataArguments, tokenizer, tokenizer_name: str) -> tup
 
 def _check_apart(sources: list[Source]) -> None:
     """A file in two sources would silently be read twice, and be hold-out in one and training data in the other."""
-    owner: dict[str, Source] = {}
+    owner: dict[tuple[str, str], Source] = {}
     for source in sources:
         for file in source.files:
             path = file.path if is_remote(file.path) else os.path.realpath(file.path.removeprefix("file://"))
-            if path in owner:
-                both = f"in {owner[path].name!r} and in {source.name!r}" if owner[path] is not source else "there"
+            key = path, file.content  # a token cache knows a URL without its query
+            if key in owner:
+                both = f"in {owner[key].name!r} and in {source.name!r}" if owner[key] is not source else "there"
                 raise UserError(f"source {source.name!r}: {path} is named twice, {both}; name it once")
-            owner[path] = source
+            owner[key] = source
 
 
 def identity_of(config: Config, parts: list[Part], num_lanes: int, tokenizer: PreTrainedTokenizerBase) -> dict:

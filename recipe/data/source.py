@@ -22,7 +22,7 @@ from recipe.data import formats
 from recipe.data.arrow import index_arrow, read_arrow_chunk
 from recipe.data.convert import convert
 from recipe.data.docstrings import build_docstring_corpus, corpus_info, default_cache_dir
-from recipe.data.files import FileFacts, facts_of, find_files, first_line, format_of, is_remote, with_retries
+from recipe.data.files import FileFacts, facts_of, find_files, first_line, fix_for, format_of, is_remote, with_retries
 from recipe.data.formats import BadDocument, Chunk, Content, FileIndex, refuse
 from recipe.data.sniff import NotPlain
 from recipe.errors import DataError, UserError
@@ -45,7 +45,8 @@ INDEX_VERSION = 1  # increase it when an index would differ
 LOGGED = 20  # bad documents that a process logs one by one; later ones at each power of two
 
 _num_bad, _logged = itertools.count(1), set()
-_other_dates: dict[FileFacts, set[str]] = {}  # of files that were touched, by the facts at the start of the run
+# Of files that were touched or replaced: date and stamp, by the facts at the start of the run.
+_other_dates: dict[FileFacts, set[tuple[str, str]]] = {}
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Source:
         except (OSError, pa.ArrowException) as error:
             failure = DataError(
                 f"{chunk.path}: cannot read documents {chunk.first_document} to {chunk.stop_document - 1} "
-                f"({first_line(error)}); replace the file, or leave it out of `source`"
+                f"({first_line(error)}); {fix_for(error, chunk.path)}"
             )
             if not (skips and self._is_corrupt(chunk.path, error)):
                 raise failure from error
@@ -144,26 +145,32 @@ class Source:
         """Raise `DataError` if the file is not the one that was opened. Another date alone costs a second look at what
         identifies its content."""
         then, now = self._facts[path], facts_of(path)
-        dates = _other_dates.setdefault(then, {then.modified})
-        if now.num_bytes == then.num_bytes and now.modified in dates:
+        dates = _other_dates.setdefault(then, {(then.modified, then.stamp)})
+        if now.num_bytes == then.num_bytes and (now.modified, now.stamp) in dates:
             return
         if now.num_bytes != then.num_bytes or self._content_of(path) != then.content:
             raise DataError(
                 f"{path}: the file changed while it was read ({then.num_bytes:,} bytes at the start of the run, now "
                 f"{now.num_bytes:,}); restore it, or resume with --on_changed_stream continue or restart"
             )
-        dates.add(now.modified)
-        logger.warning("%s has another date than at the start of the run, and the same content", path)
+        if now.modified not in [modified for modified, _ in dates]:
+            logger.warning("%s has another date than at the start of the run, and the same content", path)
+        dates.add((now.modified, now.stamp))
 
 
 def _skip(error: Exception) -> BadDocument:
-    """Logs a document once, though a chunk may be read several times."""
-    if str(error) not in _logged:
-        number = next(_num_bad)
-        if number <= LOGGED or number & (number - 1) == 0:
-            _logged.add(str(error))
-            logger.warning("skipped, as on_bad_data says: %s (skip %d of this process)", error, number)
-    return BadDocument()
+    document = BadDocument()
+    document.reason = str(error)
+    return document
+
+
+def log_skipped(reason: str) -> None:
+    """Of a document that was passed. One that was only read, ahead or for another purpose, is not logged, so that the
+    lines are those that `bad_documents_skipped` counts."""
+    number = next(_num_bad)
+    if reason not in _logged and (number <= LOGGED or number & (number - 1) == 0):
+        _logged.add(reason)
+        logger.warning("skipped, as on_bad_data says: %s (skip %d of this process)", reason, number)
 
 
 def open_source(source: str, text_column: str = "text", on_bad_data: str = "stop") -> Source:
@@ -295,9 +302,7 @@ def _index_one(path: str, text_column: str, skips: bool) -> tuple[FileFacts, Fil
     except UserError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(
-            f"{path}: cannot be opened ({first_line(error)}); replace the file, or leave it out of `source`"
-        ) from error
+        raise DataError(f"{path}: cannot be opened ({first_line(error)}); {fix_for(error, path)}") from error
 
 
 def _cached_index(path: str, text_column: str, skips: bool) -> tuple[FileFacts, FileIndex]:

@@ -4,9 +4,10 @@ Row g of the run comes from lane `g % num_lanes`, and from the source that `sour
 `g % world_size` trains on it; one worker of that rank reads it. So a row does not depend on the process that reads it.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, takewhile
+from itertools import accumulate, chain, islice, takewhile
 
 import torch
 
@@ -14,8 +15,10 @@ from recipe.data.formats import Content
 from recipe.data.hold_out import HoldOutFilter
 from recipe.data.lanes import Split, deal_chunks, read_lane, start_of_lane
 from recipe.data.packing import Row, pack, tokenize
-from recipe.data.source import Source
+from recipe.data.source import LOGGED, Source
 from recipe.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ class HeldOutRows(torch.utils.data.Dataset):
             (chunks,) = deal_chunks(part.source, part.split, num_lanes=1)
             lane = read_lane(part.source, chunks, part.split, 0, start_of_lane())
             documents = list(takewhile(lambda document: document.state["pass"] == 0, lane))
+            for reason in islice(chain.from_iterable(document.skipped for document in documents), LOGGED):
+                logger.warning("left out of the hold-out, as on_bad_data says: %s", reason)
             tokens = tokenize(documents, tokenizer, part.source.name)
             self.contents += [document.content for document in documents]
             self.rows += [replace(row, source=number) for row in pack(tokens, block_size)]

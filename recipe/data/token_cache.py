@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 
 from recipe.arguments import Config
 from recipe.data.files import first_line
-from recipe.data.formats import TEXT_DIGEST, TOKEN_CACHE, Chunk
+from recipe.data.formats import TEXT_DIGEST, TOKEN_CACHE, BadDocument, Chunk
 from recipe.data.hold_out import digest_of
 from recipe.data.packing import encode, hash_of_tokenizer, load_tokenizer
-from recipe.data.source import Source, open_source
+from recipe.data.source import Source, log_skipped, open_source
 from recipe.errors import DataError, UserError
+from recipe.plain_json import dumps
 
 logger = logging.getLogger(__name__)
 FILE_BYTES = 1 << 28  # of text in one file
@@ -85,13 +86,15 @@ def _parts(source: Source) -> list[list[Chunk]]:
 def _write(source: Source, chunks: list[Chunk], tokenizer, path: Path, about: dict) -> int:
     schema = pa.schema(
         [(source.text_column, pa.list_(pa.int32())), (TEXT_DIGEST, pa.binary())],
-        metadata={TOKEN_CACHE: json.dumps(about)},
+        metadata={TOKEN_CACHE: dumps(about)},
     )
     partial, total = path.with_suffix(".partial"), 0
     try:
         with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
             for chunk in chunks:
                 contents = source.read_chunk(chunk)
+                for bad in (content for content in contents if isinstance(content, BadDocument)):
+                    log_skipped(bad.reason)
                 ids = encode(contents, tokenizer)
                 total += sum(map(len, ids))
                 table = pa.table([ids, list(map(digest_of, contents))], schema=schema)

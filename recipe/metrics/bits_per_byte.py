@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 
 class BitsPerByte(evaluate.Metric):
-    """Columns stay in the Arrow file they were written to, so memory does not grow with the evaluation set.
+    """Of flat columns. `bits_per_byte_of` takes sums instead.
 
     Args:
         predictions: float32, negative log-likelihood in nats of each scored token. Flat: one number a token.
@@ -24,8 +24,10 @@ class BitsPerByte(evaluate.Metric):
         return evaluate.MetricInfo(__doc__, "", features, inputs_description=self.__doc__, format="arrow")
 
     def _compute(self, predictions, references):
-        num_bytes = pc.sum(references).as_py()
-        if not num_bytes:  # None for no tokens, 0 for special tokens only
-            return {"bits_per_byte": math.nan}
-        nats = pc.sum(predictions).as_py()  # Arrow sums float32 in float64
-        return {"bits_per_byte": nats / (math.log(2) * num_bytes)}
+        return bits_per_byte_of(pc.sum(predictions).as_py(), pc.sum(references).as_py())  # float32 summed in float64
+
+
+def bits_per_byte_of(nats: float | None, num_bytes: int | None) -> dict[str, float]:
+    if not num_bytes:  # None for no tokens, 0 for special tokens only
+        return {"bits_per_byte": math.nan}
+    return {"bits_per_byte": nats / (math.log(2) * num_bytes)}

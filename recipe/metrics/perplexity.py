@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 
 class Perplexity(evaluate.Metric):
-    """The column stays in the Arrow file it was written to, so memory does not grow with the evaluation set.
+    """Of a flat column. `perplexity_of` takes sums instead.
 
     Args:
         predictions: float32, negative log-likelihood in nats of each scored token. Flat: one number a token.
@@ -23,5 +23,12 @@ class Perplexity(evaluate.Metric):
         return evaluate.MetricInfo(__doc__, "", features, inputs_description=self.__doc__, format="arrow")
 
     def _compute(self, predictions):
-        loss = pc.fill_null(pc.mean(predictions), math.nan)  # Arrow sums float32 in float64
-        return {"loss": loss.as_py(), "perplexity": pc.exp(loss).as_py()}
+        return perplexity_of(pc.sum(predictions).as_py() or 0.0, len(predictions))  # Arrow sums float32 in float64
+
+
+def perplexity_of(nats: float, num_tokens: int) -> dict[str, float]:
+    loss = nats / num_tokens if num_tokens else math.nan
+    try:
+        return {"loss": loss, "perplexity": math.exp(loss)}
+    except OverflowError:
+        return {"loss": loss, "perplexity": math.inf}

@@ -34,7 +34,7 @@ DISKS = {
 
 
 def begin_disk(folder: Path) -> Whole:
-    words = prepare(folder)
+    words = prepare(folder, eval_strategy="steps", eval_steps=2)  # each failure meets evaluations
     with quiet_and_short(folder):
         return Whole(str(folder), words, train([*words, "--output_dir", str(folder / "whole")]))
 

@@ -54,8 +54,8 @@ class Whole:
         return Whole(**value | {"ran": Ran(**value["ran"])})
 
 
-def prepare(folder: Path) -> list[str]:
-    return ["train", str(write_setting(folder, **CHANGES))]
+def prepare(folder: Path, **changes) -> list[str]:
+    return ["train", str(write_setting(folder, **CHANGES | changes))]
 
 
 def train(words: list[str]) -> Ran:
