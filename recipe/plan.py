@@ -92,6 +92,12 @@ def make_plan(config: Config) -> dict:
     }
 
 
+def tokens_per_second(model: PretrainedConfig, block_size: int, precision: str, device: torch.device) -> float:
+    """Expected of the device, as in `make_plan`."""
+    flops = flops_per_token(model, sum(count_parameters(model).values()), block_size)
+    return matrix_rate(device, precision) * (CPU_MFU if device.type == "cpu" else GPU_MFU) / flops
+
+
 def _parts(memory: StepMemory) -> dict:
     return {**asdict(memory), "gradients": memory.gradients, "peak": memory.peak}
 
