@@ -177,7 +177,7 @@ def new(arguments: list[str]) -> int:
     _add(parser, "train_tokens", _number(1e5, 1e13), None, "tokens of the run; default: 20 for each parameter")
     options = parser.parse_args(arguments)
     print(write_config(options.file, options.size, options.train_tokens), flush=True)
-    print(how_long(resolve(str(options.file), []), options.size))
+    print(how_long(resolve(str(options.file), [])))
     return GOOD
 
 

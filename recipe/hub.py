@@ -31,6 +31,8 @@ def why_not_loaded(name: str, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if os.path.isdir(name):
         return f"cannot be loaded ({reason})"
+    if os.path.isabs(name) or name.count("/") > 1:  # no name of the hub
+        return "no such folder"
     offline = why_unreachable()
     if offline is None:
         return f"no such folder, and the hub has none that can be loaded ({reason})"

@@ -55,7 +55,7 @@ def write_config(path: Path, size: str, tokens: float | None = None) -> str:
     return f"wrote {path}\nnext: python -m recipe plan {path}    then: python -m recipe train {path}"
 
 
-def how_long(config: "Config", size: str) -> str:
+def how_long(config: "Config") -> str:
     """Hours of the run here, as `recipe plan` estimates them; on a CPU that would take long, what suits it."""
     from recipe.model import read_model_config
     from recipe.plan import tokens_per_second
@@ -69,8 +69,9 @@ def how_long(config: "Config", size: str) -> str:
         return text
     small = read_model_config(str(CONFIGS / f"llama_{CPU_SIZE}_model.json"), None)
     tokens = 3600 * tokens_per_second(small, SIZES[CPU_SIZE].block_size, "fp32", training.device)
-    words = f"--size {CPU_SIZE} --train_tokens {float(f'{tokens:.1g}'):.0f}"
-    return f"{text}; a run of about one hour: python -m recipe new {config.path.stem}-1h.json {words}"
+    other = config.path.with_name(f"{config.path.stem}-1h.json")
+    words = f"{other} --size {CPU_SIZE} --train_tokens {float(f'{tokens:.2g}'):.0f}"
+    return f"{text}; a run of about one hour: python -m recipe new {words}"
 
 
 def starting_config(size: str, tokens: float | None = None) -> dict:

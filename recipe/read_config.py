@@ -185,7 +185,9 @@ def _too_long(values: dict[str, Any]) -> str | None:
         is_over = values["block_size"] > longest
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return f"is over the model's max_position_embeddings; --block_size {longest} would do" if is_over else None
+    return (
+        f"is over the model's max_position_embeddings {longest}; --block_size {longest} would do" if is_over else None
+    )
 
 
 def _why_empty(name: str, value: str, folder: Path) -> str:

@@ -93,7 +93,7 @@ def test_typing_errors_and_help_need_no_torch(tmp_path):
     assert "learning_rat: unknown key; did you mean learning_rate?" in done.stderr
     assert "--max_step: unknown key; did you mean max_steps?" in done.stderr
     assert '--seed: expected a whole number, got "x"' in done.stderr and "bf16: expected true or false" in done.stderr
-    assert "is a folder" in done.stderr and "new.json exists already" in done.stderr
+    assert "is a folder" in done.stderr and "my.json exists already" in done.stderr
 
 
 # recipe new

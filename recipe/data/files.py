@@ -173,7 +173,7 @@ def _hub_files(source: str) -> list[str]:
     config = "/".join(part for part in config if part) or None
     if not owner or not name:
         raise UserError(f"source {source!r}: a hub dataset is hf://OWNER/NAME or hf://OWNER/NAME/CONFIG")
-    why_unreachable()
+    offline = why_unreachable()
     try:
         builder = datasets.load_dataset_builder(f"{owner}/{name}", config)
         files = builder.config.data_files["train"]
@@ -183,8 +183,8 @@ def _hub_files(source: str) -> list[str]:
         raise UserError(f"source {source!r}: the dataset has no split named train") from error
     except Exception as error:  # the hub client raises a different class for each way a network can fail
         raise DataError(
-            f"source {source!r}: the Hugging Face hub cannot be reached ({type(error).__name__}: "
-            f"{first_line(error)}); {HUB_OFFLINE_HINT}"
+            f"source {source!r}: the Hugging Face hub cannot be reached ("
+            f"{offline or f'{type(error).__name__}: {first_line(error)}'}); {HUB_OFFLINE_HINT}"
         ) from error
     return [str(file) for file in files]
 
