@@ -240,12 +240,13 @@ def _read_json(path: str | os.PathLike) -> tuple[dict[str, Any], list[checks.Pro
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=to_dict)
     except (OSError, ValueError, RecursionError) as error:
-        is_many = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"  # JSON lines
+        is_many = isinstance(error, json.JSONDecodeError) and (error.msg, error.colno) == ("Extra data", 1)  # lines
         hint = _data_hint(path) if is_many else None
         raise ConfigError(path, [("", hint or _why_unreadable(error, Path(path)))]) from error
     if not isinstance(given, dict):
-        hint = _data_hint(path) or f"must be a JSON object of keys and values, not {checks.show(given)}"
-        raise ConfigError(path, [("", hint)])
+        is_array = isinstance(given, list) and given and isinstance(given[0], (str, dict))
+        hint = _data_hint(path) if is_array else None
+        raise ConfigError(path, [("", hint or f"must be a JSON object of keys and values, not {checks.show(given)}")])
     return given, repeated
 
 
