@@ -43,7 +43,8 @@ USAGE = """usage: python -m recipe COMMAND ...
   report RUN_DIR [--watch [PORT] | --bundle]          findings and curve -> RUN_DIR/report.html; --watch serves it on
                                                       this machine while the run goes on; --bundle packs what is
                                                       needed to debug a finding, without data or paths
-  new FILE.json [--size 3m|15m|60m|180m]              write a starting config; never overwrites
+  new FILE.json [--size 3m|15m|60m|180m] [--train_tokens N]
+                                                      write a starting config; never overwrites
   generate RUN "prompt" [--num_samples N] [--json]    continue a prompt; RUN: a run, its final/, a checkpoint-N,
                                                       or a folder of a transformers model
   evaluate RUN [SOURCE ...] [--tasks NAMES] [--json]  loss, perplexity, bits per byte, accuracy; without SOURCE of the
@@ -179,13 +180,15 @@ def _positive(word: str) -> int:
 
 
 def new(arguments: list[str]) -> int:
-    from recipe.new import SIZES, write_config
+    from recipe.new import SIZES, how_long, write_config
 
     parser = argparse.ArgumentParser("recipe new", description="Write a starting config; never overwrites.")
     parser.add_argument("file", type=Path, metavar="FILE.json")
     parser.add_argument("--size", choices=SIZES, default="3m", help="parameters of the model (default: %(default)s)")
+    _add(parser, "train_tokens", _number(1e5, 1e13), None, "tokens of the run; default: 20 for each parameter")
     options = parser.parse_args(arguments)
-    print(write_config(options.file, options.size))
+    print(write_config(options.file, options.size, options.train_tokens), flush=True)
+    print(how_long(resolve(str(options.file), [])))
     return GOOD
 
 
@@ -264,7 +267,7 @@ def evaluate(arguments: list[str]) -> int:
 
     result = run_evaluation(find_trained(options.run), options)
     print(dumps(result) if options.json else format_evaluation(result))
-    return GOOD
+    return max((each.get("exit_code", GOOD) for each in result["sources"]), default=GOOD)
 
 
 def compare(arguments: list[str]) -> int:
@@ -404,7 +407,7 @@ def main() -> None:
     configure_logging()
     for name in ("httpx", "filelock", "fsspec", "datasets", "torch", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides retries; a final failure is logged once
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when it is imported; hides retries
     handle_endings(_terminate)  # while the training runs, its own handler saves a checkpoint
     if ended_on_purpose_before():
         os._exit(GOOD)  # torchrun would start it again; run_clm.sh returns the code that was reported

@@ -1,6 +1,7 @@
 """What a run says before its first logged loss: what it waits for, and what differs from the config."""
 
 import logging
+import re
 import sys
 import time
 from pathlib import Path
@@ -8,15 +9,17 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from recipe.arguments import Config
+from recipe.rundir import holds_run
 
 logger = logging.getLogger(__name__)
 QUIET_SECONDS = 5  # before the first line; each further line of an evaluation waits twice as long
 
 
-def announce_run(config: Config, output_dir: Path) -> None:
-    training, steps, warmup = config.training, config.max_steps, config.training.warmup_steps
-    if str(output_dir) != training.output_dir:
-        logger.warning("%s holds a run already; this one is in %s", training.output_dir, output_dir)
+def announce_run(config: Config, output_dir: Path | None) -> None:
+    """What is not as the config says. `output_dir`: of a new run, None of one that is resumed."""
+    steps, warmup, usual = config.max_steps, config.training.warmup_steps, f"runs/{config.path.stem}"
+    if output_dir and re.fullmatch(rf"{re.escape(usual)}-\d+", str(output_dir)) and holds_run(Path(usual)):
+        logger.warning("%s holds a run already; this one is in %s", usual, output_dir)
     if warmup > steps:
         share = steps / warmup
         logger.warning("a trial: its %d steps end within the warm-up of %g, at %.2g of the rate", steps, warmup, share)

@@ -117,6 +117,7 @@ DEFAULTS = {name: value for name, (value, _) in FIXED.items()} | {
     "trackio_static_space_id": False,  # unset, a push to the hub also creates a Space
     "seed": 42,
 }
+LIKE = 0.6  # ratio of difflib from which words are alike, as in its `get_close_matches`
 ALTERNATIVES = (("train_tokens", "max_steps"), ("model_config", "model_name_or_path"))
 
 
@@ -244,10 +245,31 @@ def _word_problem(name: str, value: str | list[str], choices: Collection[str]) -
     unknown = next((word for word in words if choices and word not in choices), None)
     if unknown is None:
         return None
-    usable = [choice for choice in choices if name != "optim" or not _package_of(choice)]
-    nearest = sorted(usable, key=lambda choice: -difflib.SequenceMatcher(None, unknown.lower(), choice).ratio())
+    nearest = _nearest(name, unknown, choices)
     more = f", ... ({len(nearest)} in all)" if len(nearest) > 8 else ""
     return f"{show(unknown)} is not one of {', '.join(nearest[:8])}{more}"
+
+
+def _nearest(name: str, unknown: str, choices: Collection[str]) -> list[str]:
+    """The choices that work here, the likeliest first."""
+    usable = [choice for choice in choices if name != "optim" or not _package_of(choice)]
+    return sorted(usable, key=lambda choice: _likeness(unknown, choice), reverse=True)
+
+
+def _likeness(unknown: str, choice: str) -> float:
+    """Most of choices that begin with the word, as adamw_torch with adam; of unlike optimizers, of the usual one."""
+    word = re.sub(r"\W+", "_", unknown.lower())
+    alike = difflib.SequenceMatcher(None, word, choice).ratio() + 0.1 * word.startswith(choice)
+    return 2 * choice.startswith(word) + max(alike, LIKE * (choice == "adamw_torch"))
+
+
+def nearest_choice(name: str, value: Any, types: Mapping[str, FieldType]) -> str | None:
+    """The likeliest choice where `value` is none of those that the known key has, and like one."""
+    choices = WORDS.get(name, types[name].choices)
+    if not isinstance(value, str) or not choices or value in choices:
+        return None
+    nearest = _nearest(name, value, choices)[0]
+    return nearest if _likeness(value, nearest) >= LIKE else None
 
 
 def _number_problem(name: str, value: float) -> str | None:

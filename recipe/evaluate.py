@@ -24,7 +24,7 @@ from recipe.data.packing import Document, Row, hash_of_tokenizer, pack, tokenize
 from recipe.data.pipeline import build_parts
 from recipe.data.source import Source, open_source
 from recipe.data.stream import HeldOutRows
-from recipe.errors import UserError
+from recipe.errors import DataError, UserError, message_of
 from recipe.harness import find_tasks, run_tasks
 from recipe.metrics import NextTokenMetrics, token_byte_lengths
 from recipe.model import check_fit
@@ -172,9 +172,9 @@ class EvaluationSettings:
 def evaluate_sources(
     trained: Trained, model, tokenizer, sources: list[str], settings: EvaluationSettings
 ) -> list[dict]:
-    """The result of each source (`Tally.result`), in their order; of the run's hold-out where none is named."""
+    """The result of each source (`Tally.result`), in their order; of the run's hold-out where none is named. A source
+    that cannot be scored has its `error` instead. Raises the first error where none can be."""
     text_column = settings.text_column or trained.arguments.get("text_column") or "text"
-    opened = [open_checked(path, text_column, tokenizer) for path in sources]  # report a bad one before any is scored
     block_size = choose_block_size(trained, model.config, settings.block_size)
     check_fit(model.config, tokenizer, block_size, str(trained.folder))
     collator = DataCollatorForPackedRows(tokenizer.eos_token_id, bool(trained.arguments.get("document_masking")))
@@ -185,13 +185,21 @@ def evaluate_sources(
         is_same = trained.folder.name == "final" and block_size == trained.arguments.get("block_size")
         recorded = (trained.info.get("result") or {}).get("eval_loss") if is_same else None
         results.append({"source": HOLD_OUT, **result, "recorded_loss": recorded})
-    for path, source in zip(sources, opened, strict=True):
-        rows = rows_of_source(source, tokenizer, block_size)
-        some = islice(rows, -(-settings.max_tokens // block_size))
-        result = score(model, collator, some, Tally(lengths), settings.batch_size, path)
-        is_training_data = source.fingerprint in fingerprints_of(trained)
-        is_cut = next(rows, None) is not None
-        results.append({"source": path, **result, "is_cut": is_cut, "is_training_data": is_training_data})
+    errors = []
+    for path in sources:
+        try:
+            source = open_checked(path, text_column, tokenizer)
+            rows = rows_of_source(source, tokenizer, block_size)
+            some = islice(rows, -(-settings.max_tokens // block_size))
+            result = score(model, collator, some, Tally(lengths), settings.batch_size, path)
+            is_training_data = source.fingerprint in fingerprints_of(trained)
+            is_cut = next(rows, None) is not None
+            results.append({"source": path, **result, "is_cut": is_cut, "is_training_data": is_training_data})
+        except (UserError, DataError) as error:
+            errors.append(error)
+            results.append({"source": path, "error": message_of(error), "exit_code": error.exit_code})
+    if errors and len(errors) == len(results):
+        raise errors[0]
     return results
 
 
@@ -279,7 +287,7 @@ def format_results(results: list[dict]) -> str:
     """A row for each source; `±` half of the 95 % interval. Below it, what a reader must know about a row."""
     lines = [["source", "documents", "tokens", "loss", "perplexity", "bits/byte", "accuracy %", "95 % interval over"]]
     notes = []
-    for result in results:
+    for result in (each for each in results if "error" not in each):
         name, interval = result["source"], result["interval"]
         measures = (("loss", 4, 1), ("perplexity", 2, 1), ("bits_per_byte", 4, 1), ("next_token_accuracy", 2, 100))
         cells = [_cell(result[measure], digits, factor) for measure, digits, factor in measures]
@@ -294,7 +302,7 @@ def format_results(results: list[dict]) -> str:
             notes.append(f"{name}: training data of this model; its loss says nothing about new text")
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    return "\n".join([*aligned, *notes])
+    return "\n".join([*aligned, *notes, *(f"error: {each['error']}" for each in results if "error" in each)])
 
 
 def _cell(estimate: dict, digits: int, factor: float) -> str:

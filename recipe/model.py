@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 import shutil
 import sysconfig
@@ -25,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 from recipe.errors import UserError
+from recipe.hub import why_not_loaded, why_unreachable
 from recipe.internals import attention_of, has_fast_bf16_cpu
 from recipe.loss import with_chunked_loss
 
@@ -123,13 +125,16 @@ def read_model_config(model_config: str | None, model_name_or_path: str | None) 
     if model_config is not None:
         return load_model_config(model_config)
     try:
+        if not os.path.isdir(model_name_or_path):
+            why_unreachable()
         return AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_load(model_name_or_path, error) from error
 
 
 def _cannot_load(name: str, error: Exception) -> UserError:
-    return UserError(f"model_name_or_path {name!r}: cannot be loaded ({str(error).strip().splitlines()[0]})")
+    fix = "name a folder of a transformers model, such as RUN/final"
+    return UserError(f"model_name_or_path {name!r}: {why_not_loaded(name, error)}; {fix}")
 
 
 def load_model_config(path: str) -> LlamaConfig:

@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from recipe.errors import UserError
+
+if TYPE_CHECKING:
+    from recipe.arguments import Config
 
 CONFIGS = Path(__file__).parent / "configs"
 TOKENS_PER_PARAMETER = 20  # compute-optimal, Chinchilla (arXiv 2203.15556)
 WARMUP_STEPS, WARMUP_SHARE = 2000, 0.1  # of Step Law's runs; at most this share of a shorter run
 MICRO_BATCH = 8
+CPU_SIZE, LONG_HOURS = "3m", 2  # what to train on a CPU; above so many hours there, it is proposed
 ABOUT_DOCSTRINGS = "; docstrings is the English of the installed packages, 6M tokens, so it is read several times"
 FINEWEB = "hf://HuggingFaceFW/fineweb-edu/sample-10BT"
 
@@ -37,9 +41,10 @@ def step_law(parameters: float, tokens: float) -> tuple[float, float]:
     return 1.79 * parameters**-0.713 * tokens**0.307, 0.58 * tokens**0.571
 
 
-def write_config(path: Path, size: str) -> str:
-    """Write the configuration; returns what to tell. Raises `UserError` where the file exists or cannot be written."""
-    text = json.dumps(starting_config(size), indent=2) + "\n"
+def write_config(path: Path, size: str, tokens: float | None = None) -> str:
+    """Write the configuration; returns what to tell. `tokens`: of the run; None: compute-optimal.
+    Raises `UserError` where the file exists or cannot be written."""
+    text = json.dumps(starting_config(size, tokens), indent=2) + "\n"
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -50,11 +55,31 @@ def write_config(path: Path, size: str) -> str:
     return f"wrote {path}\nnext: python -m recipe plan {path}    then: python -m recipe train {path}"
 
 
-def starting_config(size: str) -> dict:
+def how_long(config: "Config") -> str:
+    """Hours of the run here, as `recipe plan` estimates them; on a CPU that would take long, what suits it."""
+    from recipe.model import read_model_config
+    from recipe.plan import tokens_per_second
+
+    training, total = config.training, config.max_steps * config.tokens_per_step
+    model, precision = read_model_config(config.model.model_config, None), "bf16" if training.bf16 else "fp32"
+    hours = total / tokens_per_second(model, config.data.block_size, precision, training.device) / 3600
+    shown = f"{hours:,.0f}" if hours >= 10 else f"{max(hours, 0.1):.1f}"
+    text = f"on this {training.device.type} it takes about {shown} hours (estimate of `recipe plan`)"
+    if training.device.type != "cpu" or hours <= LONG_HOURS:
+        return text
+    small = read_model_config(str(CONFIGS / f"llama_{CPU_SIZE}_model.json"), None)
+    tokens = 3600 * tokens_per_second(small, SIZES[CPU_SIZE].block_size, "fp32", training.device)
+    other = config.path.with_name(f"{config.path.stem}-1h.json")
+    words = f"{other} --size {CPU_SIZE} --train_tokens {float(f'{tokens:.2g}'):.0f}"
+    return f"{text}; a run of about one hour: python -m recipe new {words}"
+
+
+def starting_config(size: str, tokens: float | None = None) -> dict:
     tokenizer, source, block_size = SIZES[size]
     model = json.loads((CONFIGS / f"llama_{size}_model.json").read_text(encoding="utf-8"))
     embedding, rest = count_parameters(model)
-    tokens = round(TOKENS_PER_PARAMETER * (embedding + rest), -5)
+    optimal = round(TOKENS_PER_PARAMETER * (embedding + rest), -5)
+    tokens = round(tokens or optimal)
     rate, batch = step_law(rest, tokens)
     accumulation = max(1, round(batch / (MICRO_BATCH * block_size)))
     steps = tokens // (MICRO_BATCH * accumulation * block_size)
@@ -68,7 +93,8 @@ def starting_config(size: str) -> dict:
         + ABOUT_DOCSTRINGS * (source == "docstrings"),
         "source": source,
         "block_size": block_size,
-        "_comment_length": f"{TOKENS_PER_PARAMETER} tokens a parameter: compute-optimal (arXiv 2203.15556)",
+        "_comment_length": f"{tokens / (embedding + rest):.2g} tokens a parameter; compute-optimal are "
+        f"{TOKENS_PER_PARAMETER}, {optimal:,} in all (arXiv 2203.15556)",
         "train_tokens": tokens,
         "_comment_batch": f"Step Law (arXiv 2503.04715): 0.58 D^0.571 = {batch:,.0f} tokens a step, D: train_tokens. "
         "`recipe plan` says which rows x accumulation fit; divide the accumulation by the number of GPUs",

@@ -3,17 +3,18 @@
 A message proposes `KEY`, or `--key value ...`, or to remove the key; tests apply what it proposes.
 """
 
+import difflib
 import json
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recipe.config_checks import REFUSED
+from recipe.config_checks import REFUSED, nearest_choice
 from recipe.conflicts import num_ranks
-from recipe.keys import unknown_key
+from recipe.keys import FieldType
 
 
 def _by_name(table: str) -> dict[str, str]:
@@ -87,12 +88,14 @@ the shape of a new model is in the JSON that model_config names: vocab_size hidd
     n_layer num_hidden_layers n_layers num_heads n_head num_attention_heads intermediate_size dim
 rows are full, so nothing is padded or cut: padding padding_side truncation pad_to_multiple_of
 the recipe never runs code of a repository: trust_remote_code
+bf16 is the lowest precision that the recipe trains in: fp8 fp4 int8 load_in_8bit load_in_4bit quantization
 nothing is preprocessed as a whole: preprocessing_batch_size overwrite_cache cache_dir
 """)
+OPTIONS = ("help", "json")  # of the commands
 HALVES = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "half": "fp16"}
 
 
-def refusal(name: str, value: Any, known: Iterable[str], values: Mapping[str, Any]) -> str:
+def refusal(name: str, value: Any, known: Mapping[str, FieldType], values: Mapping[str, Any]) -> str:
     """What to say about a key that does not exist or is refused. `values`: of all other keys."""
     low = name.lower()
     if name in REFUSED and low not in EPOCHS and low not in SHARES:
@@ -105,12 +108,25 @@ def refusal(name: str, value: Any, known: Iterable[str], values: Mapping[str, An
         return f"unknown key; did you mean {words}?"
     key = NAMES.get(low)
     if key is None:
-        return unknown_key(name, known)
+        return _misspelt(name, value, known)
     if key == "source" and (hub := _hub_source(value)):
         return f"unknown key; did you mean --source {hub}?"
     if key == "per_device_train_batch_size" and type(value) is int:
         return f"unknown key; did you mean {key}? {_batch(value, values)}"
-    return f"unknown key; did you mean {key}?"
+    return _renamed(key, value, known)
+
+
+def _misspelt(name: str, value: Any, known: Mapping[str, FieldType]) -> str:
+    near = difflib.get_close_matches(name.lower(), [*known, *NAMES, *OPTIONS], n=1)
+    if near and near[0] in OPTIONS:
+        return f"unknown key; did you mean --{near[0]}?"
+    return _renamed(NAMES.get(near[0], near[0]), value, known) if near else "unknown key"
+
+
+def _renamed(key: str, value: Any, known: Mapping[str, FieldType]) -> str:
+    """With the nearest choice where the value is none of the key's."""
+    choice = nearest_choice(key, value, known)
+    return f"unknown key; did you mean {f'--{key} {choice}' if choice else key}?"
 
 
 def _words_for(name: str, value: Any, values: Mapping[str, Any]) -> str | None:

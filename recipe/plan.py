@@ -99,6 +99,12 @@ def _parts(memory: StepMemory, device: str) -> dict:
     return {**asdict(memory), "gradients": memory.gradients, "freed": peak - memory.peak, "peak": peak}
 
 
+def tokens_per_second(model: PretrainedConfig, block_size: int, precision: str, device: torch.device) -> float:
+    """Expected of the device, as in `make_plan`."""
+    flops = flops_per_token(model, sum(count_parameters(model).values()), block_size)
+    return matrix_rate(device, precision) * (CPU_MFU if device.type == "cpu" else GPU_MFU) / flops
+
+
 class StepSizes:
     """Memory of one step in one precision for any number of rows.
 

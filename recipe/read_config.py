@@ -8,6 +8,7 @@ import glob
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from recipe import checkpoints, rundir
 from recipe import config_checks as checks
 from recipe.conflicts import find_conflicts
-from recipe.errors import UserError
+from recipe.errors import DataError, UserError
 from recipe.keys import Required, all_keys, source_types
 from recipe.other_names import refusal
 from recipe.redact import remember_urls
@@ -85,8 +86,8 @@ def read_config(
     `train_tokens` or `max_steps` replaces the file's choice of the two; the same holds for `model_config` and
     `model_name_or_path`. Raises `ConfigError` for a file that is no configuration.
     """
-    path, types = Path(path), known_types()
     given, misread = _read_json(path)
+    path, types = Path(path), known_types()
     options, of_words = _read_overrides(overrides)
     replaced = {name for pair in checks.ALTERNATIVES if options.keys() & pair for name in pair}
     given = {k: v for k, v in given.items() if not k.startswith("_") and k not in replaced} | options
@@ -101,6 +102,8 @@ def read_config(
     found |= _check_others(given, values, path)
     found |= {name: "is required" for name, value in values.items() if value is Required and name not in found}
     found |= find_conflicts(values, given.keys(), options.keys(), {*found}) | _resolve_paths(values, path, {*found})
+    if not {"block_size", "model_config", "model_name_or_path"} & found.keys() and (problem := _too_long(values)):
+        found["block_size"] = problem
     return Reading(path, values, given.keys(), options.keys(), misread + of_words, found)
 
 
@@ -179,6 +182,19 @@ def _resolve_paths(values: dict[str, Any], config_path: Path, unsound: Set[str])
     return problems
 
 
+def _too_long(values: dict[str, Any]) -> str | None:
+    """Of a block that the model has no positions for; None where its config is not here to be read."""
+    model = values["model_config"] or os.path.join(values["model_name_or_path"] or "", "config.json")
+    try:
+        longest = json.loads(Path(model).read_text(encoding="utf-8"))["max_position_embeddings"]
+        is_over = values["block_size"] > longest
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return (
+        f"is over the model's max_position_embeddings {longest}; --block_size {longest} would do" if is_over else None
+    )
+
+
 def _why_empty(name: str, value: str, folder: Path) -> str:
     """Of a folder that holds no tokenizer or model: which folder in it does."""
     what, files = name.removesuffix("_name_or_path"), HOLDS[name]
@@ -216,7 +232,7 @@ def _why_nothing(source: str | list) -> str | None:
 # Reading
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], list[checks.Problem]]:
+def _read_json(path: str | os.PathLike) -> tuple[dict[str, Any], list[checks.Problem]]:
     repeated = []
 
     def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -224,13 +240,36 @@ def _read_json(path: Path) -> tuple[dict[str, Any], list[checks.Problem]]:
         repeated.extend((name, "is given twice; keep one") for name in dict.fromkeys(names) if names.count(name) > 1)
         return dict(pairs)
 
+    if not os.fspath(path).endswith(".json") and (hint := _data_hint(path)):
+        raise ConfigError(path, [("", hint)])
     try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=to_dict)
+        given = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=to_dict)
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(path, [("", _why_unreadable(error, path))]) from error
+        is_many = isinstance(error, json.JSONDecodeError) and (error.msg, error.colno) == ("Extra data", 1)  # lines
+        hint = _data_hint(path) if is_many else None
+        raise ConfigError(path, [("", hint or _why_unreadable(error, Path(path)))]) from error
     if not isinstance(given, dict):
-        raise ConfigError(path, [("", f"must be a JSON object of keys and values, not {checks.show(given)}")])
+        is_array = isinstance(given, list) and given and isinstance(given[0], (str, dict))
+        hint = _data_hint(path) if is_array else None
+        raise ConfigError(path, [("", hint or f"must be a JSON object of keys and values, not {checks.show(given)}")])
     return given, repeated
+
+
+def _data_hint(path: str | os.PathLike) -> str | None:
+    """What to say of a source in the place of the config, None for anything else."""
+    from recipe.data.files import find_files, format_of  # takes half a second
+
+    name = os.fspath(path)
+    try:
+        if os.path.isdir(name):
+            is_data = not all(file.endswith(".json") for file in find_files(name))
+        elif os.path.exists(name):
+            is_data = bool(format_of(name))
+        else:
+            is_data = name == "docstrings" or "://" in name or bool(glob.glob(name))
+    except (UserError, DataError):
+        return None
+    return f"is no configuration, but data; did you mean --source {shlex.quote(name)}?" if is_data else None
 
 
 def _why_unreadable(error: Exception, path: Path) -> str:

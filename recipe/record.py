@@ -66,7 +66,7 @@ def load_run(run_dir: Path) -> dict:
     if verdict != HEALTHY or not len(steps["loss"]) or run["finished"] is None:
         raise UserError(f"{run_dir}: a reference comes from finished, healthy runs; this one's verdict is {verdict}")
     if run["is_dirty"]:
-        raise UserError(f"{run_dir}: made from a checkout with uncommitted changes; commit and run again")
+        raise UserError(f"{run_dir}: the code was changed and not committed; commit and run again")
     arguments = run["arguments"]
     facts = {
         **{name: run["model"][name] for name in ("parameters", "vocab_size", "block_size")},

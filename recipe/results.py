@@ -17,6 +17,7 @@ from recipe.arguments import Config, format_config
 from recipe.data.loader import count_bad, whole_position
 from recipe.data.pipeline import Data, unigram_entropy
 from recipe.data.source import counted
+from recipe.data.stream import Part
 from recipe.guards import GUARDS, RegressionCallback
 from recipe.internals import save_whole_model
 from recipe.model import count_flops_per_token, describe_device, describe_kernels
@@ -54,16 +55,15 @@ def describe_run(
     total = training.max_steps * config.tokens_per_step
     logger.info("configuration %s\n%s", config.path, format_config(config))
     for part in data.loader.dataset.parts:
-        source, (first, stop) = part.source, part.split.hold_out
+        source = part.source
         share = part.weight / sum(data.loader.dataset.weights)
         documents = counted(source.num_divided or source.num_documents, "document")
         if source.num_divided not in (0, source.num_documents):
-            documents += f", divided into {source.num_documents:,}"
-        held = f"documents {first:,} to {stop - 1:,}" if stop - first > 1 else f"document {first:,}"
+            documents += f", divided into {source.num_documents:,} pieces"
         rows = f" | {share:.0%} of the rows" if share < 1 else ""
         logger.info(
             f"source {source.name}: {documents}, {source.num_bytes / 1e6:.2g} MB, fingerprint "
-            f"{source.fingerprint[:16]}{rows} | held out: {held}"
+            f"{source.fingerprint[:16]}{rows} | held out: {describe_hold_out(part)}"
         )
     lanes = counted(data.loader.dataset.num_lanes, "lane")
     logger.info(f"eval: {counted(len(data.eval_rows), 'row')} of {config.data.block_size:,} tokens | {lanes}")
@@ -71,6 +71,9 @@ def describe_run(
         f"model: {model.num_parameters() / 1e6:.1f}M parameters | {training.max_steps:,} steps of "
         f"{config.tokens_per_step:,} tokens, {total:,} in all | {kernels}"
     )
+    environment = rundir.describe_environment()
+    if environment["is_dirty"]:
+        logger.info("the code of the recipe was changed and not committed, so no reference can come from this run")
     rundir.write_json(
         output_dir / "run.json",
         {
@@ -80,7 +83,7 @@ def describe_run(
             "lineage": lineage,
             "config_path": str(config.path),
             "arguments": config.to_dict(),
-            **rundir.describe_environment(),
+            **environment,
             "device": describe_device(training, kernels),
             "model": {
                 "parameters": model.num_parameters(),
@@ -94,13 +97,22 @@ def describe_run(
     )
 
 
+def describe_hold_out(part: Part) -> str:
+    """By the documents of the files; by its share of the text where these were divided."""
+    source, (first, stop) = part.source, part.split.hold_out
+    if source.num_divided not in (0, source.num_documents):
+        size = sum(chunk.num_bytes for chunk in source.chunks[first:stop])
+        return f"{'the last ' * (stop == source.num_documents)}{size / source.num_bytes:.1%} of the text"
+    return f"documents {first:,} to {stop - 1:,}" if stop - first > 1 else f"document {first:,}"
+
+
 def describe_sources(data: Data) -> dict:
     """The mixture as one source, for reference and report, and each of its parts."""
     parts = [
         {
             "name": part.source.name,
             "weight": part.weight,
-            "documents": part.source.num_documents,
+            "documents": part.source.num_divided or part.source.num_documents,
             "bytes": part.source.num_bytes,
             "content_hash": part.source.fingerprint,
         }

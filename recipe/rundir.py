@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,11 +16,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from recipe.checkpoints import ABANDONED, list_checkpoints
-from recipe.errors import UserError
+from recipe.errors import DataError, UserError
 from recipe.plain_json import dumps
 
 logger = logging.getLogger(__name__)
 EXIT = "exit.json"
+ROOT = Path(__file__).resolve().parent.parent  # of the checkout, or of the environment's packages
 CONSEQUENCES = (1, 129, 130, 138, 143)  # exit codes that another rank's failure causes in this one
 PACKAGES = (
     "torch", "transformers", "datasets", "accelerate", "tokenizers", "sentencepiece", "evaluate", "pyarrow", "numpy",
@@ -136,7 +138,7 @@ def claim(output_dir: Path, rank: int) -> Iterator[None]:
     if rank != 0:
         yield
         return
-    lock = FileLock(output_dir / ".lock")
+    lock, is_new = FileLock(output_dir / ".lock"), not output_dir.exists()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -149,6 +151,10 @@ def claim(output_dir: Path, rank: int) -> Iterator[None]:
         raise UserError(f"output_dir {output_dir}: cannot be written ({error.strerror}); choose another") from error
     try:
         yield
+    except (UserError, DataError):
+        if is_new and {path.name for path in output_dir.iterdir()} <= {".lock", EXIT}:  # it has not begun
+            shutil.rmtree(output_dir)
+        raise
     finally:
         lock.release()
 
@@ -161,10 +167,20 @@ def write_failure(code: int, reason: str, output_dir: Path) -> None:
 
 
 def describe_environment() -> dict:
-    """Versions, and the commit of the recipe where it runs from a checkout."""
+    """Versions, and the commit of the recipe where it runs from a checkout. `is_dirty`: whether other code than that
+    of the commit may have made the run."""
     commit = _git("rev-parse", "HEAD")
-    is_dirty = None if commit is None else bool(_git("status", "--porcelain"))
-    return {"versions": versions(), "commit": commit, "is_dirty": is_dirty}
+    return {"versions": versions(), "commit": commit, "is_dirty": None if commit is None else bool(changed_code())}
+
+
+def changed_code() -> list[str]:
+    """Files of the checkout that differ from its commit, and those that git does not know and Python can import: code
+    in the top folder, in `recipe/` or in another package. Data, configs and runs of the user are not among them."""
+    changed = (_git("diff", "--name-only", "HEAD") or "").splitlines()
+    others = map(Path, (_git("ls-files", "--others", "--exclude-standard") or "").splitlines())
+    code = [path for path in others if path.suffix in (".py", ".so", ".pyd")]
+    packages = {path.parts[0] for path in code if path.name == "__init__.py" and len(path.parts) == 2} | {"recipe"}
+    return changed + [str(path) for path in code if len(path.parts) == 1 or path.parts[0] in packages]
 
 
 @cache
@@ -178,10 +194,9 @@ def versions() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str | None:
-    root = Path(__file__).resolve().parent.parent
     # An explicit --git-dir keeps git from using a surrounding repository, such as that of a project with the recipe in
     # its environment.
-    command = ["git", "-C", str(root), "--git-dir=.git", *arguments]
+    command = ["git", "-C", str(ROOT), "--git-dir=.git", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -63,6 +63,7 @@ def run_claimed(config: Config, output_dir: Path) -> Outcome:
     describe_run(config, output_dir, data, trainer.model, run.checkpoint, trainer.lineage)
     first = trainer.lineage[-1]["step"]
     if is_main:
+        announce_run(config, None if run.checkpoint else output_dir)
         announce_training(config)
     if is_main and (moved := checkpoints.abandon(output_dir, first)):
         logger.warning("the run goes on from step %d; its later checkpoints are now %s", first, ", ".join(moved))
@@ -175,8 +176,6 @@ def open_run(config: Config) -> Path:
     chosen = [rundir.choose_output_dir(training.output_dir, is_default, training.resume_from_checkpoint)]
     if training.world_size > 1:
         torch.distributed.broadcast_object_list(chosen)
-    if training.process_index == 0:
-        announce_run(config, chosen[0])
     if training.torch_compile and (reason := why_not_compile()):
         logger.warning("torch_compile is on but does not work here: %s; running uncompiled", reason)
         training.torch_compile, training.torch_compile_backend, training.torch_compile_mode = False, None, None

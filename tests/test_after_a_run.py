@@ -254,6 +254,18 @@ def test_the_table_says_what_a_reader_must_know(runs, tmp_path, capsys):
     assert re.search(r"data\.parquet +\d+ +620  \d\.\d{4} ± 0\.\d{4}", out)
 
 
+def test_a_bad_source_costs_no_other_its_result(runs, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    words = ["evaluate", str(runs / "slow"), str(tmp_path / "empty.txt"), str(runs / "data.parquet"), "none.txt"]
+    assert run(words) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["source", str(runs / "data.parquet")]
+    assert "1 file without a single document" in lines[-2] and "no such file" in lines[-1]
+    assert run([*words, "--json"]) == 2
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["sources"]
+    assert ["error" in each for each in found] == [True, False, True]
+
+
 def test_evaluate_refuses_what_it_cannot_score(runs, tmp_path, fails):
     shutil.copytree(runs / "slow" / "final", tmp_path / "model")
     assert "name a SOURCE to evaluate it on" in fails("evaluate", tmp_path / "model")

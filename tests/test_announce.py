@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from recipe import announce, threads
-from recipe.announce import FirstStepsCallback, announce_training
+from recipe.announce import FirstStepsCallback, announce_run, announce_training
 from recipe.arguments import parse_config
 from recipe.train import open_run
 
@@ -20,7 +20,9 @@ def test_a_run_that_moves_and_a_trial_are_announced(write_config, tmp_path, monk
     path.write_text(json.dumps(values))
     (tmp_path / "runs/config").mkdir(parents=True)
     (tmp_path / "runs/config/run.json").write_text("{}")
-    assert open_run(parse_config(path, ["--max_steps", "2"])) == Path("runs/config-2")
+    config = parse_config(path, ["--max_steps", "2"])
+    assert open_run(config) == Path("runs/config-2") and not caplog.text  # what refuses the run comes first
+    announce_run(config, Path("runs/config-2"))
     assert "runs/config holds a run already; this one is in runs/config-2" in caplog.text
     assert "its 2 steps end within the warm-up of 5, at 0.4 of the rate" in caplog.text
 

@@ -1,6 +1,7 @@
 """What is known of the keys without torch: types, defaults, help, and the configurations that `recipe new` writes."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import trainer_log_levels
@@ -76,22 +78,22 @@ def test_other_commands_have_their_own_help(command, capsys):
     assert f"usage: recipe {command}" in capsys.readouterr().out
 
 
-def test_typing_errors_help_and_new_need_no_torch(tmp_path):
+def test_typing_errors_and_help_need_no_torch(tmp_path):
     config = tmp_path / "my.json"
     config.write_text('{"learning_rat": 1, "_note": 2, "tokenizer": "x", "source": "docstrings", "bf16": "yes"}')
     commands = [["train", str(config), "--max-step", "3", "--seed=x"], ["plan", str(tmp_path)], ["train", "--help"]]
-    commands += [["new", str(tmp_path / "new.json")], ["new", str(tmp_path / "new.json")], ["nothing"]]
+    commands += [["new", str(config)], ["new", "--help"], ["nothing"]]
     code = (
         "import sys; from recipe.__main__ import run\n"
         f"codes = [run(words) for words in {commands!r}]\n"
         "print(codes, [name in sys.modules for name in ('torch', 'transformers', 'datasets', 'numpy')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[2, 2, 0, 0, 2, 2] [False, False, False, False]"
+    assert done.stdout.splitlines()[-1] == "[2, 2, 0, 2, 0, 2] [False, False, False, False]"
     assert "learning_rat: unknown key; did you mean learning_rate?" in done.stderr
     assert "--max_step: unknown key; did you mean max_steps?" in done.stderr
     assert '--seed: expected a whole number, got "x"' in done.stderr and "bf16: expected true or false" in done.stderr
-    assert "is a folder" in done.stderr and "new.json exists already" in done.stderr
+    assert "is a folder" in done.stderr and "my.json exists already" in done.stderr
 
 
 # recipe new
@@ -136,3 +138,22 @@ def test_a_new_config_is_explained_and_trains(tmp_path, write_parquet, monkeypat
     assert (tmp_path / "run/final/config.json").exists()
     before = path.read_text()
     assert run(["new", str(path), "--size", "60m"]) == 2 and path.read_text() == before
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="on a CPU")
+def test_new_proposes_what_a_cpu_trains_in_an_hour(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("recipe.plan.matrix_rate", lambda device, precision: 1e11)
+    monkeypatch.chdir(tmp_path)
+    assert run(["new", "my.json", "--size", "15m"]) == 0
+    long = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r"on this cpu it takes about \d\d\d? hours \(estimate of `recipe plan`\)", long)
+    proposed = re.search(r"about one hour: python -m recipe (new .*)$", long)[1].split()
+    assert run(proposed) == 0
+    short = capsys.readouterr().out.splitlines()[-1]
+    assert 0.8 < float(re.search(r"about ([\d.]+) hours", short)[1]) < 1.2 and "one hour" not in short
+    config = parse_config(proposed[1])
+    model = json.loads((CONFIGS / "llama_3m_model.json").read_text())
+    rate, batch = step_law(count_parameters(model)[1], config.data.train_tokens)
+    assert config.tokens_per_step == pytest.approx(batch, rel=0.5)  # of whole micro-batches of 2,048
+    assert config.training.learning_rate == pytest.approx(rate, rel=0.05)
+    assert config.training.warmup_steps <= 0.1 * config.max_steps + 1

@@ -246,7 +246,7 @@ def write(tmp_path, values) -> str:
 
 
 def test_a_pretrained_model_that_is_not_there(tokenizer, tmp_path):
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="none': no such folder; name a folder"):
         build_model(model_config=None, model_name_or_path=str(tmp_path / "none"), tokenizer=tokenizer, block_size=16)
 
 

@@ -26,7 +26,11 @@ from recipe.data import pipeline
 from recipe.data.fitting import HOLD_OUT_START, LANE_BLOCKS, Wish, fit, hold_out_of
 from recipe.data.formats import Chunk, TokenIds
 from recipe.data.hold_out import digest_of
+from recipe.data.lanes import Split, deal_chunks, read_lane, start_of_lane
 from recipe.data.source import Source, open_source
+from recipe.data.stream import Part
+from recipe.errors import UserError
+from recipe.results import describe_hold_out
 
 TEXTS = [f"{document(i)}\nä line" for i in range(400)]
 AUTO = {"eval_skip": "auto", "eval_documents": "auto", "num_lanes": "auto"}
@@ -137,7 +141,7 @@ def test_a_cloned_hub_dataset_is_its_train_split_without_its_card(tmp_path, capl
     for name in ("README.md", "LICENSE.txt", ".cache/huggingface/download/data/x.jsonl", ".gitattributes"):
         put(tmp_path / "hub" / name, "no training text\n")
     assert read_all(open_source(str(tmp_path / "hub"))) == TEXTS
-    assert "training on 1 of its files, not on LICENSE.txt, README.md, data/test-00000-of-00001.parquet" in caplog.text
+    assert "reading 1 of its files, not LICENSE.txt, README.md, data/test-00000-of-00001.parquet" in caplog.text
 
 
 def test_a_folder_of_text_leaves_out_the_readme_and_a_named_one_is_read(tmp_path):
@@ -221,7 +225,7 @@ def test_a_small_source_is_divided_by_position_and_nothing_is_lost(kind):
     held, train = pieces[fitted.eval_skip : stop], pieces[: fitted.eval_skip]
     assert stop == len(pieces) == fitted.source.num_documents and fitted.source.num_divided == len(texts)
     size, total = sum(map(len, held)), sum(map(len, texts))
-    assert size >= 16 and size <= max(0.11 * total, 100)
+    assert size >= 16 and size <= max(0.021 * total, 65)
     if kind == "copies":
         assert not {text.casefold() for text in held} & {text.casefold() for text in train}
     else:
@@ -233,6 +237,30 @@ def test_a_small_source_is_divided_by_position_and_nothing_is_lost(kind):
     assert min(lanes) > 0.4 * max(lanes)
     again = fit(source_of(texts), wish_for()).source
     assert list(map(digest_of, again.contents)) == list(map(digest_of, pieces))
+
+
+def test_a_text_without_separators_is_divided_at_one_percent(tmp_path, caplog):
+    paragraphs = [f"{document(i)}\n\n" for i in range(6000)]
+    source = open_source(str(put(tmp_path / "a.txt", "".join(paragraphs))))
+    assert 8 < source.num_documents < 20  # one for each 32 KiB
+    fitted = fit(source, wish_for(64))
+    held = sum(chunk.num_bytes for chunk in fitted.source.chunks[fitted.eval_skip :])
+    assert held == pytest.approx(0.01 * source.num_bytes, rel=0.05)
+    split = Split(0, hold_out=(fitted.eval_skip, fitted.source.num_documents))
+    assert describe_hold_out(Part(fitted.source, split)) == "the last 1.0% of the text"
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_no_lane_is_left_without_text(tmp_path, empty):
+    texts = [text * 50 if i % 2 else empty for i, text in enumerate(TEXTS)]
+    source = open_source(str(put(tmp_path / "a.jsonl", lines_of(texts))))
+    fitted = fit(source, wish_for())
+    assert fitted.num_lanes == 32
+    stop = fitted.eval_skip + fitted.eval_documents
+    split = Split(0, hold_out=(fitted.eval_skip, stop))
+    for lane, chunks in enumerate(deal_chunks(fitted.source, split, 32)):
+        documents = read_lane(fitted.source, chunks, split, lane, start_of_lane())  # ends after a pass without text
+        assert next(document for document in documents if document.content)
 
 
 def test_explicit_offsets_count_documents_and_move_with_the_division():
@@ -314,12 +342,18 @@ def archive(path: Path, kind: str) -> Path:
     return path
 
 
+MIXED = [(text * 10, "text" if i % 2 else "body") for i, text in enumerate(TEXTS[:120])]
 FAILS = {  # what is put into the folder, and the words that fail
     "column of parquet": lambda d: [corpus(d, TEXTS, id=range(400)), "--text_column", "body"],
     "column of csv": lambda d: [put(d / "a.csv", CSV.replace("id,text", "id,content"))],
     "tab-separated column": lambda d: [put(d / "a.csv", CSV.replace("id,text", "id,my words").replace(",", "\t"))],
     "key of jsonl": lambda d: [put(d / "a.jsonl", lines_of(TEXTS, "txt"))],
     "key of a json array": lambda d: [put(d / "a.json", json.dumps([{"in": "", "n": 1, "out": t} for t in TEXTS]))],
+    "key of some lines": lambda d: [put(d / "a.jsonl", "".join(lines_of([text], key) for text, key in MIXED))],
+    "key of some of an array": lambda d: [put(d / "a.json", json.dumps([{key: text} for text, key in MIXED]))],
+    "key of the others": lambda d: [put(d / "a.jsonl", lines_of(TEXTS[:5], "body") + lines_of(TEXTS[5:], "txt"))],
+    "a readme alone": lambda d: [put(d / "x/README.md", NOVEL).parent],
+    "a chat beside text": lambda d: [put(d / "a.jsonl", lines_of([["no"]], "messages") + LINES)],
     "hold-out after the end": lambda d: [corpus(d, TEXTS), "--eval_skip", "5000"],
     "hold-out longer than the source": lambda d: [put(d / "a.txt", NOVEL), "--eval_documents", "100"],
     "hold-out of everything": lambda d: [corpus(d, TEXTS), "--eval_skip", "0", "--eval_documents", "400"],
@@ -404,10 +438,18 @@ def test_a_proposed_fix_works(case, write_config, tmp_path, monkeypatch, capsys)
     ("name", "data", "reason"),
     [
         ("a.txt", "\n" * 500, "no text in 1 document"),
-        ("a.jsonl", lines_of([NOVEL[:500]] * 400), "none of its"),
-        ("a.jsonl", lines_of([TEXTS[3]] * 40), "the same as a held-out one"),
+        ("a.jsonl", lines_of([NOVEL[:500]] * 400), "the same as a held-out one"),
+        ("a.jsonl", lines_of([TEXTS[3]] * 400), "the same as a held-out one"),
         ("a.jsonl", lines_of(["a b c", "d e f"] * 30), "has 12 tokens of different text, .*; it needs more text"),
         ("a.txt", "ten tokens", "it needs more text"),
+        (
+            "a.json",
+            json.dumps({"data": [{"text": "a"}]}),
+            "has no key 'text'; it has data; if its documents are in 'data'",
+        ),
+        ("a.jsonl", lines_of([[{"role": "user", "content": "hi"}]], "messages"), "it has messages; a chat is no text"),
+        ("a.csv", '"A long first line, that is text"\n' * 9, "the first line names no column 'text'; it has A long"),
+        ("a.csv", f'1,"{NOVEL[:99]}"\n' * 9, "'1, word0 word1 .* if that is text, put a line with the names"),
         ("a.txt", b"%PDF-1.7 " + bytes(99), "is a PDF, not text"),
         ("a.txt", b"PK\x03\x04" + bytes(99), "is a zip archive or office document"),
     ],
@@ -422,6 +464,27 @@ def test_what_no_option_can_fix_is_refused_by_its_reason(write_config, tmp_path,
         and "would do" not in error
         and "Traceback" not in error
     )
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "reason"),
+    [
+        (
+            ["README.md"],
+            "x",
+            r"only README.md, which is no training .* to read it, --source \S+x/README.md$",
+        ),
+        ([".cache/a.txt"], "x", "the folder has hidden files only: .cache/a.txt; a source is"),
+        (["a.docx", "b.xml"], "x", "no data file, but .docx, .xml; plain text must be named .txt"),
+        (["a.txt", "b.txt"], "x/nope*.txt", "no file matches; the folder has a.txt, b.txt$"),
+        ([], "x/nope*.txt", "no such file; a source is"),
+    ],
+)
+def test_why_there_is_no_file(tmp_path, files, source, reason):
+    for name in files:
+        put(tmp_path / "x" / name, "text")
+    with pytest.raises(UserError, match=reason):
+        open_source(str(tmp_path / source))
 
 
 def test_the_first_command_of_the_readme_trains_on_a_text_file(tmp_path, caplog):

@@ -1,10 +1,12 @@
 """A reference comes from finished, healthy, clean runs of one config, and its band from their noise."""
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
 
+from recipe import rundir
 from recipe.__main__ import run
 from recipe.guards.off_reference import LossOffReference
 from recipe.guards.trajectory import load_reference
@@ -75,7 +77,7 @@ def test_steps_reach_from_the_first_window_to_the_end():
     [
         ({"result": {"verdict": "not to be trusted: x"}}, "verdict is not to be trusted"),
         ({"finished": None}, "finished, healthy runs"),
-        ({"is_dirty": True}, "uncommitted changes"),
+        ({"is_dirty": True}, "changed and not committed"),
         ({"model": {"parameters": 2000, "vocab_size": 100, "block_size": 8}}, "parameters differ"),
     ],
 )
@@ -85,6 +87,31 @@ def test_other_runs_are_refused(tmp_path, capsys, changes, message):
     assert run(["trajectory", "record", str(tmp_path / "x.json"), str(tmp_path / "good"), str(tmp_path / "bad")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
+
+
+def test_code_that_is_not_that_of_the_commit(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(rundir, "ROOT", tmp_path)
+    put = {"recipe/a.py": "1", "docs/b.md": "b"}
+    for name, text in put.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "a")
+    for name in ("recipe/configs/my.json", "tutorial/broken.py", "tutorial/my.txt", "runs/x/run.json", "my.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert rundir.describe_environment()["is_dirty"] is False
+    for name in ("recipe/guards/new.py", "torch.py", "numpy/__init__.py", "recipe/a.py"):
+        before = (tmp_path / name).read_text() if (tmp_path / name).exists() else None
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("2")
+        assert rundir.changed_code() == [name] and rundir.describe_environment()["is_dirty"]
+        (tmp_path / name).unlink() if before is None else (tmp_path / name).write_text(before)
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):

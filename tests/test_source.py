@@ -108,7 +108,7 @@ def test_mixed_formats_are_refused(tmp_path, write_parquet):
     ("line", "error", "message"),
     [
         ("not json", DataError, "document 1, line 2, is not JSON"),
-        ('{"txt": "a"}', UserError, r"no key 'text'; it has txt; did you mean --text_column txt\?"),
+        ('{"txt": "a"}', UserError, r"no key 'text'; it has txt, where others have it; --on_bad_data skip would do"),
         ('{"text": 5}', UserError, "holds int, neither text nor a list of token ids"),
     ],
 )

@@ -1,10 +1,13 @@
 """What people get wrong: exit code 2, at most three lines, and the fix that the error proposes, applied, works."""
 
+import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import constants
 from transformers.training_args import OptimizerNames
 
 from conftest import document
@@ -14,6 +17,7 @@ from recipe.arguments import parse_config
 from recipe.checkpoints import MANIFEST
 from recipe.config_checks import OPTIMIZERS, is_installed
 from recipe.data.pipeline import build_data
+from recipe.hub import why_unreachable
 from recipe.keys import all_keys
 
 
@@ -84,7 +88,7 @@ WRONG = {
     "dataset": (lambda d: "--dataset owner/name", {"source": "hf://owner/name"}),
     "owner/name": (lambda d: "--source owner/name", {"source": "hf://owner/name"}),
     "train_file": (lambda d: f"--train_file {text(d / 'a.txt')}", {"source": "{d}/a.txt"}),
-    "a name that is nearly right": (lambda d: f"--source {text(d / 'a.txt').parent}/b.txt", {"source": "{d}/a.txt"}),
+    "a nearly right name": (lambda d: f"--source {text(d / 'a.txt').parent}/b.txt", {"source": "{d}/a.txt"}),
     "validation_file": (lambda d: "--validation_file a.txt", {}),
     "packing": (lambda d: "--packing true", {}),
     "hidden_size": (lambda d: "--hidden_size 64", {}),
@@ -105,6 +109,16 @@ WRONG = {
     "evaluation_strategy": (lambda d: "--evaluation_strategy no", {"eval_strategy": "no"}),
     "gradient_checkpointing": (lambda d: "--gradient_checkpointing", {"activation_checkpointing": True}),
     "a typing error": (lambda d: "--learning_rat 0.1", {"learning_rate": 0.1}),
+    "a typing error of another name": (lambda d: "--batchsize 2", {"per_device_train_batch_size": 2}),
+    "lion": (lambda d: "--optimizer lion", {"optim": "adamw_torch"}),
+    "adam": (lambda d: "--optim adam", {"optim": "adamw_torch"}),
+    "AdamW": (lambda d: "--optimizer AdamW", {"optim": "adamw_torch"}),
+    "fused": (lambda d: "--optimizer adamw-torch-fused", {"optim": "adamw_torch_fused"}),
+    "cosine annealing": (lambda d: "--scheduler CosineAnnealing", {"lr_scheduler_type": "cosine"}),
+    "a schedule": (lambda d: "--lr_scheduler_type constant_warmup", {"lr_scheduler_type": "constant_with_warmup"}),
+    "fp8": (lambda d: "--fp8", {}),
+    "8 bit": (lambda d: "--load_in_8bit true", {}),
+    "a long block": (lambda d: "--block_size 100000", {"block_size": 64}),
 }  # fmt: skip
 
 
@@ -139,6 +153,49 @@ def test_a_wrong_use_is_told_its_fix(case, write_config, tmp_path, capsys):
     config = parse_config(path, fixed(message, words)).to_dict()
     for key, value in expected.items():
         assert config[key] == (value.replace("{d}", str(own)) if isinstance(value, str) else value)
+
+
+# Cases whose fix is trained: what is read, made or built may still fail. `TOGETHER` are those that exclude no other.
+TRAINED = ("epochs", "model", "model of a run", "folder of tokenizers", "AdamW", "a nearly right name", "a schedule")
+TOGETHER = (
+    "lr", "batch_size", "grad_accum", "seq_len", "steps", "warmup", "wd", "betas", "min_lr", "clip", "precision",
+    "device", "flash attention", "fused", "liger", "wandb", "eval_every", "save_every", "gradient_checkpointing",
+    "fp8", "train_file", "packing", "hidden_size", "num_gpus", "validation_file",
+)  # fmt: skip
+
+
+def fix_of(case, path, own, capsys) -> list[str]:
+    words = shlex.split(WRONG[case][0](own))
+    assert run(["train", path, *words]) == 2
+    return fixed(capsys.readouterr().err, words)
+
+
+def test_the_fixes_of_many_keys_train_together(write_config, tmp_path, capsys):
+    path = write_config(save_strategy="no")
+    words = [
+        word
+        for place, case in enumerate(TOGETHER)
+        for word in fix_of(case, path, folder(tmp_path / str(place)), capsys)
+    ]
+    names = [word for word in words if word.startswith("--")]
+    assert len(names) == len(set(names)) and len(names) > 20
+    assert run(["train", path, *words]) == 0
+    run_json = json.loads((tmp_path / "run/run.json").read_text())
+    assert run_json["result"]["steps"] == 3 and run_json["arguments"]["optim"] == "adamw_torch_fused"
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_the_fix_of_a_source_model_or_tokenizer_trains(case, write_config, tmp_path, tiny_model, tokenizer, capsys):
+    path, own = (
+        write_config(max_steps=1, eval_strategy="no", eval_steps=None, num_lanes="auto"),
+        folder(tmp_path / "own"),
+    )
+    words = fix_of(case, path, own, capsys)
+    for holder in {config.parent for config in own.rglob("*.json")}:  # the cases have put in empty files
+        tiny_model.save_pretrained(holder)
+        tokenizer.save_pretrained(holder)
+    large = ["--per_device_train_batch_size", "32"]
+    assert run(["train", path, *words, *large]) == 0, words
 
 
 @pytest.mark.parametrize("in_file", [{"lr": 0.01}, {"epochs": 2}, {"warmup_steps": 100}, {"dataset": "owner/name"}])
@@ -177,6 +234,70 @@ def test_pushing_needs_a_login_and_the_hub(write_config, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert "the hub cannot be reached" in message and "--push_to_hub false" in message
     assert len(message.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("my.txt", "some text\n"), ("a.jsonl", '{"text": "a"}\n'), ("a.json", '[{"text": "a"}]'), ("a.md", "# A"),
+     ("b.json", '{"text": "a"}\n{"text": "b"}\n'), ("folder/a.txt", "text"), ("a.txt.gz", b"\x1f\x8b\x08\xff")],
+)  # fmt: skip
+def test_data_in_the_place_of_the_config(name, data, tmp_path, capsys):
+    file = folder(tmp_path / "own", name) / name
+    file.write_bytes(data.encode() if isinstance(data, str) else data)
+    place = file.parent if "/" in name else file
+    assert run(["train", str(place)]) == 2
+    assert f"is no configuration, but data; did you mean --source {place}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["docstrings", "hf://owner/name"])
+def test_a_source_by_name_in_the_place_of_the_config(given, capsys):
+    assert run(["train", given]) == 2
+    assert f"did you mean --source {given}?" in capsys.readouterr().err
+
+
+def test_options_of_the_commands_are_spelt_too(write_config, capsys):
+    for wrong, right in {"--hlep": "--help", "--jsno": "--json"}.items():
+        assert run(["train", write_config(), wrong]) == 2
+        assert f"{wrong}: unknown key; did you mean {right}?" in capsys.readouterr().err
+    assert run(["train", write_config(), "--help"]) == 0
+
+
+def test_a_name_that_neither_the_disk_nor_the_hub_has(write_config, monkeypatch, capsys):
+    """One question to the hub, without a repetition; then everything comes from the cache."""
+    asked = []
+
+    def ask(url, timeout):
+        asked.append(url)
+        raise ConnectionError("name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("recipe.hub.get_session", lambda: SimpleNamespace(head=ask))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    why_unreachable.cache_clear()
+    path = write_config()
+    for key, fix in {
+        "tokenizer": "--tokenizer tokenizer/llama-32k would do",
+        "model_name_or_path": "RUN/final",
+    }.items():
+        assert run(["train", path, f"--{key}", "nosuch/folder"]) == 2
+        message = capsys.readouterr().err
+        assert "no such folder, nor in the cache of the Hugging Face hub, which cannot be reached" in message
+        assert fix in message and len(message.splitlines()) == 1
+    assert run(["train", path, "--source", "hf://x/y"]) == 4
+    assert len(capsys.readouterr().err.splitlines()) == 1 and len(asked) == 1 and constants.HF_HUB_OFFLINE
+    why_unreachable.cache_clear()
+
+
+def test_a_refused_start_leaves_no_folder_and_says_nothing_else(write_config, tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.chdir(tmp_path)
+    path, out = write_config(warmup_steps=5), ["--output_dir", "nothere", "--max_steps", "2"]
+    (tmp_path / "empty.txt").write_text("")
+    for words in ("--resume_from_checkpoint latest", "--source empty.txt", "--block_size 128"):
+        assert run(["train", path, *out, *words.split()]) == 2
+        assert not (tmp_path / "nothere").exists() and "WARNING" not in caplog.text
+    (tmp_path / "nothere").mkdir()  # the user's own folder stays
+    assert run(["train", path, *out, "--resume_from_checkpoint", "latest"]) == 2
+    assert (tmp_path / "nothere/exit.json").exists()
 
 
 # The tables

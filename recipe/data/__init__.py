@@ -2,8 +2,8 @@
 
 1. `files.py`     a path, glob, URL or hub name -> files; open, retry                      [paths and `FileFacts`]
 2. `formats.py`   one file -> its chunks; one chunk -> texts or token ids                  [`Chunk`, `Content`]
-   `arrow.py`     the same of arrow files; `sniff.py` says what a file holds, and `convert.py` copies what cannot be
-                  read in parts
+   `arrow.py`     the same of arrow files; `sniff.py` says what a file holds, `convert.py` copies what cannot be read
+                  in parts, and `columns.py` says which column or key was meant
 3. `source.py`    all files -> documents with an index                                     [`Source`]
 4. `hold_out.py`  finds copies of the held-out documents                                   [`HoldOutFilter`]
 5. `packing.py`   documents -> token ids with EOS between -> fixed blocks                  [`Document`, `Row`]

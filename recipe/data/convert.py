@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipe.data import sniff
+from recipe.data.columns import NoKey, no_column
 from recipe.data.docstrings import default_cache_dir
 from recipe.data.files import FileFacts, first_line, is_remote, open_file
 from recipe.data.formats import (
@@ -33,7 +34,6 @@ from recipe.data.formats import (
     TokenIds,
     content_in,
     index_parquet,
-    no_column,
     text_documents,
     without_mark,
 )
@@ -45,6 +45,7 @@ VERSION = 1  # increase it when the result would differ
 CONTENT = b"recipe_content"  # metadata: hash of the documents
 GROUP_DOCUMENTS, GROUP_BYTES = 1000, 1 << 20
 ANNOUNCED_BYTES = 1 << 26
+OTHERS = 1000  # documents that are looked at for an error message
 UNDECODED = "surrogateescape"  # the document with such a byte is bad, not the file
 csv.field_size_limit(sys.maxsize)
 
@@ -139,13 +140,18 @@ def _read(path: str, kind: str, column: str, skips: bool) -> Iterator[Content | 
         found = (
             _pieces(text) if kind == "text" else (_csv_fields if kind == "csv" else _json_values)(text, path, column)
         )
+        first = None
         for number, value in enumerate(found):
+            first = value if number == 0 else first
             try:
                 yield _content_of(value, column, f"{path}: document {number}")
             except (DataError, UserError) as error:
-                if not skips:
+                if skips:
+                    yield error
+                elif isinstance(error, NoKey):
+                    raise error.with_fix([first, *islice(found, OTHERS)]) from error
+                else:
                     raise
-                yield error
 
 
 def _content_of(value: Any, column: str, here: str) -> Content:
@@ -191,7 +197,7 @@ def _csv_fields(text: TextIO, path: str, column: str) -> Iterator[str]:
     if column not in names:
         sample = next(rows, [])
         texts = sorted(zip(sample, names, strict=False), key=lambda pair: -len(pair[0]))
-        raise no_column(f"{path}: no column", column, names, [name for _, name in texts])
+        raise no_column(f"{path}: the first line names no column", column, names, [name for _, name in texts])
     place = names.index(column)
     yield from (row[place] if place < len(row) else "" for row in rows if row)
 

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -203,12 +203,15 @@ def _hub_files(source: str) -> list[str]:
     """The train split's files of a hub dataset, as URLs that fsspec opens by range requests."""
     import datasets
 
+    from recipe.hub import why_unreachable
+
     owner, name, *config = [
         part for part in source.removeprefix("hf://").removeprefix("datasets/").split("/") if part
     ] + ["", ""][:2]
     config = "/".join(part for part in config if part) or None
     if not owner or not name:
         raise UserError(f"source {source!r}: a hub dataset is hf://OWNER/NAME or hf://OWNER/NAME/CONFIG")
+    offline = why_unreachable()
     try:
         builder = datasets.load_dataset_builder(f"{owner}/{name}", config)
         files = builder.config.data_files["train"]
@@ -218,8 +221,8 @@ def _hub_files(source: str) -> list[str]:
         raise UserError(f"source {source!r}: the dataset has no split named train") from error
     except Exception as error:  # the hub client raises a different class for each way a network can fail
         raise DataError(
-            f"source {source!r}: the Hugging Face hub cannot be reached ({type(error).__name__}: "
-            f"{first_line(error)}); {HUB_OFFLINE_HINT}"
+            f"source {source!r}: the Hugging Face hub cannot be reached ("
+            f"{offline or f'{type(error).__name__}: {first_line(error)}'}); {HUB_OFFLINE_HINT}"
         ) from error
     return [str(file) for file in files]
 
@@ -242,23 +245,45 @@ def _list_files(source: str) -> list[str]:
     if not found:
         why = _why_nothing(source)
         kinds = f"a source is docstrings, hf://OWNER/NAME, or a path, glob or URL of {', '.join(FORMATS)} files"
-        raise UserError(f"source {source!r}: {why}" + ("" if "did you mean" in why else f"; {kinds}"))
+        raise UserError(f"source {source!r}: {why}" + ("" if "--source" in why or "matches" in why else f"; {kinds}"))
     return [filesystem.unstrip_protocol(file) if "://" in source else file for file in sorted(found)]
 
 
 def _why_nothing(source: str) -> str:
     path = Path(source)
     if path.is_dir():
-        suffixes = sorted({entry.suffix or entry.name for entry in path.rglob("*") if entry.is_file()})
-        hint = f", but {', '.join(suffixes[:8])}; plain text must be named .txt" if suffixes else ""
-        return f"the folder has no data file{hint}"
+        return _why_no_data_file(path)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.parent.exists():
         return f"no such file; did you mean --source hf://{source} (a dataset of the hub)?"
     folder = path.parent
     names = [entry.name for entry in folder.iterdir() if entry.exists()] if folder.is_dir() else []
+    if any(mark in source for mark in "*?["):
+        return f"no file matches; the folder has {_some(sorted(names))}" if names else "no such file"
     near = difflib.get_close_matches(path.name, [*names, "docstrings"], n=1)
     where = near and near[0] != "docstrings" and str(folder) != "."
     return "no such file" + (f"; did you mean --source {folder / near[0] if where else near[0]}?" if near else "")
+
+
+def _why_no_data_file(folder: Path) -> str:
+    files = sorted(entry.relative_to(folder) for entry in folder.rglob("*") if entry.is_file())
+    seen = [file for file in files if not _is_hidden(str(file))]
+    if about := [file for file in seen if _suffix_of(str(file)) in FORMATS]:  # all others would be training text
+        fix = shlex.quote(str(folder / about[0]))
+        return f"only {_some(map(str, about))}, which is no training text in a folder; to read it, --source {fix}"
+    if files and not seen:
+        return f"the folder has hidden files only: {_some(map(str, files))}"
+    suffixes = sorted({file.suffix or file.name for file in seen})
+    return "the folder has no data file" + (f", but {_some(suffixes)}; plain text must be named .txt" if seen else "")
+
+
+def _some(names: Iterable[str], shown: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _is_hidden(inside: str) -> bool:
+    """Of a path in the folder of a source."""
+    return any(part.startswith((".", "__")) for part in inside.split("/"))
 
 
 def _files_at(filesystem, path: str) -> list[str]:
@@ -277,13 +302,12 @@ def _training_files(folder: str, files: list[str]) -> list[str]:
     """The files of a folder that hold training text: without hidden ones, descriptions of the data, and other splits
     than train where there is one."""
     inside = {file: os.path.relpath(file, folder) for file in files}
-    seen = [file for file in files if not any(part.startswith((".", "__")) for part in inside[file].split("/"))]
+    seen = [file for file in files if not _is_hidden(inside[file])]
     data = [f for f in seen if _suffix_of(f) in (*FORMATS, *ARCHIVES) and not ABOUT.fullmatch(os.path.basename(f))]
     train = [file for file in data if TRAIN_SPLIT.search(inside[file])]
     others = {file for file in data if OTHER_SPLIT.search(inside[file])} - set(train)
     kept = [file for file in data if not train or file not in others]
     left_out = [inside[file] for file in seen if file not in kept]
     if kept and left_out:
-        names = ", ".join(left_out[:4]) + (f" and {len(left_out) - 4} more" if len(left_out) > 4 else "")
-        logger.info("%s: training on %d of its files, not on %s", folder, len(kept), names)
+        logger.info("%s: reading %d of its files, not %s", folder, len(kept), _some(left_out))
     return kept

@@ -10,17 +10,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
+from recipe.data.files import is_remote
 from recipe.data.formats import BadDocument, Chunk, Content, TokenIds
 from recipe.data.hold_out import HoldOutFilter, digest_of
 from recipe.data.lanes import Split, pieces_of
 from recipe.data.source import Source, counted
-from recipe.errors import UserError
+from recipe.errors import DataError, UserError
 
 HOLD_OUT_START, HOLD_OUT_DOCUMENTS = 100_000, 1000
 DOCSTRINGS_HOLD_OUT = 5000, 100  # the demo's reference was recorded with it
 LAST_SHARE = 0.01
-# Whole documents are held out unless they would be more than this share of a source with fewer documents than that.
-LARGEST_SHARE, FEW_DOCUMENTS = 0.1, 1000
+# Whole documents are held out, unless a source with fewer documents than this would lose more than twice what is
+# wanted: 1 % of its text, or one block.
+FEW_DOCUMENTS, TOO_MUCH = 1000, 2
+# A source with fewer documents for each lane, and fewer bytes, is read to see whether every lane has text.
+FEW_IN_A_LANE, READ_BYTES = 64, 1 << 26
 NUM_LANES = 32
 LANE_BLOCKS, LANE_PIECES = 16, 2  # text of a lane, at least; pieces that a document is divided into for it
 WHOLE = 0.9  # a document of which more than this share is wanted is taken as a whole
@@ -69,9 +73,28 @@ def fit(source: Source, wish: Wish) -> Fitted:
     first, stop = hold_out_of(source, wish) or (0, 0)
     split = Split(0, start=wish.train_skip, hold_out=(first, stop))
     is_impossible = stop > source.num_documents or not any(map(split.admits_any, source.chunks))  # is reported later
-    if stop and (is_impossible or len(pieces_of(source, split, num_lanes)) >= num_lanes):
+    if stop and (is_impossible or _can_be_dealt(source, split, num_lanes)):
         return Fitted(source, wish.train_skip, first, stop - first, num_lanes)
     return _fit_small(source, wish, (first, stop))
+
+
+def _can_be_dealt(source: Source, split: Split, num_lanes: int) -> bool:
+    """Whether there are as many pieces as lanes, each with text to train on: documents may be empty, skipped since
+    they cannot be read, or copies of held-out ones. Lanes of many documents, and of remote ones, are taken to have
+    text; a failing read is reported by the training."""
+    pieces = pieces_of(source, split, num_lanes)
+    if len(pieces) < num_lanes:
+        return False
+    is_large = source.num_documents >= FEW_IN_A_LANE * num_lanes or source.num_bytes > READ_BYTES
+    if is_large or any(is_remote(chunk.path) for chunk in source.chunks):
+        return True
+    try:
+        contents = [content for chunk in source.chunks for content in source.read_chunk(chunk)]
+    except DataError:
+        return True
+    copies = HoldOutFilter(contents[slice(*split.hold_out)])
+    has_text = [len(content) > 0 and not copies.holds(content) for content in contents]
+    return all(any(has_text[index] for index in split.documents_of(piece)) for piece in pieces)
 
 
 # --- the hold-out
@@ -102,9 +125,10 @@ def _last_documents(source: Source, wish: Wish) -> tuple[int, int] | None:
         for content in reversed(source.read_chunk(chunk)):
             count += 1
             size += len(content)
-            if num_documents < FEW_DOCUMENTS and size > LARGEST_SHARE * source.num_bytes:
+            tokens += wish.count(content) if tokens <= TOO_MUCH * wish.block_size else 0
+            is_large = size > TOO_MUCH * LAST_SHARE * source.num_bytes and tokens > TOO_MUCH * wish.block_size
+            if num_documents < FEW_DOCUMENTS and is_large:
                 return None
-            tokens += wish.count(content) if tokens < wish.block_size else 0
             if count >= wanted and tokens >= wish.block_size:
                 return num_documents - count, num_documents
     return None

@@ -4,13 +4,13 @@ read one chunk.
 A document's content is text, or token ids (int32 `[tokens]`) where the column holds lists of integers.
 """
 
-import difflib
+import contextlib
 import hashlib
 import io
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipe.data import sniff
+from recipe.data.columns import NoKey, no_column
 from recipe.data.files import first_line, is_remote, open_file, size_of
 from recipe.errors import DataError, UserError
 
@@ -29,7 +30,6 @@ MIN_TEXT_CHUNK_BYTES, MAX_TEXT_CHUNK_BYTES = 1 << 12, 1 << 18
 TEXT_DOCUMENT_BYTES = 1 << 15
 FOOTER_BYTES = 1 << 16
 READ_BYTES = 1 << 20
-SHOWN_NAMES = 12
 INT32 = np.iinfo(np.int32)
 END_OF_TEXT = b"<|endoftext|>"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -124,15 +124,6 @@ def check_column(path: str, schema: pa.Schema, column: str) -> None:
         raise UserError(
             f"{path}: column {column!r} holds {schema.field(column).type}, neither text nor lists of token ids"
         )
-
-
-def no_column(what: str, column: str, names: Sequence[str], usable: Sequence[str]) -> UserError:
-    """`usable`: the columns or keys that hold text, the likeliest first."""
-    near = difflib.get_close_matches(column, usable, n=1) or [name for name in usable if name == "content"] or usable
-    hint = f"; did you mean --text_column {shlex.quote(near[0])}?" if near else ""
-    more = ", ..." if len(names) > SHOWN_NAMES else ""
-    known = f"; it has {', '.join(names[:SHOWN_NAMES])}{more}" if names else ""
-    return UserError(f"{what} {column!r}{known}{hint}")
 
 
 def _read_footer(path: str) -> bytes:
@@ -308,7 +299,19 @@ def _read_bytes(chunk: Chunk) -> bytes:
 
 def read_jsonl_chunk(chunk: Chunk, column: str, on_bad: OnBad = refuse) -> list[Content]:
     lines = (line for line in io.BytesIO(_read_bytes(chunk)) if line.strip())
-    return _one_by_one(lines, lambda line, i: _content_of(line, chunk, i, column), on_bad)
+    try:
+        return _one_by_one(lines, lambda line, i: _content_of(line, chunk, i, column), on_bad)
+    except NoKey as error:
+        raise error.with_fix(_first_values(chunk.path)) from error
+
+
+def _first_values(path: str) -> Iterator[object]:
+    """Of the lines of a file's first megabyte, for an error message."""
+    with open_file(path) as file:
+        whole, _, _ = file.read(READ_BYTES).rpartition(b"\n")
+    for line in whole.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            yield json.loads(line)
 
 
 def _content_of(line: bytes, chunk: Chunk, row: int, column: str) -> Content:
@@ -336,9 +339,7 @@ def content_in(values: object, column: str, here: str, line: Callable[[], str] =
     if isinstance(values, str):
         return values
     if not isinstance(values, dict) or column not in values:
-        texts = {k: v for k, v in values.items() if isinstance(v, str)} if isinstance(values, dict) else {}
-        longest = sorted(texts, key=lambda name: -len(texts[name]))
-        raise no_column(f"{here}{line()} has no key", column, list(values) if texts else [], longest)
+        raise NoKey(f"{here}{line()}", column, values)
     content = "" if values[column] is None else values[column]
     if isinstance(content, list) and all(type(token) is int for token in content):
         return TokenIds(_as_int32(np.array(content, dtype=object), here))

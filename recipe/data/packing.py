@@ -1,6 +1,7 @@
 """Documents -> token ids with EOS between them -> fixed blocks. Nothing is dropped, padded or doubled."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipe.data.formats import Content
 from recipe.errors import DataError, UserError
+from recipe.hub import why_not_loaded, why_unreachable
 
 # Text handed to the tokenizer at once: little at first, so that the first row comes soon, then enough to keep its
 # threads busy. How documents are grouped does not change any token.
@@ -79,9 +81,12 @@ class Row:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
+        if not os.path.isdir(name):
+            why_unreachable()
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"tokenizer {name!r}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+        fix = "name a folder that holds one; --tokenizer tokenizer/llama-32k would do for a new model"
+        raise UserError(f"tokenizer {name!r}: {why_not_loaded(name, error)}; {fix}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {name!r} has no eos_token, which separates documents; set one and save it again")
     return tokenizer

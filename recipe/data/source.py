@@ -228,7 +228,7 @@ def _index_files(name: str, paths: list[str], text_column: str, on_bad_data: str
         chunks.append(replace(chunk, first_document=first))
         first += chunk.num_documents
     if not chunks:
-        raise UserError(f"source {name!r}: {len(paths)} files without a single document")
+        raise UserError(f"source {name!r}: {counted(len(paths), 'file')} without a single document")
     files = tuple(replace(facts, content=index.content) for facts, index in found)
     fingerprint = _fingerprint(text_column, files)
     can_be_cut = all(format_of(chunk.path) in ("parquet", "arrow") for chunk in chunks)
