@@ -107,8 +107,10 @@ def rows_of(samples: list[Sample]) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.endurance", description=__doc__)
-    parser.add_argument("--steps", type=int, default=STEPS, help="fewer: prints and writes nothing")
+    parser.add_argument("--steps", type=int, default=STEPS, help="other numbers are printed and not written")
     steps = parser.parse_args().steps
+    if steps < 2 * PARTS:
+        parser.error(f"--steps: {2 * PARTS} or more, since the run is measured in {PARTS} parts")
     samples, findings = measure(steps)
     measured = (
         f"{steps:,} steps of {ROWS} rows of {BLOCK} tokens with the guards on, saved and evaluated {PARTS} times, in "
