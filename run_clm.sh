@@ -102,8 +102,10 @@ train() {
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
   # Processes that are started again would find the addresses of those that are gone, and wait for them (torch 2.13).
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-  # Without this it leaves SIGUSR1 to its default, which kills it.
+  # Without these it leaves SIGUSR1 to its default, which kills it, and its children go on alone. The second is the default of its
+  # option --signals-to-handle, which replaces the first where torch has it (2.13 does).
   export TORCHELASTIC_SIGNALS_TO_HANDLE="${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
+  export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-$TORCHELASTIC_SIGNALS_TO_HANDLE}"
   run_child "$env_python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
     -m recipe train "$config" "$@"
 }

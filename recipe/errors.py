@@ -1,12 +1,18 @@
 """The two ways a run can fail that are not bugs; `__main__` turns each into one line and its exit code."""
 
+import math
 import signal
+import time
 from collections.abc import Callable
 
 from recipe.redact import redact
 
 # Signals that end a run: of a scheduler, the keyboard, a terminal that closes, Slurm before the time is over.
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# A scheduler, run_clm.sh and torchrun may each send the same signal to a process. Chosen: torchrun passed one on
+# in 2 ms, and a person who repeats it has read a line before.
+SAME_SECONDS = 1.0
+_last_ending = -math.inf
 # A full or read-only disk, as Python, safetensors or torch report it.
 DISK_WORDS = (
     "No space left on device",
@@ -49,9 +55,21 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def handle_endings(handler: Callable) -> dict:
-    """Install a handler for each signal of ENDING that is not ignored, as nohup has SIGHUP; returns those before."""
+    """Install a handler for each signal of ENDING that is not ignored, as nohup has SIGHUP; returns those before.
+
+    What follows a signal within SAME_SECONDS is the same one and has no effect, also where the handler before is back
+    by then."""
+    global _last_ending
+    _last_ending = -math.inf
+
+    def handle(number, frame):
+        global _last_ending
+        if (now := time.monotonic()) - _last_ending >= SAME_SECONDS:
+            _last_ending = now
+            handler(number, frame)
+
     numbers = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in numbers}
+    return {number: signal.signal(number, handle) for number in numbers}
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -7,14 +7,15 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
-from recipe.errors import handle_endings
+from recipe.errors import SAME_SECONDS, handle_endings
 
 logger = logging.getLogger(__name__)
 
 
 class SignalCallback(TrainerCallback):
-    """A signal to any rank ends the training on all of them after the same step, with one checkpoint; a second one
-    ends its process at once. `agreed`: the number of the signal that did, the same on every rank; None if none did.
+    """A signal to any rank ends the training on all of them after the same step, with one checkpoint; a second one,
+    SAME_SECONDS later or more, ends its process at once. `agreed`: the number of the signal that did, the same on
+    every rank; None if none did.
 
     On several ranks each says at the end of a step what it has received, over the host's network, and reads what the
     others said at the end of the next step, so that none of them waits.
@@ -58,4 +59,5 @@ class SignalCallback(TrainerCallback):
             signal.raise_signal(number)
         self.received = number
         name = signal.Signals(number).name
-        logger.warning("%s: saving a checkpoint after this step; repeat it to end immediately", name)
+        words = "%s: saving a checkpoint after this step; repeat it after %.0f s to end immediately"
+        logger.warning(words, name, SAME_SECONDS)

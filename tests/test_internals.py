@@ -1,11 +1,14 @@
 """Each private name that the recipe needs is there and does what it is used for: a failure names the upgrade."""
 
 import ast
+import random
 import re
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
 
@@ -97,6 +100,23 @@ def test_torch_takes_found_inf_and_set_last_rates():
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     internals.set_last_rates(scheduler, [0.5])
     assert scheduler.get_last_lr() == [0.5]
+
+
+def test_tokenizers_cache_no_texts(tokenizer):
+    """The bundled tokenizers do not split texts into words."""
+
+    def mebibytes_kept(backend) -> float:
+        before = psutil.Process().memory_info().rss
+        for _ in range(20):
+            texts = ["".join(rng.choices("abcdefgh ", k=200)) for _ in range(100)]
+            backend.encode_batch_fast(texts, add_special_tokens=False)
+        return (psutil.Process().memory_info().rss - before) / 2**20
+
+    rng = random.Random(0)
+    backends = [Tokenizer.from_file(str(RECIPE.parent / "tokenizer/llama-4k/tokenizer.json")) for _ in range(2)]
+    internals.cache_no_texts(backends[0])
+    mebibytes_kept(backends[0])  # what the first texts take stays
+    assert mebibytes_kept(backends[0]) < 4 < mebibytes_kept(backends[1])  # 0 and 11 were seen
 
 
 def test_transformers_attention_of(tiny_model):

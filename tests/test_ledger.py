@@ -553,8 +553,20 @@ def test_memory_is_bounded_and_repetition_still_seen():
     windows, digests = ledger.tables["windows"], ledger.tables["digests"]
     assert 2000 < windows.size <= 4000 and windows.every > EVERY and digests.size <= 500
     assert ledger.rows.size <= windows.size + digests.size + 512
+    assert ledger.num_bytes < 34 * (4000 + 2 * 500) + 42 * (4000 + 500 + 512)  # docs/guards.md, of full tables
     finding = feed(ledger, rows, start=1000)[-1]
     assert finding.evidence["share"] > 0.9 and "in the same order" in finding.likely_causes[0]
+
+
+def test_further_passes_take_no_more_memory():
+    rows, ledger, taken = blocks(text(0, 20_000)), Ledger(), []
+    for number in range(60):
+        ledger.begin_pass(None)
+        for start in range(0, len(rows), 40):
+            some = rows[start : start + 40]
+            ledger.observe_train(some, [(number, 0, start, place) for place in range(len(some))])
+        taken.append(ledger.num_bytes)
+    assert taken[-1] <= taken[20]
 
 
 @settings(max_examples=30)

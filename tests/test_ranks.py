@@ -31,14 +31,14 @@ SIGNALS = {
     "to rank 0": (2, {"phase": "backward", "step": 3, "action": "SIGTERM"}, (), 143),
     "to all of rank 1": (
         2,
-        {"phase": "backward", "step": 3, "rank": 1, "action": "group SIGTERM"},
+        {"phase": "backward", "step": 3, "rank": 1, "action": "group SIGTERM SIGTERM"},
         ("--dataloader_num_workers", "2"),
         143,
     ),
-    "twice in a step": (1, {"phase": "backward", "step": 5, "action": "SIGTERM SIGTERM"}, (), -15),
+    "twice in a step": (1, {"phase": "backward", "step": 5, "action": "SIGTERM later SIGTERM"}, (), -15),
     "twice in an evaluation": (
         1,
-        {"phase": "evaluation", "step": 5, "action": "SIGTERM SIGTERM"},
+        {"phase": "evaluation", "step": 5, "action": "SIGTERM later SIGTERM"},
         ("--eval_strategy", "steps", "--eval_steps", "5"),
         -15,
     ),
@@ -164,7 +164,8 @@ def test_a_sharded_model_with_nothing_left_to_train_is_refused_in_one_line(forke
 
 @pytest.mark.parametrize("name", ["to rank 0", "to all of rank 1"])
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(forked, name):
-    """Also where it ends no data worker although all processes of the rank get it, as from torchrun."""
+    """Also where it ends no data worker although all processes of the rank get it, as from torchrun, and get it twice,
+    as from a scheduler too."""
     run_dir = check_ended(forked, name, SIGNALS[name][-1])
     newest = list_checkpoints(run_dir)[0]
     assert newest.name == "checkpoint-4"  # sent at the end of step 3, received at the end of step 4

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import config_from_args, parse_args
 
 REPO = Path(__file__).resolve().parents[1]
 # fmt: off
@@ -43,6 +44,7 @@ case "$1 $2" in
   "-m recipe" | "-m torch.distributed.run")
     report='{\n  "code": %s,\n  "reason": "as reported, code 9"\n}\n'
     [ -z "${FAKE_REPORT:-}" ] || printf "$report" "$FAKE_REPORT" >"$RECIPE_EXIT_FILE"
+    printf '%s' "${PET_SIGNALS_TO_HANDLE:-}" >"$FAKE_DIR/handled"
     echo '{"loss": 1.0}'
     hang train
     exit "${FAKE_CODE:-0}" ;;
@@ -291,6 +293,14 @@ def test_a_signal_reaches_the_run_once_and_its_code_comes_back(checkout, sent, c
     process.communicate(timeout=60)
     assert (checkout.state / "signals").read_text() == sent.name
     assert process.returncode == code
+
+
+def test_torchrun_is_told_to_pass_on_sigusr1(checkout, monkeypatch):
+    """By what its parser reads: SIGUSR1 would kill it, and the ranks would go on alone."""
+    checkout.run(NPROC="2")
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", (checkout.state / "handled").read_text())
+    config, _, _ = config_from_args(parse_args(["script.py"]))
+    assert {"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"} == set(config.signals_to_handle.split(","))
 
 
 @pytest.fixture

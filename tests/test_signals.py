@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from recipe import __main__ as command_line
-from recipe.errors import ENDING, exit_code_of, handle_endings, message_of
+from recipe.errors import ENDING, SAME_SECONDS, exit_code_of, handle_endings, message_of
 from recipe.results import Outcome
 
 
@@ -19,15 +19,36 @@ def test_each_has_the_shells_code():
     assert message_of(KeyboardInterrupt()).startswith("ended by SIGINT ")
 
 
-def test_what_nohup_ignores_stays_ignored():
+@pytest.fixture
+def handlers_come_back():
     before = {number: signal.getsignal(number) for number in ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_what_nohup_ignores_stays_ignored(handlers_come_back):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert signal.SIGHUP not in handle_endings(lambda *arguments: None)
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    assert signal.SIGHUP not in handle_endings(lambda *arguments: None)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_one_that_comes_twice_at_once_is_one(handlers_come_back, monkeypatch):
+    """A scheduler signals all processes and torchrun passes it on: where it was signalled twice, by SIGTERM."""
+    seen, now = [], [50.0]
+    monkeypatch.setattr("recipe.errors.time.monotonic", lambda: now[0])
+    handle_endings(lambda number, frame: seen.append(("outer", number)))
+    inner = handle_endings(lambda number, frame: seen.append(("inner", number)))
+    signal.raise_signal(signal.SIGUSR1)
+    now[0] += 0.6 * SAME_SECONDS
+    signal.raise_signal(signal.SIGUSR1)
+    for number, handler in inner.items():  # the training has ended meanwhile
+        signal.signal(number, handler)
+    signal.raise_signal(signal.SIGTERM)
+    assert seen == [("inner", signal.SIGUSR1)]
+    now[0] += 0.6 * SAME_SECONDS  # a person's second one
+    signal.raise_signal(signal.SIGUSR1)
+    assert seen == [("inner", signal.SIGUSR1), ("outer", signal.SIGUSR1)]
 
 
 # --- the exit code, where nothing can be printed

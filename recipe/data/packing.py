@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from recipe.data.formats import Content
 from recipe.errors import DataError, UserError
 from recipe.hub import why_not_loaded, why_unreachable
+from recipe.internals import cache_no_texts
 
 # Text handed to the tokenizer at once: little at first, so that the first row comes soon, then enough to keep its
 # threads busy. How documents are grouped does not change any token.
@@ -104,7 +105,6 @@ def tokenize(documents: Iterable[Document], tokenizer, source_name: str = "") ->
             skipped += document.skipped
             if not len(ids):
                 continue
-            ids = np.asarray(ids, dtype=np.int32)
             if not 0 <= ids.min() <= ids.max() < vocab_size:
                 raise DataError(
                     f"source {source_name!r}: document {document.index} has token ids from {ids.min()} to "
@@ -115,8 +115,8 @@ def tokenize(documents: Iterable[Document], tokenizer, source_name: str = "") ->
             skipped = ()
 
 
-def encode(contents: Sequence[Content], tokenizer) -> list[Sequence[int]]:
-    """Token ids of each text, without special tokens; token ids are returned unchanged.
+def encode(contents: Sequence[Content], tokenizer) -> list[np.ndarray]:
+    """Token ids of each text, int32, without special tokens; token ids are returned unchanged.
 
     Calls the tokenizers library directly: transformers would also compute unused offsets and masks, in twice the time.
     `split_special_tokens` is a setting that transformers passes on in each call.
@@ -124,6 +124,7 @@ def encode(contents: Sequence[Content], tokenizer) -> list[Sequence[int]]:
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer
         backend.encode_special_tokens = tokenizer.split_special_tokens
+        cache_no_texts(backend)
         backend.no_truncation()
         backend.no_padding()
 
@@ -135,7 +136,9 @@ def encode(contents: Sequence[Content], tokenizer) -> list[Sequence[int]]:
     texts = [content for content in contents if isinstance(content, str)]
     short = iter(encode_texts([text for text in texts if len(text) <= PART_CHARS]))
     encoded = (next(short) if len(text) <= PART_CHARS else _encode_parts(text, encode_texts) for text in texts)
-    return [next(encoded) if isinstance(content, str) else content.ids for content in contents]
+    # A list of Python's numbers takes nine times the memory, and each lane holds what is tokenized at once.
+    ids = (next(encoded) if isinstance(content, str) else content.ids for content in contents)
+    return [np.asarray(each, dtype=np.int32) for each in ids]
 
 
 def _encode_parts(text: str, encode_texts: Callable[[list[str]], list[list[int]]]) -> np.ndarray:
@@ -165,7 +168,7 @@ def hash_of_tokenizer(tokenizer) -> str:
     probe = (
         "It's 1,234.5 x²  \tﬁne\r\n\n    if (a != b): Ünïcode ÉCOLE 你好 🤗 e\u0301 </s><s>[UNK] don't re-run://x_y "
     )
-    facts = [sorted(tokenizer.get_vocab().items()), list(encode([probe], tokenizer)[0])]
+    facts = [sorted(tokenizer.get_vocab().items()), encode([probe], tokenizer)[0].tolist()]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 

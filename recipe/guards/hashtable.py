@@ -16,6 +16,10 @@ class HashTable:
         self.slots, self.keys = np.zeros(2, np.int32), np.zeros(1, np.int64)
         self.columns = {name: np.zeros(1, dtype) for name, dtype in columns.items()}
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(array.nbytes for array in (self.slots, self.keys, *self.columns.values()))
+
     def find(self, keys: np.ndarray) -> np.ndarray:
         entries = np.zeros(len(keys), np.int64)
         left = self.slots[self._first_slots(keys)].nonzero()[0]  # most that are absent are seen to be at once
@@ -86,6 +90,15 @@ class SampledTable:
     def size(self) -> int:
         return self._table.size - 1
 
+    @property
+    def num_bytes(self) -> int:
+        return self._table.num_bytes
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Of all keys, in the order in which they came."""
+        return self._table.columns["after"][1 : self._table.size] - 1
+
     def keeps(self, keys: np.ndarray) -> np.ndarray:
         return keys & (self.every - 1) == 0
 
@@ -106,7 +119,7 @@ class SampledTable:
 
     def _thin(self, num_known: int, new: np.ndarray) -> None:
         used = slice(1, self._table.size)
-        keys, positions = self._table.keys[used], self._table.columns["after"][used] - 1
+        keys, positions = self._table.keys[used], self.positions
         while self.keeps(keys[:num_known]).sum() + self.keeps(new).sum() > self.limit:
             self.every *= 2
         kept, self._table = self.keeps(keys), HashTable(self.limit, after=np.int64)

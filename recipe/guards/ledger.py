@@ -9,10 +9,9 @@ Its tokens times the nats per token must exceed ln(pairs of positions compared) 
 Repetitive text is no copy: its matches change their distance from window to window (`find_stretches`), and what a row
 repeats of itself is not counted (`novelty`).
 
-Memory: a kept window takes 24 to 56 bytes (16 in a checkpoint), a row 28. 16M tokens keep 1M windows. The table is
-full at 4.2M (67M tokens, 96 MiB), and `every` doubles each time: at 1 billion tokens it is 256, and a copied row of
-1,024 tokens is seen with probability 0.98. Eval rows: every window (fewer from 4M on), and 4 bytes a token. Different
-windows with the same hash: 1e-4 pairs in the first billion tokens.
+Memory: docs/guards.md has it in bytes. 16M tokens keep 1M windows. The table is full at 4.2M (67M tokens), and `every`
+doubles each time: at 1 billion tokens it is 256, and a copied row of 1,024 tokens is seen with probability 0.98. Eval
+rows: every window (fewer from 4M on). Different windows with the same hash: 1e-4 pairs in the first billion tokens.
 """
 
 import functools
@@ -108,17 +107,24 @@ class _RowTable:
     def __init__(self, position: np.ndarray, place: np.ndarray):
         self.size, self._position, self._place = len(position), position, place
 
+    def has_room(self, count: int) -> bool:
+        return self.size + count <= len(self._position)
+
     def append(self, position: np.ndarray, place: np.ndarray) -> None:
         size = self.size + len(position)
-        if size > len(self._position):
-            self._position = np.resize(self._position, max(1024, 2 * size))
-            self._place = np.resize(self._place, (max(1024, 2 * size), 5))
+        if not self.has_room(len(position)):
+            room = max(1024, size + size // 2)
+            self._position, self._place = np.resize(self._position, room), np.resize(self._place, (room, 5))
         self._position[self.size : size], self._place[self.size : size] = position, place
         self.size = size
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         return self._position[: self.size], self._place[: self.size]
+
+    @property
+    def num_bytes(self) -> int:
+        return self._position.nbytes + self._place.nbytes
 
     def find(self, position: np.ndarray) -> np.ndarray:
         """The number of the row that holds each position."""
@@ -153,6 +159,12 @@ class Ledger:
         # Of each eval token: the surprise that it was copied with.
         self.eval_rows, self._eval_hits = np.zeros((0, 4), np.int64), np.zeros(0, np.int32)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the tables and arrays, which are what grows with the run."""
+        arrays = sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+        return arrays + self.rows.num_bytes + sum(table.num_bytes for table in self.tables.values())
+
     def observe_train(
         self, rows: Sequence[np.ndarray], places: Sequence[Sequence[int]], eos_ids: tuple[int, ...] = ()
     ) -> int:
@@ -170,6 +182,8 @@ class Ledger:
         num_windows = np.bincount(row, minlength=len(rows))
         digested = self.tables["digests"].keeps(hashed.digest)
         judged = digested | (num_windows > 0)
+        if not self.rows.has_room(judged.sum()):
+            self._drop_rows()
         micro_steps, micro_step = np.unique(where[:, 0] << 32 | where[:, 2], return_inverse=True)
         self.rows.append(position[judged], np.column_stack([where, self.micro_steps + micro_step])[judged])
         self.micro_steps += len(micro_steps)
@@ -220,9 +234,11 @@ class Ledger:
         return found[inverse]
 
     def _drop_rows(self) -> None:
-        """Forget where rows were consumed that no table points into any more."""
-        used = [self.rows.find(self.tables[name].entries()[1]) for name in ("windows", "digests")]
-        used = np.unique(np.concatenate([*used, self.rows.find(self._recent[:, 0])]))
+        """Forget where rows were consumed that nothing points into any more. Those of this step are still needed."""
+        position, _ = self.rows.arrays
+        known = [self.tables[name].positions for name in ("windows", "digests")]
+        known += [self._recent[:, 0], self._copies[:, 5], position[position >= self.tokens]]
+        used = np.unique(self.rows.find(np.concatenate(known)))
         self.rows = _RowTable(*(array[used] for array in self.rows.arrays))
 
     def _add_copies(self, rows, hashed: Hashed, earlier_row, num_windows, stretches: np.ndarray, kinds) -> int:
@@ -362,7 +378,8 @@ class Ledger:
     # --- state
 
     def state(self) -> dict[str, np.ndarray]:
-        """Arrays for `np.savez`, as large as what was seen."""
+        """Arrays for `np.savez`, as large as what is kept."""
+        self._drop_rows()  # else it would depend on when that was done last
         state = {name: np.asarray(value) for name, value in vars(self).items() if isinstance(value, (int, np.ndarray))}
         for name, table in self.tables.items():
             state[f"{name}.keys"], state[f"{name}.positions"] = table.entries()

@@ -45,14 +45,14 @@ def run_disk_script(whole: Whole, number: int, run_dir: Path) -> dict:
     limit, begin, end = DISKS[name]
     older: dict[Path, str] = {}
 
-    def break_disk() -> None:
+    def break_disk(_) -> None:
         older.update(contents_of(run_dir))
         if limit is None:
             shutil.rmtree(run_dir)
         else:
             set_limit(limit)
 
-    actions = {begin: break_disk, **({} if end is None else {end: lambda: set_limit(None)})}
+    actions = {begin: break_disk, **({} if end is None else {end: lambda _: set_limit(None)})}
     words = [*whole.words, "--output_dir", str(run_dir)]
     with quiet_and_short(run_dir.parent):
         try:
@@ -93,14 +93,14 @@ def set_limit(num_bytes: int | None) -> None:
 
 
 @contextlib.contextmanager
-def at_steps(actions: dict[int, Callable[[], None]]) -> Iterator[None]:
-    """Calls each action before the first micro-batch of its step."""
+def at_steps(actions: dict[int, Callable[[PretrainTrainer], None]]) -> Iterator[None]:
+    """Calls each action before the first micro-batch of its step, with the trainer."""
     training_step = PretrainTrainer.training_step
 
     def step(trainer, *arguments, **more):
         now = trainer.state.global_step + 1
         if now in actions:
-            actions.pop(now)()
+            actions.pop(now)(trainer)
         return training_step(trainer, *arguments, **more)
 
     PretrainTrainer.training_step = step

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import mmap
 import os
 import random
@@ -24,7 +25,8 @@ ROWS_PER_GROUP = 2  # documents: small, so that reading goes on all through the 
 class Fault:
     """`step`: in which it comes, from 1. `share`: where inside the phase, 0 to 1. `action`: `kill` (SIGKILL), `full`
     (no space left on the device), `nan`, or names of signals, one after the other; `group` before them: to all
-    processes of its group. `rank`: of several, the first time that they run."""
+    processes of its group; `later` between two: as if a person had repeated it. `rank`: of several, the first time
+    that they run."""
 
     phase: str
     step: int
@@ -33,6 +35,8 @@ class Fault:
     rank: int = 0
 
     def strike(self) -> None:
+        from recipe import errors
+
         if self.action == "full":
             raise OSError(28, "No space left on device")
         if "STRUCK" in os.environ:
@@ -41,6 +45,8 @@ class Fault:
         for name in self.action.split():
             if name == "group":
                 send = partial(os.killpg, os.getpgrp())
+            elif name == "later":
+                errors._last_ending = -math.inf
             else:
                 send(signal.SIGKILL if name == "kill" else signal.Signals[name])
 
