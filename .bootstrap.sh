@@ -207,7 +207,7 @@ make_environment() {
   find_python
   : >"$env_dir/.recipe-making"
   rm -f "$env_dir/.recipe-stamp"
-  find "$env_dir" -mindepth 1 -maxdepth 1 ! -name '.recipe-*' -exec rm -rf {} +
+  find "$env_dir/" -mindepth 1 -maxdepth 1 ! -name '.recipe-*' -exec rm -rf {} +
   say "first use: making a Python $base_version environment in $env_dir (about 1-3 minutes; log: $log)"
   run_logged "$base_python" -m "$base_maker" "$env_dir" ||
     fail 4 "$base_python -m $base_maker failed: $(last_log_line) | log: $log | the next start tries again"
@@ -216,7 +216,7 @@ make_environment() {
 }
 
 prepare_own_environment() {
-  if [ -e "$env_dir/.recipe-making" ] || [ -z "$(find "$env_dir" -mindepth 1 -maxdepth 1 ! -name '.recipe-*' -print)" ]; then
+  if [ -e "$env_dir/.recipe-making" ] || [ -z "$(find "$env_dir/" -mindepth 1 -maxdepth 1 ! -name '.recipe-*' -print)" ]; then
     make_environment
   elif [ -x "$env_python" ] && has_pip; then
     require_new_python
