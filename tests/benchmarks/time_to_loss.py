@@ -61,6 +61,7 @@ SWEEP = {
         cosine(3e-3, 8, 1_638_400, 2 * WARM_UP),
         cosine(3e-3, 4, 1_228_800, 2 * WARM_UP),
         wsd(3e-3, 4, 1_024_000, 2 * WARM_UP),
+        cosine(3e-3, 8, 1_843_200, 2 * WARM_UP),
     ],
 }
 # --- the runs and their records
