@@ -199,11 +199,13 @@ def _port(word: str) -> int:
 
 
 def report(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("recipe report")
-    parser.add_argument("run_dir", type=Path)
+    parser = argparse.ArgumentParser("recipe report", description="Write the report of a run.")
+    parser.add_argument("run_dir", type=Path, help="a run, or the output_dir of a Trainer that the guards watched")
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--bundle", action="store_true")
-    kinds.add_argument("--watch", nargs="?", type=_port, const=PORT, metavar="PORT")
+    kinds.add_argument("--bundle", action="store_true", help="pack what is needed to debug a finding, without data")
+    kinds.add_argument(
+        "--watch", nargs="?", type=_port, const=PORT, metavar="PORT", help="serve the page on this machine"
+    )
     options = parser.parse_args(arguments)
     from recipe.bundle import write_bundle
     from recipe.report import write_report
@@ -276,9 +278,7 @@ def compare(arguments: list[str]) -> int:
         usage="recipe compare RUN RUN ... [--out FILE] [--json]",
         description="What differs between runs; none of them changes.",
     )
-    parser.add_argument(
-        "run_dirs", type=Path, nargs="+", metavar="RUN", help="the first is what the others are held to"
-    )
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="the first is the baseline")
     _add(parser, "out", Path, Path("compare.html"), "the page to write")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the summary")
     options = parser.parse_args(arguments)
@@ -310,8 +310,8 @@ def _number(low: float, high: float, kind: Callable = float) -> Callable[[str], 
 
 
 def explain(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("recipe explain")
-    parser.add_argument("id", nargs="?")
+    parser = argparse.ArgumentParser("recipe explain", description="What a finding means.")
+    parser.add_argument("id", nargs="?", help="of a finding; none: list all ids")
     options = parser.parse_args(arguments)
     from recipe.explain import explain, overview
 
@@ -320,7 +320,7 @@ def explain(arguments: list[str]) -> int:
 
 
 def trajectory(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("recipe trajectory")
+    parser = argparse.ArgumentParser("recipe trajectory", description="Make a reference curve of healthy runs.")
     parser.add_argument("action", choices=["record"])
     parser.add_argument("out", type=Path)
     parser.add_argument("run_dirs", type=Path, nargs="+")

@@ -62,10 +62,10 @@ class DataArguments:
     block_size: int = 1024  # tokens in a row
     train_tokens: int | None = None  # tokens of the whole run; or give max_steps
     train_skip: int = 0  # index of the first document that training may read
-    train_seed: int = 42  # of the train stream's order
+    train_seed: int = 42  # seed of the train stream's order
     # Index of the first hold-out document; "auto": 100,000, or the last 1 % of a source that ends before.
     eval_skip: int | Literal["auto"] = "auto"
-    eval_seed: int = 1041  # of the eval stream's order
+    eval_seed: int = 1041  # seed of the eval stream's order
     eval_documents: int | Literal["auto"] = "auto"  # hold-out documents; training skips them
     document_masking: bool = False  # keep attention inside each document of a row
     num_lanes: int | Literal["auto"] = "auto"  # sub-streams of the canonical order; 32, or fewer for a small source

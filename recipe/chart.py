@@ -162,7 +162,7 @@ class Chart:
     from_zero: bool = False
     note: str = ""  # what the curve may hide, in words
     legend: list = field(default_factory=list)  # (colour, text)
-    lines: list = field(default_factory=list)  # (css, x, y)
+    lines: list = field(default_factory=list)  # (css, x, y); css "raw": a point for each step of its run
     rescaled: list = field(default_factory=list)  # (css, x, y): replaces that of `lines` where x has the other scale
     dots: list = field(default_factory=list)  # (css, x, y, text on hover)
     bands: list = field(default_factory=list)  # (css, x, low, high)
@@ -197,8 +197,9 @@ class Chart:
             shapes.append((css, path(px, y.place(values))))
         return shapes
 
-    def scene(self, rows: np.ndarray) -> dict:
-        """The layers in data coordinates, for JSON; of lines with a point for every step ("raw") `rows`, without x."""
+    def scene(self, rows: dict[int, np.ndarray]) -> dict:
+        """The layers in data coordinates, for JSON; of lines with a point for every step ("raw") the `rows` of their
+        run, without x. A line of another run than 0 has it in its css: "raw run1"."""
         x, y = self.x_axis(), self.y_axis()
         bands = [(css, *thin(xs, low), thin(xs, high)[1]) for css, xs, low, high in self.bands]
         return {
@@ -231,9 +232,10 @@ class Chart:
         return placed
 
 
-def _describe(line: tuple[str, np.ndarray, np.ndarray], rows: np.ndarray) -> dict:
+def _describe(line: tuple[str, np.ndarray, np.ndarray], rows: dict[int, np.ndarray]) -> dict:
     css, xs, ys = line
-    if css == "raw":
-        return {"css": css, "y": plain(ys[rows])}
+    kind, _, run = css.partition(" run")
+    if kind == "raw":
+        return {"css": css, "y": plain(ys[rows[int(run or 0)]])}
     xs, ys = thin(xs, ys)
     return {"css": css, "x": plain(xs), "y": plain(ys)}

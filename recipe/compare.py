@@ -10,13 +10,24 @@ from pathlib import Path
 
 import numpy as np
 
-from recipe.chart import Chart, smooth
+from recipe.chart import Chart
 from recipe.errors import UserError
 from recipe.guards.records import number
 from recipe.noise import EndDifference, compare_ends, compare_with_seeds, scatter_of_seeds
 from recipe.plain_json import dumps
 from recipe.redact import without_folders
-from recipe.report import RUN_FILES, SEVERITIES, TRAIN_LOSS_STEPS, Run, key_figures, load_run, plural, render
+from recipe.report import (
+    RUN_FILES,
+    SEVERITIES,
+    SMALL_CHARTS,
+    TRAIN_LOSS_STEPS,
+    Run,
+    curves_of,
+    key_figures,
+    load_run,
+    plural,
+    render,
+)
 from recipe.report import write_page as write_html
 from recipe.trained import say_what_is_in
 
@@ -28,7 +39,6 @@ SEEDS = ("seed", "train_seed")
 # What the canonical order of the training rows depends on, beside the source itself.
 STREAM = ("train_seed", "block_size", "tokenizer", "train_skip", "eval_skip", "eval_documents", "num_lanes")
 HOLD_OUT = ("block_size", "tokenizer", "eval_skip", "eval_documents")
-SMALL_CHARTS = {"Gradient norm": "grad_norm", "Learning rate": "learning_rate", "Throughput": "tokens_per_second"}
 WITHOUT_SEEDS = "no noise of seeds is in this, which is larger; to measure it, add a run with another --seed"
 SHOWN = 8  # settings in the summary; the page has all
 
@@ -158,7 +168,7 @@ def find_ends(runs: list[Run]) -> list[dict]:
     for run, key, value in list(zip(runs, groups, values, strict=True))[1:]:
         reason, end = why_not_comparable(runs[0], run), None
         if reason is None and key == groups[0]:
-            gap = "" if not is_known else f"; their gap of {value - values[0]:+.4f} nats is what seeds make"
+            gap = "" if not is_known else f"; their gap of {value - values[0]:+.4f} nats comes from the seeds"
             reason = f"they differ in nothing but their seeds{gap}"
         elif reason is None and scatter is not None:
             end = compare_with_seeds(
@@ -191,6 +201,8 @@ def group_by_settings(runs: list[Run]) -> list[str]:
 
 
 def why_not_comparable(first: Run, other: Run) -> str | None:
+    if None in (each.part("source").get("content_hash") for each in (first, other)):
+        return "the text that one of them was trained on is not recorded"
     if not are_same([first, other], ()):
         return "they were trained on different text"
     known = [settings_of(run) for run in (first, other)]
@@ -281,6 +293,8 @@ def write_page(comparison: Comparison, file: Path) -> Path:
         raise UserError(f"--out {file}: {'is a folder' if file.is_dir() else 'no such folder'}; name a file to write")
     names, runs = comparison.names, comparison.runs
     figures = [key_figures(run) for run in runs]
+    with_steps = {place: run for place, run in enumerate(runs) if run.num_steps}
+    charts = draw_charts(names, with_steps)
     rows = [(figures[0][key][0], [each[key][1] for each in figures]) for key in figures[0]]
     values = {
         "run": {"name": " | ".join(names)},
@@ -289,45 +303,60 @@ def write_page(comparison: Comparison, file: Path) -> Path:
         "sentences": say_all(comparison),
         "rows": rows,
         "settings": comparison.result["settings"],
-        "charts": draw_charts(names, [(place, run) for place, run in enumerate(runs) if run.num_steps]),
+        "charts": charts,
+        "curves": _curves(names, with_steps, charts),
     }
     return write_html(render("compare.html.j2", values), file)
 
 
-def draw_charts(names: list[str], runs: list[tuple[int, Run]]) -> list[Chart]:
-    """The curves over each other. `runs`: those with steps, and their places among `names`."""
+def draw_charts(names: list[str], runs: dict[int, Run]) -> list[Chart]:
+    """The curves over each other. `runs`: those with steps, by their places among `names`."""
     if not runs:
         return []
-    tokens = np.concatenate([run.steps["tokens_seen"] for _, run in runs])
+    tokens = np.concatenate([run.steps["tokens_seen"] for run in runs.values()])
     is_log = bool(0 < 20 * tokens.min() < tokens.max())
     loss = Chart("Loss against tokens seen", 1092, 460, tokens, is_log_x=is_log, note="nats per token")
-    for place, run in runs:
-        x, y = run.steps["tokens_seen"], run.steps["loss"]
-        loss.lines += [(f"raw run{place}", x, y), (f"line run{place}", x, smooth(y, is_log))]
+    for place, run in runs.items():
+        _add_curve(loss, place, run, run.steps["loss"])
         loss.legend.append((f"run{place}", names[place]))
         for record in run.evals:
             if number(record.get("eval_loss")) is not None:
                 text = f"{names[place]}: eval loss {record['eval_loss']:.4f} at step {record['step']:,}"
                 loss.dots.append((f"eval run{place}", record["tokens_seen"], record["eval_loss"], text))
     charts = [loss]
-    gaps = [(place, *_gap(runs[0][1], run)) for place, run in runs[1:]] if runs[0][0] == 0 else []
-    if gaps := [gap for gap in gaps if len(gap[1])]:
-        shared = np.concatenate([x for _, x, _ in gaps])
-        chart = Chart("Loss minus that of the first", 1092, 260, shared, note="nats per token, at the same tokens")
-        chart.lines = [(f"line run{place}", x, smooth(gap, is_log=False)) for place, x, gap in gaps]
+    gaps = {place: _gap(runs[0], run) for place, run in runs.items() if place} if 0 in runs else {}
+    if gaps := {place: gap for place, gap in gaps.items() if np.isfinite(gap).any()}:
+        note = "nats per token, at the same tokens"
+        chart = Chart(f"Loss minus that of {names[0]}", 1092, 260, tokens, is_log_x=is_log, note=note)
+        for place, gap in gaps.items():
+            _add_curve(chart, place, runs[place], gap)
         charts.append(chart)
-    for title, key in SMALL_CHARTS.items():
-        chart = Chart(title, 350, 200, tokens, from_zero=True)
-        chart.lines = [
-            (f"line run{place}", run.steps["tokens_seen"], smooth(run.steps[key], is_log=False)) for place, run in runs
-        ]
+    for title, key, unit in SMALL_CHARTS:
+        chart = Chart(title, 350, 200, tokens, from_zero=True, note=unit.removesuffix(": "))
+        for place, run in runs.items():
+            _add_curve(chart, place, run, run.steps[key])
         charts.append(chart)
     return charts
 
 
-def _gap(first: Run, other: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens seen, and the difference of the losses there, where both have a step at the same number of tokens."""
-    tokens, rows, other_rows = np.intersect1d(
-        first.steps["tokens_seen"], other.steps["tokens_seen"], return_indices=True
-    )
-    return tokens, other.steps["loss"][other_rows] - first.steps["loss"][rows]
+def _add_curve(chart: Chart, place: int, run: Run, values: np.ndarray) -> None:
+    chart.lines.append((f"raw run{place}", run.steps["tokens_seen"], values))
+    chart.add_smoothed(f"line run{place}", run.steps["tokens_seen"], values)
+
+
+def _gap(first: Run, other: Run) -> np.ndarray:
+    """For each step of `other`, how far its loss is above that of `first` after as many tokens; NaN without such."""
+    rows, other_rows = np.intersect1d(first.steps["tokens_seen"], other.steps["tokens_seen"], return_indices=True)[1:]
+    gap = np.full(other.num_steps, np.nan)
+    gap[other_rows] = other.steps["loss"][other_rows] - first.steps["loss"][rows]
+    return gap
+
+
+def _curves(names: list[str], runs: dict[int, Run], charts: list[Chart]) -> dict | None:
+    """What the page's script draws, and how it names the runs."""
+    if not charts:
+        return None
+    curves = curves_of(runs, charts)
+    for place, run in curves["runs"].items():
+        run |= {"name": names[place], "colour": f"run{place}"}
+    return curves

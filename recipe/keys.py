@@ -36,16 +36,17 @@ TEXTS = {
     "warmup_steps": "steps from 0 to learning_rate; below 1 a share of all steps",
     "per_device_train_batch_size": "rows of a micro-batch; a step has this x gradient_accumulation_steps x processes",
     "gradient_accumulation_steps": "micro-batches of a step",
-    "bf16": "mixed precision in bfloat16; by itself on a GPU that computes in it, on a CPU where it is faster",
+    "bf16": "mixed precision in bfloat16; default: on where a GPU has it, or a CPU is faster with it",
     "optim": "the optimizer; muon: hidden matrices by Muon, all else by AdamW",
-    "tf32": "TF32 in fp32 matrix products; by itself on a GPU that has it",
-    "use_cpu": "train on the CPU; by itself where there is no GPU",
+    "tf32": "TF32 in fp32 matrix products; default: on where the GPU has it",
+    "use_cpu": "train on the CPU; default: on where there is no GPU",
     "report_to": "trackers: trackio, tensorboard, wandb, ...; several as a list",
     "resume_from_checkpoint": "latest, auto (latest, or a new run where there is none), or the path of a checkpoint",
-    "seed": "of the initial weights",
+    "seed": "seed of the initial weights",
 }
-LINE = 160  # columns of a line of the help
+LINE = 120  # columns of a line of the help
 CHOICES_SHOWN = 6
+PAGE = "docs/keys.md"  # whole texts and all values
 
 
 class FieldType(NamedTuple):
@@ -192,16 +193,23 @@ def _shown(name: str, key: Key, default: Any) -> Shown:
 
 
 def format_help() -> str:
-    """One line for each key: name, type, default, text."""
+    """One line for each key: name, type, default, text; where it is cut, it names the page that has the whole text."""
     groups = shown_keys().items()
     return "\n\n".join("\n".join([f"{group}:", *map(_line, keys)]) for group, keys in groups)
 
 
 def _line(key: Shown) -> str:
-    more = f", ... ({len(key.choices)} in all)" if len(key.choices) > CHOICES_SHOWN else ""
-    one_of = f" [{', '.join(key.choices[:CHOICES_SHOWN])}{more}]" if key.choices else ""
-    left = f"  {key.name:<40} {'|'.join(key.kinds):<10} {key.default:<20} "
-    return left + textwrap.shorten(key.text + one_of, LINE - len(left), placeholder=" ...")
+    left = f"  {key.name:<36} {'|'.join(key.kinds):<8} {key.default:<10} "
+    one_of = f" [{', '.join(key.choices)}]" if key.choices else ""
+    room = LINE - len(left)
+    if len(key.text + one_of) <= room:
+        return left + key.text + one_of
+    more = f" ... ({f'{len(key.choices)} values' if key.choices else 'more'}: {PAGE})"
+    return (
+        left + textwrap.shorten(key.text, room, placeholder=more)
+        if len(key.text) + len(more) > room
+        else left + key.text + more
+    )
 
 
 def format_page() -> str:

@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from recipe.chart import Chart, choose_rows, compact, plain
+from recipe.chart import MAX_ROWS, Chart, choose_rows, compact, plain
 from recipe.errors import UserError
 from recipe.guards import MEANINGS
 from recipe.guards.callback import FOLDER
@@ -107,7 +107,6 @@ def make_report(run_dir: Path, is_watched: bool = False) -> str:
     has_failed = has_ended_badly or counts["error"]
     is_healthy = run.part("result").get("verdict") == HEALTHY
     charts = [_loss_chart(run), *(_small_chart(run, *chart) for chart in SMALL_CHARTS)] if run.num_steps else []
-    script = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)
     values = {
         "run": run,
         "is_running": is_running,
@@ -115,8 +114,7 @@ def make_report(run_dir: Path, is_watched: bool = False) -> str:
         "colour": "error" if has_failed else "warning" if counts["warning"] else "good" if is_healthy else "info",
         "figures": key_figures(run),
         "charts": charts,
-        "curves": _curves(run, charts) if charts else None,
-        "script": Markup(script),
+        "curves": curves_of({0: run}, charts) if charts else None,
         "meanings": MEANINGS,
         "environment": _environment(run),
     }
@@ -124,8 +122,9 @@ def make_report(run_dir: Path, is_watched: bool = False) -> str:
 
 
 def render(template: str, values: dict) -> str:
-    """A template of `templates/`, filled with `values`, escaped."""
-    return _environment_of_templates().get_template(template).render(values)
+    """A template of `templates/`, filled with `values`, escaped, with the script of the charts."""
+    script = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    return _environment_of_templates().get_template(template).render({"script": Markup(script)} | values)
 
 
 @cache
@@ -270,21 +269,31 @@ def _small_chart(run: Run, title: str, key: str, unit: str) -> Chart:
     return chart
 
 
-def _curves(run: Run, charts: list[Chart]) -> dict:
-    """What the page's script draws: every step, or of a long run the extremes and those near findings."""
+def curves_of(runs: dict[int, Run], charts: list[Chart]) -> dict:
+    """What the page's script draws of runs, by their places: every step, or of a long run the extremes and the steps
+    near findings."""
+    rows = {place: _rows_of(run, min(MAX_ROWS, 2 * MAX_ROWS // len(runs))) for place, run in runs.items()}
+    return {
+        "runs": {
+            place: {
+                "steps": plain(run.steps["step"][rows[place]]),
+                "tokens": plain(run.steps["tokens_seen"][rows[place]]),
+            }
+            for place, run in runs.items()
+        },
+        "num_steps": sum(run.num_steps for run in runs.values()),
+        "num_rows": sum(map(len, rows.values())),
+        "charts": [chart.scene(rows) for chart in charts],
+    }
+
+
+def _rows_of(run: Run, limit: int) -> np.ndarray:
     columns = [run.steps[key] for key in ("loss", *(key for _, key, _ in SMALL_CHARTS))]
-    rows, steps = set(choose_rows(columns)), run.steps["step"]
+    rows, steps = set(choose_rows(columns, limit)), run.steps["step"]
     for finding in run.findings[:20]:  # the most severe
         at = np.searchsorted(steps, number(finding.get("step")) or 0)
         rows.update(range(max(0, at - NEAR_FINDING), min(len(steps), at + NEAR_FINDING + 1)))
-    rows = np.array(sorted(rows))
-    tokens = run.steps["tokens_seen"]
-    return {
-        "step": plain(steps[rows]),
-        "tokens": plain(tokens[rows]),
-        "num_steps": run.num_steps,
-        "charts": [chart.scene(rows) for chart in charts],
-    }
+    return np.array(sorted(rows))
 
 
 def _loss_chart(run: Run) -> Chart:

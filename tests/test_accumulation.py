@@ -44,11 +44,11 @@ def test_equal_weights_are_silent():
 @pytest.mark.parametrize(
     ("parts", "cause", "ratios"),
     [
-        (weights(1 / 64, 1 / 8), "mean of the micro-batches' means", "0.56 and 4.50"),
-        (weights(1 / 32, 1 / 4), "summed and not divided", "1.12 and 9.00"),
+        (weights(1 / 64, 1 / 8), "mean of micro-batch means", "0.56 and 4.50"),
+        (weights(1 / 32, 1 / 4), "summed (not divided", "1.12 and 9.00"),
         (WHOLE / 2, "is 1/2", "0.50 and 0.50"),
         (WHOLE * 2, "is 2 times", "2.00 and 2.00"),
-        (weights(1 / 36, 1 / 20), "depends on the micro-batch", "1.00 and 1.80"),
+        (weights(1 / 36, 1 / 20), "uneven micro-batches", "1.00 and 1.80"),
     ],
 )
 def test_the_ratio_names_the_cause(parts, cause, ratios):
@@ -198,7 +198,7 @@ def test_the_count_of_labels_before_the_shift_is_information():
     finding = check_count(6400)  # rows of 64: 63 are scored
     assert (finding.id, finding.severity) == ("accumulation_mismatch", "info")
     assert finding.found.startswith("num_items_in_batch 6,400") and "0.984" in finding.found
-    assert "before the shift" in finding.likely_causes[0] and json.dumps(finding.evidence)
+    assert "counted unshifted" in finding.likely_causes[0] and json.dumps(finding.evidence)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_the_sum_of_the_micro_batches(norms, is_low, found):
 
 @pytest.mark.parametrize(
     ("num_micro_batches", "before", "cause"),
-    [(4, 0.5, "between the micro-batches"), (1, 3.0, "not set to zero"), (1, 0.0, "dropped")],
+    [(4, 0.5, "zero_grad within the step"), (1, 3.0, "zero_grad is missing"), (1, 0.0, "dropped")],
 )
 def test_the_likely_cause_follows_from_the_numbers(num_micro_batches, before, cause):
     finding = check_sum([2.0, 2.0, before, before, 0.0, 0.0], num_micro_batches)

@@ -391,14 +391,16 @@ def test_the_end_is_held_to_the_noise_of_the_batches(tmp_path):
         write_run(tmp_path / "better", shared + own[1] - 0.05, {"learning_rate": 2}),
         write_run(tmp_path / "equal", shared + own[2], {"learning_rate": 3}),
         write_run(tmp_path / "other", shared - 1, {"learning_rate": 4}, content_hash="beef"),
+        write_run(tmp_path / "stock", shared, {"learning_rate": 5}, content_hash=None),
     ]
-    better, equal, other = compare_runs(runs).result["against_first"]
+    better, equal, other, stock = compare_runs(runs).result["against_first"]
     gaps = (own[1] - own[0] - 0.05)[160:]
     assert better["end"]["difference"] == pytest.approx(gaps.mean()) and better["end"]["is_more_than_noise"]
     assert better["end"]["noise"] < 0.01 and "the same batches in both" in better["end"]["measured_by"]
     assert better["end"]["what"] == "train loss of the last 40 common steps"
     assert not equal["end"]["is_more_than_noise"]
     assert other["end"] is None and other["not_judged"] == "they were trained on different text"
+    assert stock["not_judged"] == "the text that one of them was trained on is not recorded"
 
 
 def test_curves_with_the_same_end_are_within_the_noise_nineteen_times_in_twenty():
@@ -423,7 +425,7 @@ def test_the_end_is_held_to_the_noise_of_seeds_where_runs_show_it(tmp_path):
         for name, (loss, seed, rate) in ends.items()
     ]
     same, *others = compare_runs(runs).result["against_first"]
-    assert same["end"] is None and "their gap of +0.0400 nats is what seeds make" in same["not_judged"]
+    assert same["end"] is None and "their gap of +0.0400 nats comes from the seeds" in same["not_judged"]
     deviation = math.sqrt((2 * 0.02**2 + 2 * 0.02**2) / 3)
     for other in others:
         assert other["end"]["difference"] == pytest.approx(4.01 - 4.02)

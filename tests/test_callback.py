@@ -183,6 +183,8 @@ def test_a_probe_that_breaks_does_not_break_the_run(tiny_model, tmp_path):
 def test_unknown_guards_are_refused():
     with pytest.raises(ValueError, match="no guard is called typo"):
         RegressionCallback(disabled_guards=["typo"])
+    with pytest.raises(ValueError, match=r"not a string; write \['loss_spike'\]"):
+        RegressionCallback(disabled_guards="loss_spike")
 
 
 # --- what a first user broke

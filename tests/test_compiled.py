@@ -47,7 +47,7 @@ def test_another_loss_or_gradient_is_found(other, losses):
 
 def test_the_gradient_that_differs_most_is_named():
     finding = CompiledMismatch.judge(EAGER, EAGER | {"a": (1.1, 3.0), "b": (0.1, -0.2)}, (8.3, 8.3))
-    assert finding.found == "2 of 3 gradients differ, b by 80%"
+    assert finding.found == "2 of 3 gradients differ (b by 80%)"
 
 
 def test_bf16_against_fp32_is_rounding_and_a_scaled_loss_is_not(tiny_model):

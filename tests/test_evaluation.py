@@ -117,7 +117,7 @@ def test_repeated_and_equal_losses():
     assert EvalTrainMismatch.judge(8.32, 8.30) is None and EvalTrainMismatch.judge(0.0, 0.0) is None
     assert (
         EvalTrainMismatch.judge(4.436, 0.5536).found
-        == "eval loss 4.4360, 8 times of the training loss of the same rows"
+        == "eval loss 4.4360 (8 times of the training loss of the same rows)"
     )
     assert EvalTrainMismatch.judge(1.0, 0.0).id == "eval_train_mismatch"
 

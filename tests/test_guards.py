@@ -472,6 +472,14 @@ def test_a_log_line_fits_in_160_characters():
     )
 
 
+def test_details_go_first_and_words_are_whole():
+    causes = ("labels shifted (by the collator (and the model)): twice; see the guide",)
+    line = Finding("loss_spike", "error", 1, 1, "a: " + "b" * 60, "c", causes).log_line()
+    assert line.endswith(f"found a: {'b' * 60} | expected c | likely: labels shifted")
+    line = Finding("loss_spike", "error", 1, 1, "loss " * 40, "c", ("one cause",)).log_line()
+    assert "loss… | expected c | likely: one cause" in line
+
+
 def test_a_guard_says_why_it_cannot_judge():
     assert issubclass(CannotJudge, Exception) and Guard().save() == {}
     assert set(MEANINGS) == set(FINDING_IDS)

@@ -553,13 +553,13 @@ class Stream(IterableDataset):
 def test_a_stream_that_ends_and_begins_again(tmp_path):
     guards = train(tmp_path, train=Stream(40 * ROWS), steps=60)
     check_first(guards, "repeated_data", 41, 56)
-    assert "began again in the same order" in guards.findings[0].likely_causes[0]
+    assert "restarted: in the same order" in guards.findings[0].likely_causes[0]
 
 
 def test_workers_that_each_read_the_whole_stream(tmp_path):
     guards = train(tmp_path, train=Stream(80 * ROWS), steps=60, dataloader_num_workers=2)
     check_first(guards, "repeated_data", 16, 40)
-    assert "workers each read the whole data" in guards.findings[0].likely_causes[0]
+    assert "each worker reads all the data" in guards.findings[0].likely_causes[0]
 
 
 def test_epochs_of_sized_data_are_declared(tmp_path):

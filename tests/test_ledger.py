@@ -254,7 +254,7 @@ def test_the_stream_ended_and_began_again():
     finding = feed(Ledger(), rows * 2)[-1]
     assert (finding.id, finding.severity) == ("repeated_data", "warning")
     period = 128 * len(rows)
-    assert f"ended after {period:,} tokens and began again in the same order" in finding.likely_causes[0]
+    assert f"in the same order, after {period:,} tokens" in finding.likely_causes[0]
     assert finding.evidence["first_consumed"]["step"] < finding.evidence["again"]["step"]
     last = len(rows) - 1
     assert finding.evidence["first_consumed"] == {
@@ -286,9 +286,9 @@ def test_workers_that_each_read_the_whole_data():
     ledger = Ledger()
     feed(ledger, stream)
     finding = check_repetition(ledger, 9, num_workers=4)
-    assert finding.likely_causes[0] == "DataLoader workers each read the whole data, 4 of them"
+    assert finding.likely_causes[0] == "each worker reads all the data: 4 DataLoader workers"
     assert finding.evidence["share"] == pytest.approx(0.75, abs=0.01)
-    assert feed(Ledger(), stream)[-1].likely_causes[0].startswith("DataLoader workers")
+    assert feed(Ledger(), stream)[-1].likely_causes[0].startswith("each worker reads all the data")
 
 
 def on_ranks(ledger: Ledger, rows_of_rank, rows_per_step: int = 4):
@@ -387,7 +387,10 @@ def test_workers_are_found_in_a_declared_pass():
     ledger.begin_pass(None)
     doubled = [row for pair in zip(rows[::2], rows[1::2], strict=False) for row in (*pair, *pair)]
     finding = feed(ledger, doubled, start=1000)[-1]
-    assert finding.likely_causes[0].startswith("DataLoader workers") and finding.evidence["passes_declared"] == 1
+    assert (
+        finding.likely_causes[0].startswith("each worker reads all the data")
+        and finding.evidence["passes_declared"] == 1
+    )
 
 
 def test_a_pass_declared_at_the_start_is_no_pass():

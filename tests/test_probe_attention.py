@@ -137,7 +137,7 @@ def test_an_earlier_document_is_named():
     found = alarms(AttentionLeak.judge_gradient(EARLIER_ONLY, {1: 2}, documents))
     assert list(found) == ["cross_document_attention"] and found["cross_document_attention"].severity == "warning"
     finding = found["cross_document_attention"]
-    assert "sees 2 of 2 tokens of earlier documents" in finding.found and finding.evidence["nearest"] == 1
+    assert "sees 2 of 2 earlier tokens (of other documents)" in finding.found and finding.evidence["nearest"] == 1
 
 
 def test_padding_decides_nothing():

@@ -292,7 +292,7 @@ def watch_labels(shares: list[float]) -> list:
 def test_inputs_overwritten_from_some_step_on_are_found():
     found = watch_labels([0.0] * 4 + [0.3] * 20)
     assert len(found) == 5 and found[0].id == "wrong_loss_target"
-    assert found[0].found == "30% of labels are not the own tokens, from step 5 on"
+    assert found[0].found == "30% of labels are not the own tokens (from step 5 on)"
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_the_judgement_on_plain_numbers():
     assert ReferenceMismatch.judge(Gaps(1e-7, 1e-7, 1.0, (5.0, 5.0 + 5e-6), 1e-7), 1e-7) is None
     assert (
         ReferenceMismatch.judge(Gaps(1e-7, 1e-7, 1.0, (5.0, 5.01), 1e-7), 1e-7).found
-        == "loss 5 of logits that are right"
+        == "loss 5 (of logits that are right)"
     )
 
 

@@ -518,10 +518,11 @@ def test_a_long_run_makes_a_small_page_that_still_shows_its_spikes(tmp_path):
     data, _ = page.scripts
     assert len(html) < 1_000_000 and len(html) - len(data) < 250_000
     held = json.loads(data)
-    assert len(held["step"]) == len(held["tokens"]) <= 10_000 and held["num_steps"] == 20_000
-    assert held["charts"][1]["lines"][0]["y"][held["step"].index(12_346)] == 7.75
-    assert set(range(14_951, 15_050)) <= set(held["step"])  # all that is near the finding
-    assert page.has(f"Of 20,000 steps the page holds {len(held['step']):,}")
+    steps = held["runs"]["0"]["steps"]
+    assert len(steps) == len(held["runs"]["0"]["tokens"]) <= 10_000 and held["num_steps"] == 20_000
+    assert held["charts"][1]["lines"][0]["y"][steps.index(12_346)] == 7.75
+    assert set(range(14_951, 15_050)) <= set(steps)  # all that is near the finding
+    assert page.has(f"Of 20,000 steps the page holds {len(steps):,}")
     curves = [attributes["d"] for tag, attributes in page.tags if attributes.get("class") in ("raw", "line")]
     assert len(curves) == 8
     assert all(len(re.findall("[ML]", curve)) <= 1500 for curve in curves)

@@ -36,7 +36,7 @@ def test_half_precision_must_not_be_slower():
     finding = SlowPath.judge_precision(torch.bfloat16, seconds=0.036, seconds_fp32=0.004)
     assert (
         finding.severity == "warning"
-        and finding.found == "matrix products in bfloat16 take 9.0 times as long as in fp32"
+        and finding.found == "matrix products in bfloat16 take 9.0 times as long (as in fp32)"
     )
     assert "bf16 false" in finding.action and finding.evidence["ratio"] == pytest.approx(9.0)
     assert SlowPath.judge_precision(torch.bfloat16, 0.0079, 0.004) is None
@@ -78,7 +78,7 @@ def test_a_kernel_that_was_left_switched_to_the_plain_one(tmp_path, monkeypatch)
     monkeypatch.setattr(module, "time_attention", lambda *arguments: (5.0, 1.0))
     with sdpa_kernel(SDPBackend.MATH):
         guards = train(tmp_path)
-    assert found(guards) == [("warning", "attention ran the plain kernel, 5.0 times slower than a fused one")]
+    assert found(guards) == [("warning", "attention ran the plain kernel (5.0 times slower than a fused one)")]
 
 
 def test_the_dispatcher_tells_which_kernel_ran():

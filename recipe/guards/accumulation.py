@@ -189,7 +189,7 @@ class AccumulationMismatch(Guard):
             return None
         counts = scored.sum(dim=1).tolist()
         cause, is_mean = _cause(ratios, counts)
-        found = f"tokens weigh {ratios[0]:.2f} and {ratios[1]:.2f} in micro-batches of {counts[0]} and {counts[1]}"
+        found = f"tokens weigh {ratios[0]:.2f} and {ratios[1]:.2f} (in micro-batches of {counts[0]} and {counts[1]})"
         causes = tuple(dict.fromkeys((cause, "the loss ignores num_items_in_batch", "a custom compute_loss")))
         severity, evidence = "info" if is_mean and is_even else "warning", {"ratios": ratios, "scored": counts}
         return cls.finding(severity, found, "1.00 and 1.00", causes, ACTION, evidence, check=PROBE)
@@ -217,11 +217,14 @@ class AccumulationMismatch(Guard):
         sizes, shares = [counts[place] for place in places], [weights[place] for place in places]
         is_uneven, spread = max(sizes) > (1 + 2 * cls.UNEVEN) * min(sizes), max(shares) / min(shares)
         if any(abs(r - 1) > 2 * cls.UNEVEN and abs(factor / r - 1) < cls.UNEVEN for r in wrong):
-            found, expected = f"the micro-batches of a step weigh {factor:.3g} together", "1"
-            causes = ("the loss is not divided by accumulation steps or ranks, or twice, or by masked positions too",)
+            found, expected = f"micro-batches weigh {factor:.3g} together (in a step)", "1"
+            causes = ("not divided by their number (or twice, or by masked positions too)",)
         elif is_uneven and spread > 1 + cls.UNEVEN:
-            found, expected = f"a token weighs {spread:.2f} times as much as in another micro-batch", f"1 of {total:,}"
-            causes = ("means of micro-batches with different numbers of scored tokens are averaged",)
+            found, expected = (
+                f"a token weighs {spread:.2f} times as much (as in another micro-batch)",
+                f"1 of {total:,}",
+            )
+            causes = ("micro-batch means are averaged (of different numbers of scored tokens)",)
         else:
             return None
         evidence = {"scored": list(counts.values()), "weights": list(weights.values()), "factor": factor}
@@ -242,10 +245,10 @@ class AccumulationMismatch(Guard):
         off, is_unshifted = abs(num_items / scored - 1), num_items == unshifted
         is_harmless = off < cls.MAX_COUNT_OFF or (is_unshifted and off < cls.MAX_UNSHIFTED_OFF)
         found = f"num_items_in_batch {num_items:,.0f}: loss {scored / num_items:.3f} of the mean per token"
-        causes = ("the count is of other rows than the step's", "padding or prompts are counted")
+        causes = ("another count (of other rows than the step's)", "padding or prompts are counted")
         action = "count labels[..., 1:] != -100 over all micro-batches of the step"
         if is_unshifted:
-            causes = ("Trainer counts the labels before the shift, as the model has no loss_type",)
+            causes = ("labels counted unshifted (by Trainer, as the model has no loss_type)",)
         if is_harmless:
             action = "multiply the losses by this number before you compare them with another implementation's"
         severity = "info" if is_harmless or is_choice or weight is None else "warning"
@@ -265,17 +268,17 @@ class AccumulationMismatch(Guard):
         is_scaled = before > 0 and abs(error - abs(before - total)) <= limit
         is_far = is_mean and cls.FAR_SCALED * min(total, before) < largest
         is_filtered = num_micro_batches == 1 and before > 0 and norms.rest > limit
-        cause = "gradients of the step before were not set to zero" if before else "the gradient was dropped"
+        cause = "zero_grad is missing (gradients of the step before are in)" if before else "the gradient was dropped"
         if num_micro_batches > 1:
-            cause = "zero_grad or an optimizer step between the micro-batches of one step"
+            cause = "zero_grad within the step (or an optimizer step)"
         where = f"its {num_micro_batches} micro-batches"
-        found = f"gradient of {shorten(norms.name)} {error / largest:.0%} off {where}"
+        found = f"gradient {error / largest:.0%} off {where} ({shorten(norms.name)})"
         causes = (cause, "gradients are changed or dropped after backward")
         action = "zero the gradients once, after each optimizer step, and step once in a window"
         if is_scaled and is_far:
             factor = before / total if total else math.inf
-            found = f"gradient of {shorten(norms.name)} {factor:.3g} times {where}"
-            causes = ("gradients are scaled after backward, such as unscaled twice", "they are set to almost nothing")
+            found = f"gradient {factor:.3g} times its parts ({where}; {shorten(norms.name)})"
+            causes = ("scaled after backward (such as unscaled twice)", "they are set to almost nothing")
             action = "leave unscaling to accelerate: look for what divides the gradients before the step"
         evidence = {"sum": total, "difference": error, "at_step": before, "micro_batches": num_micro_batches}
         severity = "info" if (is_scaled or is_filtered) and not (is_scaled and is_far) else "warning"
@@ -356,14 +359,14 @@ def _cause(ratios: list[float], counts: list[int]) -> tuple[str, bool]:
     scale = statistics.fmean(ratio / mean for ratio, mean in zip(ratios, means, strict=True))
     if all(abs(ratio / (scale * mean) - 1) <= MAX_WEIGHT_ERROR for ratio, mean in zip(ratios, means, strict=True)):
         if abs(scale - 1) <= MAX_WEIGHT_ERROR:
-            return "the mean of the micro-batches' means: tokens of short micro-batches count more", True
+            return "a mean of micro-batch means: tokens of short micro-batches count more", True
         if abs(scale - len(counts)) <= MAX_WEIGHT_ERROR * len(counts):
-            return "the micro-batches' means are summed and not divided by their number", False
-        return f"the micro-batches' means, times {scale:.2f}", False
+            return "micro-batch means are summed (not divided by their number)", False
+        return f"micro-batch means, times {scale:.2f}", False
     factor = name_factor(ratios[0])
     if factor and name_factor(ratios[1]) == factor:
-        return f"the loss of each micro-batch is {factor}: divided or multiplied by their number once more", False
-    return "the weight of a token depends on the micro-batch that it is in", False
+        return f"each loss is {factor}: divided or multiplied by the number of micro-batches once more", False
+    return "uneven micro-batches (a token weighs by the one it is in)", False
 
 
 def mean_weight(weights: list[list[float]]) -> float | None:

@@ -28,9 +28,9 @@ logger = logging.getLogger("recipe.guards")
 
 PARTS = ("first moment", "second moment", "step")
 LIKELY = {
-    "first moment": "weight decay is added to the gradient instead of to the weights",
-    "second moment": "the moments are kept in lower precision than the weights",
-    "step": "the moments are not corrected for their start at zero",
+    "first moment": "weight decay in the gradient (instead of in the weights)",
+    "second moment": "moments in low precision (lower than the weights')",
+    "step": "uncorrected moments (for their start at zero)",
 }
 
 
@@ -217,7 +217,7 @@ class OptimizerOff(Guard):
                 off = f"{error / change:.0%} of its change" if change > 0 else f"{error:.2g}, where none is due,"
                 return cls.finding(
                     "warning",
-                    found=f"{part} of {shorten(name)} {off} off {whose}'s",
+                    found=f"{part} {off} off {whose}'s ({shorten(name)})",
                     expected=f"within {limit:.0%}",
                     causes=(likely[part], "the optimizer's step was replaced, or its state was overwritten"),
                     action=f"compare one step of this parameter with torch.optim.{reference} on a copy of it",
@@ -239,9 +239,9 @@ class OptimizerOff(Guard):
             if decay >= max(cls.LARGE_DECAY, cls.FAR_DECAY * rate * decay):
                 return cls.finding(
                     "warning",
-                    found=f"each step takes {decay:.2g} off each weight, at any rate",
-                    expected=f"{rate * decay:.2g}, the rate times it",
-                    causes=("weight decay is not multiplied by the learning rate",),
+                    found=f"each step takes {decay:.2g} off each weight (at any rate)",
+                    expected=f"{rate * decay:.2g} (the rate times it)",
+                    causes=("weight decay without the learning rate (as a factor)",),
                     action="p.mul_(1 - lr * weight_decay), as AdamW does, or a far smaller weight_decay",
                     evidence={"weight_decay": decay, "learning_rate": rate},
                     check=PROBE,
@@ -258,7 +258,7 @@ class OptimizerOff(Guard):
             "warning",
             found=f"beta1 {swapped[0][0]:g} is larger than beta2 {swapped[0][1]:g}",
             expected="smaller",
-            causes=("adam_beta1 and adam_beta2 were swapped",),
+            causes=("the betas were swapped (adam_beta1, adam_beta2)",),
             action="check adam_beta1 and adam_beta2; usual are 0.9 and 0.95 to 0.999",
             evidence={"beta1": swapped[0][0], "beta2": swapped[0][1]},
             check=PROBE,

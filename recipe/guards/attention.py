@@ -19,19 +19,22 @@ TEXTS = {
     "non_causal_attention": (
         "error",
         "later tokens",
-        ("no causal mask reaches the attention", "a mask lost on one path", "a layer that mixes along the row"),
+        ("the causal mask is missing", "a mask lost on one path", "a layer that mixes along the row"),
         "compare the logits of a row with those of its first half alone: they must be equal there",
     ),
     "row_leak": (
         "error",
         "tokens of other rows",
-        ("a mean or a norm over the batch dimension", "a wrong reshape or transpose", "wrong cu_seq_lens"),
+        ("a mean or norm over the batch (dimension)", "a wrong reshape or transpose", "wrong cu_seq_lens"),
         "compare the logits of a row alone with those that it gets in the batch: they must be equal",
     ),
     "cross_document_attention": (
         "warning",
-        "tokens of earlier documents",
-        ("this model ignores position_ids that restart", "a mask of ones or use_cache=True beside position_ids"),
+        "earlier tokens (of other documents)",
+        (
+            "position_ids are ignored (which restart at each document)",
+            "a mask of ones or use_cache=True beside position_ids",
+        ),
         "pass position_ids without attention_mask and with use_cache=False, or let positions run on over the row",
     ),
 }
@@ -127,7 +130,7 @@ class AttentionLeak(Guard):
         position, distances = probed[seeing], (seen - probed[seeing]).abs()
         number, nearest, share = int(forbidden[row].sum()), int(distances.min()), float(relative[row, seen].max())
         if name == "non_causal_attention" and len(seen) == nearest == 1:
-            causes = ("the mask's diagonal is off by one: position i sees i+1", *causes)
+            causes = ("mask diagonal off by one: position i sees i+1", *causes)
         what = what if row == seeing else f"tokens of row {row}"
         found = f"position {position} sees {len(seen)} of {number} {what}"
         evidence = {"row": seeing, "position": position, "row_seen": row, "nearest": nearest}
@@ -145,11 +148,11 @@ class AttentionLeak(Guard):
         sizes = [float(moved[part].median()) if part.any() else 0.0 for part in (watched & own, watched & ~own)]
         if is_exact and sizes[0] <= limit:
             sizes[0] = same_distance(moved.where(watched & own, 0.0), after)
-        causes = ("statistics over positions or rows, computed without gradient", "masks made from later tokens")
+        causes = ("statistics without gradient (over positions or rows)", "masks made from later tokens")
         action, found = "change one token and look where the logits move", {}
         for name, size in zip(TEXTS, sizes, strict=False):
             if size > limit:
-                text, expected = f"logits move by {size:.2g} sd without gradient", "none when hidden tokens change"
+                text, expected = f"logits move by {size:.2g} sd without gradient", "none (when hidden tokens change)"
                 found[name] = cls.finding("error", text, expected, causes, action, {"movement": size}, name, PROBE)
         return found
 

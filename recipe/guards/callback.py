@@ -297,6 +297,8 @@ def _checkpoint_of(args, state, named: str | None) -> Path | None:
 
 
 def _check_options(guards, trajectory: str, on_regression: str, disabled_guards: Iterable[str]) -> None:
+    if isinstance(disabled_guards, str):
+        raise ValueError(f"disabled_guards is a list of ids, not a string; write [{disabled_guards!r}]")
     known = [name for guard in guards for name in guard.ids]
     if unknown := sorted(set(disabled_guards) - set(known)):
         raise ValueError(f"disabled_guards: no guard is called {', '.join(unknown)}; known: {', '.join(known)}")

@@ -80,9 +80,9 @@ class CompiledMismatch(Guard):
             return None
         found, expected = f"loss {losses[1]:.4f}, eager {losses[0]:.4f}", f"equal to {max_loss_gap:.1%}"
         if off:
-            found = f"{len(off)} of {len(gaps)} gradients differ, {shorten(off[0])} by {gaps[off[0]]:.0%}"
+            found = f"{len(off)} of {len(gaps)} gradients differ ({shorten(off[0])} by {gaps[off[0]]:.0%})"
             expected = f"under {max_gap:.0%} of their norms"
-        causes = ("a fault of the compiler or a fused kernel", "code that does something else when it is traced")
+        causes = ("a compiler fault (or a fused kernel's)", "code that does something else when it is traced")
         action = "train without torch_compile, or compile layer by layer, and compare the first losses"
         evidence = {"loss_gap": loss_gap, "gradients_off": len(off), "largest_gap": max(gaps.values(), default=0.0)}
         evidence |= {"names": off[:20], "losses": {"eager": losses[0], "compiled": losses[1]}}

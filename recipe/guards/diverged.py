@@ -146,8 +146,8 @@ class LossDiverged(Guard):
         return cls.finding(
             "warning",
             found=f"loss {losses[-1]:.2f}, over {limit:.2f} for {count * cls.STEPS} steps",
-            expected=f"near its best, {best[0]:.2f} at step {best[2]}",
-            causes=("the learning rate is too high for this stage", "the update goes up the gradient"),
+            expected=f"near its best {best[0]:.2f} (of step {best[2]})",
+            causes=("learning rate too high (for this stage)", "the update goes up the gradient"),
             action=f"lower the rate; if the loss does not come back, go on from a checkpoint near step {best[2]}",
             evidence={"medians": losses, "best": best, "pinned_loss": pinned, "pinned_best": pinned_best},
             check="rise",
@@ -180,7 +180,7 @@ class LossDiverged(Guard):
             found=f"loss {level:.2f} in {cls.STEPS} steps{'' if is_falling else ', not falling'}",
             expected=f"under {limit:.2f} ({'ln V' if guess >= first_loss else 'first loss'} {usual:.2f})",
             causes=(
-                "the learning rate is too high, or without warm-up",
+                "learning rate too high (or no warm-up)",
                 "gradients are not clipped, or scaled up",
                 "the sign of the loss or of the update is wrong",
             ),

@@ -68,7 +68,7 @@ class DoubleBos(Guard):
             "warning",
             found=f"{doubled:,} of {texts:,} texts begin with two BOS",
             expected="one",
-            causes=("the chat template and the tokenizer both add BOS", "BOS is in the text and added again"),
+            causes=("BOS added by template and tokenizer", "BOS is in the text and added again"),
             action="tokenize the template's text with add_special_tokens=False",
             evidence={"texts": texts, "doubled": doubled},
             check=check,

@@ -79,8 +79,8 @@ class LossBelowEnvelope(Guard):
             causes=(
                 "labels are not shifted",
                 "attention is not causal",
-                "the model was trained before, or on this data",
-                "data whose rule a model learns faster than counts can (synthetic sequences)",
+                "model trained before (or on this data)",
+                "synthetic data (a model learns its rule faster than counts can)",
             ),
             action="do not trust this loss; read the probes' findings first",
             evidence={"mean_loss": loss, "mean_floor": floor, "margin": cls.MARGIN},

@@ -45,11 +45,11 @@ class EosNeverTarget(Guard):
         """EOS is among the `scored` targets, and `in_text` after a row's first token."""
         if scored == 0 and in_text >= cls.MIN_SEEN:
             severity, found = "warning", f"EOS {in_text:,} times, never a target"
-            causes = ("pad_token is eos_token, so EOS is masked", "EOS is only in masked prompts")
+            causes = ("pad_token is eos_token (so EOS is masked)", "EOS is only in masked prompts")
             action = "give the tokenizer a pad token of its own"
         elif scored == in_text == 0 and tokens >= cls.ABSENT_TOKENS:
             severity, found = "info", f"no EOS in {tokens:,} tokens"
-            causes = ("documents joined without EOS", "documents end with another token than the tokenizer's EOS")
+            causes = ("documents joined without EOS", "documents end with another token (than the tokenizer's EOS)")
             action = "append the EOS token to every document, if the model shall learn to stop"
         else:
             return None

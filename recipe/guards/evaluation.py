@@ -66,7 +66,7 @@ class EvalNotRepeatable(Guard):
         difference, limit = abs(first - second), MAX_DIFFERENCE_FP32 if is_exact else cls.MAX_DIFFERENCE
         if difference <= limit * max(abs(first), abs(second)):
             return None
-        found = f"two evaluations of the same rows give {first:.6f} and {second:.6f} nats"
+        found = f"losses {first:.6f} and {second:.6f} (of the same rows)"
         causes = ("dropout is on while evaluating", "random numbers are drawn", "the model changes itself")
         action = "look for layers with training=True, or a dropout rate passed to attention, in eval mode"
         evidence = {"first": first, "second": second, "difference": difference}
@@ -75,8 +75,8 @@ class EvalNotRepeatable(Guard):
 
     @classmethod
     def _other_rows(cls, name: str, count: int) -> Finding:
-        found = f"{count:,} rows that the first evaluation had not ({name})"
-        causes = ("the eval data is a stream that goes on where it stopped, or is shuffled", "other workers or ranks")
+        found = f"{count:,} rows not in the first evaluation ({name})"
+        causes = ("eval data goes on (a stream that is not restarted), or is shuffled", "other workers or ranks")
         action, evidence = "take a fixed number of rows from a fixed place, each time again", {"rows": count}
         return cls.finding("warning", found, "the same rows", causes, action, evidence, check="rows")
 
@@ -142,12 +142,12 @@ class EvalTrainMismatch(Guard):
     @classmethod
     def _mismatch(cls, value: float, wanted: float, what: str, check: str) -> Finding:
         factor = name_factor(value, wanted)
-        found, wanted_text = f"eval loss {value:.4f}", f"{wanted:.4f}, {what}"
+        found, wanted_text = f"eval loss {value:.4f}", f"{wanted:.4f} ({what})"
         if factor:
-            found, wanted_text = f"{found}, {factor} of {what}", f"{wanted:.4f}"
+            found, wanted_text = f"{found} ({factor} of {what})", f"{wanted:.4f}"
         causes = ("another loss: labels, shift, masking or reduction differ", "weights changed in between")
         if factor:
-            causes = ("multiplied or divided by the number of processes, micro-batches or rows", *causes)
+            causes = ("off by a factor: the number of processes, micro-batches or rows", *causes)
         action = "compute the eval loss of one batch by hand: the mean cross entropy over its scored tokens"
         evidence = {"eval_loss": value, "expected": wanted}
         return cls.finding("warning", found, wanted_text, causes, action, evidence, check=check)
@@ -205,14 +205,14 @@ class TrainEvalGap(Guard):
         if min(recent) <= eval_loss <= max(recent) or high - low < cls.MIN_NATS or not is_far:
             return None
         found = f"eval loss {eval_loss:.2f}, train loss {train_loss:.2f}"
-        causes = ("the hold-out is in the training data or easier", "eval divides by accumulation steps again")
+        causes = ("hold-out in training data (or easier)", "eval divides by accumulation steps again")
         if eval_loss > train_loss:
-            causes = ("target leakage in training, not in eval", "training data repeats, so it is memorized")
+            causes = ("target leakage in training (not in eval)", "training data repeats, so it is memorized")
             causes += ("eval sums over ranks or batches what it should average", "the eval text is of another kind")
         action = "evaluate on rows of the training data: the two losses should agree"
         evidence = {"train_loss": train_loss, "eval_loss": eval_loss}
         severity = "warning" if high - low >= cls.WARNING_NATS else "info"
-        return cls.finding(severity, found, f"less than {cls.MIN_NATS} nats apart", causes, action, evidence)
+        return cls.finding(severity, found, f"under {cls.MIN_NATS} nats apart", causes, action, evidence)
 
 
 def digest_of_rows(rows: list[np.ndarray]) -> int:

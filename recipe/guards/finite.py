@@ -116,7 +116,7 @@ class LossNotFinite(Guard):
         return replace(
             finding,
             severity="warning",
-            found=f"{finding.found}, step not applied" + (f"; documents {named}" if named else ""),
+            found=f"{finding.found}; step not applied" + (f"; documents {named}" if named else ""),
             action="weights, moments and schedule are as before the step; look at the documents that evidence names",
             evidence={**finding.evidence, "documents": documents},
         )
@@ -127,7 +127,7 @@ class LossNotFinite(Guard):
         its gradient before clipping and at the step."""
         if math.isfinite(total) or not (math.isfinite(before) and math.isfinite(now)):
             return None
-        found = "a gradient that is not finite was dropped"
+        found = "gradient dropped (it is not finite)"
         causes = ("a hidden loss that is not finite",)
         action = "look at the batches of this step; the loss that is logged is not theirs"
         return cls.finding("error", found, "finite", causes, action, {"at_step": before}, NOT_FINITE)

@@ -133,7 +133,7 @@ class FrozenParameters(Guard):
         held, training = held_by(optimizer), [(name, p) for name, p in parameters if p.requires_grad]
         missing = [name for name, p in training if id(p) not in held]
         if parameters and not training:
-            causes = ("adapters that were frozen with their base", "requires_grad_(False) on the whole model")
+            causes = ("adapters frozen with their base", "requires_grad_(False) on the whole model")
             action = "model.print_trainable_parameters(); set requires_grad to True for what shall train"
             names = [name for name, _ in parameters]
             return cls._finding("error", "no parameter trains", "at least one", causes, names, PROBE, action)
@@ -144,10 +144,16 @@ class FrozenParameters(Guard):
 
     @classmethod
     def _in_no_group(cls, names: list[str], of: str, check: str) -> Finding:
-        causes = ("the optimizer was built before the final model", "groups were chosen by name and miss some")
+        causes = (
+            "the optimizer was built too early (before the final model)",
+            "groups were chosen by name and miss some",
+        )
         action = "build the optimizer from the wrapped, cast and resized model, or set requires_grad to False"
         if check != PROBE:
-            causes = ("the optimizer was built from what trained at the start", "they were put in no group")
+            causes = (
+                "the optimizer was built too early (from what trained at the start)",
+                "they were put in no group",
+            )
             action = "build the optimizer from all parameters that will ever train, or call add_param_group"
         return cls._finding("error", f"{len(names)} parameters {of} in no group", "all", causes, names, check, action)
 
@@ -176,13 +182,13 @@ class FrozenParameters(Guard):
         plain = [row for row in rows if row[1].dtype not in LOW_PRECISION and row[1].numel() >= MOVING_ELEMENTS]
         still = [name for name, _, top, has_moved in plain if top > PLAIN_GRADIENT and not has_moved]
         if still:
-            found = f"{len(still)} of {len(rows)} have a gradient and do not move"
-            causes = ("the optimizer holds other tensors than the model", "their group has a learning rate of 0")
-            return cls._finding("error", found, "every one moves", causes, still, "first_steps")
+            found = f"{len(still)} of {len(rows)} with gradient do not move"
+            causes = ("optimizer holds other tensors (than the model)", "their group has a learning rate of 0")
+            return cls._finding("error", found, "all move", causes, still, "first_steps")
         unreached = [name for name, _, top, has_moved in rows if top == 0.0 and not has_moved]
-        causes = ("the forward pass does not use them", "detach() or no_grad() on their path to the loss")
+        causes = ("unused in the forward pass", "detach() or no_grad() on their path to the loss")
         if is_cut:
-            causes = ("reentrant activation checkpointing of layers whose inputs want no gradient", *causes)
+            causes = ("reentrant checkpointing (of layers whose inputs want no gradient)", *causes)
         found = f"of {len(rows)} without gradient in {FIRST_STEPS} steps"
         return cls._without_gradient(unreached, parameters, found, 0.0, causes, "first_steps") if unreached else None
 

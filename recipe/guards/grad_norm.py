@@ -61,7 +61,7 @@ class GradNorm(Guard):
         if not done > cls.UNCLIPPED * wanted:
             return None
         found = f"gradient norm {norm:.3g} scaled by {done:.3g}"
-        expected = f"by {wanted:.3g}, to {max_norm:g}"
+        expected = f"by {wanted:.3g} (to {max_norm:g})"
         causes = ("clipping changes nothing", "another limit than the one asked for")
         action = "compare a parameter's gradient before and after clip_grad_norm_"
         evidence = {"grad_norm": norm, "scaled_by": done}
@@ -74,7 +74,7 @@ class GradNorm(Guard):
         if norm is None or max_norm <= 0 or not clipped_norm < cls.CLIPPED_AWAY * min(norm, max_norm):
             return None
         found, expected = f"gradient norm {norm:.3g} clipped to {clipped_norm:.3g}", min(norm, max_norm)
-        causes, action = ("gradients are unscaled after clipping",), "unscale the gradients before clip_grad_norm_"
+        causes, action = ("gradients unscaled after clipping",), "unscale the gradients before clip_grad_norm_"
         evidence = {"grad_norm": norm, "clipped_norm": clipped_norm}
         return cls.finding("warning", found, f"to {expected:.3g}", causes, action, evidence, check="left")
 

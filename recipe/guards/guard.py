@@ -12,7 +12,7 @@ Severity = Literal["info", "warning", "error"]
 SEVERITIES = ("info", "warning", "error")
 LINE_LENGTH = 160  # of a log line, with the prefix that the log format puts before it
 PREFIX = len("WARNING recipe.guards | ")
-SHORTEST_CAUSE = 16  # characters of a likely cause in the line; of fewer nothing is shown
+DETAIL = re.compile(r": | \(|; ")  # what follows may be left out of a log line
 STEP, PROBE = "step", "probe"
 
 
@@ -28,10 +28,11 @@ class NotApplicable(CannotJudge):
 class Finding:
     """What a guard found, reported once per onset.
 
-    `found` and `expected` are short phrases with numbers. `likely_causes` starts with the most likely one. `evidence`
-    holds the plain numbers behind it (JSON-able). `check`: which of the guard's checks found it; the finding is open
-    until each check that found it has recovered. `cause`: which fault of this id it is. The same while the fault
-    lasts, whatever its numbers; two faults of one id are both reported. The runner fills in `step` and `tokens_seen`.
+    `found` and `expected` are short phrases with numbers. `likely_causes` starts with the most likely one. In these
+    texts what follows `: `, ` (` or `; ` is detail: the log line leaves it out where room is short. `evidence` holds
+    the plain numbers behind it (JSON-able). `check`: which of the guard's checks found it; the finding is open until
+    each check that found it has recovered. `cause`: which fault of this id it is. The same while the fault lasts,
+    whatever its numbers; two faults of one id are both reported. The runner fills in `step` and `tokens_seen`.
     """
 
     id: str
@@ -53,25 +54,40 @@ class Finding:
 
     def log_line(self) -> str:
         """The message of the log line. It fits in 160 characters with its prefix `WARNING recipe.guards | `; the full
-        texts are in `findings.jsonl` and in the report. The likely cause has what room the others leave."""
+        texts are in `findings.jsonl` and in the report."""
         head, labels = f"{self.id} | step {self.step}", (" | found ", " | expected ", " | likely: ")
-        room = LINE_LENGTH - PREFIX - len(head)
-        texts = _fit([self.found, self.expected], room - len(labels[0]) - len(labels[1]))
-        left = room - sum(map(len, (*labels, *texts)))
-        if self.likely_causes and left >= SHORTEST_CAUSE:
-            texts += _fit([self.likely_causes[0]], left)
-        return head + "".join(label + text for label, text in zip(labels, texts, strict=False))
+        texts = [self.found, self.expected, *self.likely_causes[:1]]
+        room = LINE_LENGTH - PREFIX - len(head) - sum(map(len, labels[: len(texts)]))
+        return head + "".join(label + text for label, text in zip(labels, _fit(texts, room), strict=False))
 
     def to_json(self) -> str:
         return dumps(asdict(self))
 
 
 def _fit(texts: list[str], room: int) -> list[str]:
-    """Shortens the longest texts until all of them fit in `room` characters together."""
+    """Shortens texts until all of them fit in `room` characters together: details are left out, those of the last text
+    first; then the longest texts are cut, at a word where there is one."""
+    for place in reversed(range(len(texts))):
+        for start in _details(texts[place]):
+            if sum(map(len, texts)) > room:
+                texts = [*texts[:place], texts[place][:start], *texts[place + 1 :]]
     widths = [len(text) for text in texts]
     while sum(widths) > room and max(widths) > 1:
         widths[widths.index(max(widths))] -= 1
-    return [t if len(t) <= width else t[: width - 1].rstrip() + "…" for t, width in zip(texts, widths, strict=True)]
+    return [_cut(text, width) for text, width in zip(texts, widths, strict=True)]
+
+
+def _details(text: str) -> list[int]:
+    """Where the details of a text begin, the last first; none begins inside another's parentheses."""
+    starts = [match.start() for match in DETAIL.finditer(text)]
+    return [start for start in reversed(starts) if text.count("(", 0, start) == text.count(")", 0, start)]
+
+
+def _cut(text: str, width: int) -> str:
+    if len(text) <= width:
+        return text
+    start = text[:width].rsplit(" ", 1)[0] if " " in text[:width] else text[: width - 1]
+    return f"{start.rstrip(' ,;:')}…"
 
 
 class Clear(NamedTuple):

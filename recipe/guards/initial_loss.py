@@ -89,8 +89,8 @@ class InitialLoss(Guard):
         if not abs(loss - base_loss) > cls.SAME_LOSS * base_loss:
             return None
         found, expected = (
-            f"first loss {loss:.2f} with {count} adapters drawn at random",
-            f"{base_loss:.2f}, of the base",
+            f"first loss {loss:.2f} (with {count} adapters drawn at random)",
+            f"{base_loss:.2f} (of the base)",
         )
         causes = ("init_lora_weights=False: neither factor of the adapters is zero",)
         action = "leave init_lora_weights at its default, so that training begins at the base model"
@@ -108,7 +108,7 @@ class InitialLoss(Guard):
             f"first loss {loss:.2f} of a base that is sure ({entropy:.1f} nats)",
             f"under {guess:.2f}, ln V",
         )
-        causes = ("token ids of another tokenizer than the base's", "the base's weights were loaded in part")
+        causes = ("ids of another tokenizer (than the base's)", "the base's weights were loaded in part")
         action = "decode a row of the batch with the base model's own tokenizer, and look at its loss without adapters"
         return cls.finding("warning", found, expected, causes, action, {"loss": loss}, check=PROBE, cause="base")
 
@@ -120,9 +120,9 @@ class InitialLoss(Guard):
         ratio = float((found.sums[is_pulled] / found.pulls[is_pulled]).median())
         if ratio <= cls.MAX_NORMALIZER:
             return None
-        causes = ("a z-loss that is summed over tokens, not averaged", "its coefficient")
+        causes = ("z-loss summed over tokens (not averaged)", "its coefficient")
         action = "take the mean of logsumexp(logits) ** 2 over the scored tokens, times 1e-4 to 1e-3"
-        found, expected = f"a term on all logits pulls {ratio:.1f} times as much as the target", "a hundredth of it"
+        found, expected = f"all logits pulled {ratio:.1f} times the target", "0.01"
         return cls.finding(
             "warning", found, expected, causes, action, {"ratio": ratio}, check=PROBE, cause="normalizer"
         )

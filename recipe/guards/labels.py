@@ -44,7 +44,7 @@ def judge_answers(make: Make, trainer) -> Finding | None:
         "warning",
         found=f"the label of all {len(rows):,} answers is {kinds.pop()}",
         expected="good and bad ones",
-        causes=("labels were read as strings, of which bool() makes True",),
+        causes=("labels read as strings (of which bool() makes True)",),
         action="compare the column label with its source: bool('False') is True",
         evidence={"rows": len(rows)},
         check=PROBE,
@@ -71,9 +71,9 @@ def judge_sums(make: Make, found: LossTargets) -> Finding | None:
         return None
     return make(
         "error",
-        found="the loss has a softmax over the positions of each row",
-        expected="over the vocabulary",
-        causes=("softmax or log_softmax with the wrong dim",),
+        found="the softmax is over the positions (of each row)",
+        expected="the vocabulary",
+        causes=("softmax with the wrong dim (or log_softmax)",),
         action="use dim=-1, the vocabulary, for student and teacher",
         evidence={"row_sums": sums.tolist(), "absolute": absolute.tolist(), "pulls": pulls.tolist()},
         check="sums",
@@ -91,9 +91,9 @@ def judge_prompts(make: Make, seen: SeenTokens) -> Finding | None:
         return None
     return make(
         "warning",
-        found=f"the answers of all {len(lengths)} rows begin with a copy of their prompt",
+        found=f"all {len(lengths)} answers repeat their prompt",
         expected="the answers alone",
-        causes=("the completion was made from the whole text, prompt included",),
+        causes=("prompt in the completion (made from the whole text)",),
         action="print a row of the dataset: its completion must begin where its prompt ends",
         evidence={"copied_tokens": lengths},
     )
@@ -108,9 +108,9 @@ def judge_change(
         return None
     return make(
         "warning",
-        found=f"{off:.0%} of labels are not the {labels_are} tokens, from step {step - after + 1} on",
-        expected=f"none, as in the {before} steps before",
-        causes=("input_ids are overwritten after the labels were made", "labels are changed from some step on"),
+        found=f"{off:.0%} of labels are not the {labels_are} tokens (from step {step - after + 1} on)",
+        expected=f"none (as in the {before} steps before)",
+        causes=("input_ids overwritten (after the labels were made)", "labels are changed from some step on"),
         action="compare a row of the dataset with what the model is given, at this step and at the first",
         evidence={"share": off, "steps_before": before, "steps_after": after},
         check="change",
@@ -151,9 +151,9 @@ def judge_last_position(make: Make, ids: torch.Tensor, found: LossTargets, label
         return None
     return make(
         "warning",
-        found=f"the last position of {number} of {len(last)} rows is scored",
-        expected="no target there: no next token",
-        causes=("labels rolled over the batch, not within each row",),
+        found=f"last position of {number} of {len(last)} rows scored",
+        expected="no target (no next token)",
+        causes=("labels rolled over the batch (not within each row)",),
         action="shift within each row, and leave its last position out",
         evidence={"rows": number, "targets": last},
     )
@@ -197,9 +197,9 @@ def judge_linear(make: Make, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Findi
         return None
     return make(
         "warning",
-        found="the loss is linear in the model's probabilities",
-        expected="in their logarithms",
-        causes=("kl_div is given probabilities", "an expected value over the vocabulary, on purpose"),
+        found="the loss is linear in probabilities",
+        expected="log of them",
+        causes=("kl_div of probabilities", "an expected value over the vocabulary, on purpose"),
         action="kl_div takes log_softmax(logits) first, and the teacher's probabilities second",
         evidence={"positions": int(scored.sum()), "left": float((left / spread.clamp_min(1e-30))[scored].max())},
         check="linear",

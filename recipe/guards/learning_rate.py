@@ -99,11 +99,14 @@ class LearningRate(Guard):
             is_far = lr > 0 and math.isfinite(lr)
             causes = ("the schedule ran past its end", "the schedule's formula")
             if is_far:
-                causes = ("the schedule multiplies a rate that is no longer the initial one", "another unit of steps")
+                causes = (
+                    "the schedule compounds (it multiplies a rate that is no longer the initial one)",
+                    "another unit of steps",
+                )
             expected = f"{peak:.4g} at most" if is_far else "0 or above" if lr < 0 else "finite"
             return cls.finding(
                 "warning" if is_far else "error",
-                found=f"learning rate {lr:.4g} in parameter group {group}",
+                found=f"learning rate {lr:.4g} (parameter group {group})",
                 expected=expected,
                 causes=causes,
                 action="print what the scheduler gives for each step of the run before you train on",
@@ -138,12 +141,12 @@ class LearningRate(Guard):
         elif asked_for and used and not any(initial is None or is_close(initial, asked_for) for _, initial in used):
             group, (lr, initial) = 0, used[0]
             expected = f"{asked_for * factor:.4g} ({asked_for:.4g} asked for)"
-            causes = ("the checkpoint brought its own learning rate", "the optimizer was built with another one")
+            causes = ("the checkpoint's own rate (not the one asked for)", "the optimizer was built with another one")
         else:
             return None
         return cls.finding(
             "warning",
-            found=f"learning rate {lr:.4g} in parameter group {group}",
+            found=f"learning rate {lr:.4g} (parameter group {group})",
             expected=expected,
             causes=causes,
             action="print optimizer.param_groups and scheduler.last_epoch at this step",
@@ -162,8 +165,8 @@ class LearningRate(Guard):
         lr, says = pairs[off[0]]
         return cls.finding(
             "warning",
-            found=f"learning rate {lr:.4g} in parameter group {off[0]}",
-            expected=f"{says:.4g}, as the scheduler says",
+            found=f"learning rate {lr:.4g} (parameter group {off[0]})",
+            expected=f"{says:.4g} (as the scheduler says)",
             causes=("the scheduler was built for another optimizer", "the rate is set by hand after the scheduler"),
             action="build the scheduler from the optimizer that the Trainer is given",
             evidence={"used": used, "scheduled": scheduled},
@@ -183,8 +186,8 @@ class LearningRate(Guard):
                 return cls.finding(
                     "warning",
                     found=f"the schedule ends after {end:,} steps",
-                    expected=f"{steps:,}, where it has {way[0]:.3g} of its rate left",
-                    causes=(f"its steps are counted in {unit} ({speed}), and the Trainer steps it once an update",),
+                    expected=f"{steps:,} (where it has {way[0]:.3g} of its rate left)",
+                    causes=(f"steps counted in {unit} ({speed}): the Trainer steps it once an update",),
                     action="make the scheduler for max_steps, and its warm-up in updates too",
                     evidence={"steps": steps, "end": end, "speed": speed},
                     check=PROBE,
@@ -209,9 +212,9 @@ class LearningRate(Guard):
             return None
         return cls.finding(
             "warning",
-            found=f"rate {rates[0]:.3g} of the first layer, {rates[-1]:.3g} of the last",
-            expected="the lowest for the first",
-            causes=(f"layer-wise decay divides by its factor, {1 / ratios[0]:.3g}, or counts from the other end",),
+            found=f"rates {rates[0]:.3g} (first layer) to {rates[-1]:.3g} (last)",
+            expected="lowest first",
+            causes=(f"layer decay is inverted (it divides by {1 / ratios[0]:.3g}, or counts from the other end)",),
             action="multiply the rate by the factor once for each layer that lies above",
             evidence={"rates": rates},
             check=PROBE,
@@ -227,9 +230,9 @@ class LearningRate(Guard):
             return None
         return cls.finding(
             "error",
-            found=f"{len(names)} parameters in the optimizer more than once ({shorten(names[0])})",
+            found=f"{len(names)} parameters repeated in the optimizer ({shorten(names[0])})",
             expected="once each",
-            causes=("a shared weight was given once for each module that holds it",),
+            causes=("a shared weight given twice (for each module that holds it)",),
             action="each time it is there it is updated: give each parameter once, as model.parameters() does",
             evidence={"names": names[:20]},
             check=PROBE,
@@ -308,6 +311,6 @@ def _causes(multiplier, step, lr, initial, world_size, accumulation) -> tuple[st
     }
     fits = (k for k in dict.fromkeys((*speeds, 2, 3, 4, 8)) if k > 1 and _is_on(multiplier, step * k, lr, initial))
     if (k := next(fits, None)) is not None:
-        many = f", as many as {speeds[k]}" if k in speeds else ""
+        many = f" (as many as {speeds[k]})" if k in speeds else ""
         return (f"the schedule advances {k} times a step{many}", "warmup or total counted in other steps")
-    return ("the schedule did not come back with the checkpoint", "warmup or total counted in other steps")
+    return ("the schedule was not restored (from the checkpoint)", "warmup or total counted in other steps")

@@ -198,7 +198,7 @@ class LostUpdates(Guard):
             "warning",
             found=f"{moved / judged:.0%} of half-precision weights moved in {cls.LOST_STEPS} steps",
             expected=f"over {cls.LOST_SHARE:.0%}",
-            causes=("bf16 or fp16 weights without an fp32 copy", "the optimizer holds other tensors than the model"),
+            causes=("no fp32 copy of weights (in bf16 or fp16)", "the optimizer holds other tensors (than the model)"),
             action="load the model in float32 and train with bf16=True, or use Kahan summation or stochastic rounding",
             evidence={"moved": moved, "judged": judged, "learning_rate": learning_rate},
             check="weights",
@@ -212,8 +212,8 @@ class LostUpdates(Guard):
         return cls.finding(
             "warning",
             found=f"{small / judged:.0%} of elements moved under {SMALL_UPDATE:.0%} of the rate",
-            expected=f"under {cls.SMALL_SHARE:.0%} in Adam's first steps",
-            causes=("Adam's epsilon is larger than the gradients", "weights are rounded or overwritten"),
+            expected=f"under {cls.SMALL_SHARE:.0%} (in Adam's first steps)",
+            causes=("Adam's epsilon is too large (larger than the gradients)", "weights are rounded or overwritten"),
             action="compare the size of the gradients with adam_epsilon; look for what writes to the weights",
             evidence={"small": small, "judged": judged},
             check="small",
@@ -227,9 +227,9 @@ class LostUpdates(Guard):
             return None
         return cls.finding(
             "warning",
-            found=f"weights changed by a save or evaluation, loss {rise:+.2f}",
-            expected="the weights put back",
-            causes=("averaged or older weights were left in the model",),
+            found=f"weights changed by a save or evaluation (loss {rise:+.2f})",
+            expected="weights put back",
+            causes=("averaged weights left in (or older ones)",),
             action="look for what writes to the weights when the run is saved or evaluated",
             evidence={"changes": changes, "rise": rise},
             check="writes",
@@ -242,9 +242,9 @@ class LostUpdates(Guard):
             return None
         return cls.finding(
             "error",
-            found=f"{stale:.0%} of a layer's weights used as before the last updates",
+            found=f"{stale:.0%} of a layer's weights are stale (as before the last updates)",
             expected="as they are now",
-            causes=("an autocast context is open over several steps",),
+            causes=("autocast stays open (over several steps)",),
             action="leave the autocast context after each step, or use bf16=True; else torch.clear_autocast_cache()",
             evidence={"stale": stale},
             check="casts",

@@ -8,8 +8,8 @@ from recipe.guards.guard import CannotJudge
 
 PARTS = ("momentum", "step")
 LIKELY = {
-    "momentum": "the momentum is kept or averaged in another way",
-    "step": "the update is not orthogonalized, or scaled in another way",
+    "momentum": "another momentum (kept or averaged in another way)",
+    "step": "not orthogonalized (or scaled in another way)",
 }
 
 

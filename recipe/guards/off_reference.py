@@ -57,13 +57,13 @@ class LossOffReference(Guard):
             return None
         expected = f"{band.low:.2f} to {band.high:.2f}" if band is not None else ""
         if flags:
-            expected = f"not below {flags[0]['loss_below']} before step {flags[0]['before_step']}"
+            expected = f"{flags[0]['loss_below']} or more (before step {flags[0]['before_step']})"
         if flags or loss < band.low:
             severity, found = "warning", f"loss {loss:.2f}, too good to be true"
-            causes = ("labels not shifted, attention not causal", "repeated data", "easier data")
+            causes = ("labels not shifted", "attention not causal", "repeated data", "easier data")
             action = "do not trust this run; read the probes' findings first"
         else:
             severity, found = reference.above, f"loss {loss:.2f}, above its reference"
-            causes = ("another learning rate or schedule", "labels shifted twice", "harder data")
+            causes = ("another learning rate (or schedule)", "labels shifted twice", "harder data")
             action = "compare run.json with the reference's provenance"
         return cls.finding(severity, found, expected, causes, action, evidence)

@@ -58,7 +58,7 @@ class PaddingIsTarget(Guard):
             action = "leave these rows out, or mask their labels"
         elif padding >= max(cls.MIN_TARGETS, cls.MIN_SHARE * targets):
             found, expected = f"{padding:,} of {targets:,} targets are padding", "none: labels of -100"
-            causes = ("labels copy padded input_ids", "the collator masks another token than the pad token")
+            causes = ("labels copy padded input_ids", "the collator masks another token (than the pad token)")
             action = "set the labels of padding to -100, such as labels[attention_mask == 0] = -100"
         else:
             return None

@@ -93,7 +93,7 @@ def judge_untrained(make: Make, policy: float, reference: float, vocab_size: int
         "warning",
         found=f"the reference model guesses: loss {reference:.2f}, the policy's is {policy:.2f}",
         expected=f"under ln({vocab_size:,}) = {guess:.2f}",
-        causes=("the reference model's weights were not loaded",),
+        causes=("its weights were not loaded",),
         action="load the reference from the checkpoint that the policy began from",
         evidence={"policy": policy, "reference": reference},
         check=PROBE,
@@ -107,9 +107,9 @@ def judge_reference(make: Make, followed: int) -> Finding | None:
         return None
     return make(
         "warning",
-        found=f"the reference model is the policy itself after each of {followed} steps",
-        expected="a reference that stays",
-        causes=("the reference is synchronized at every step, or is the policy's own tensors",),
+        found=f"the reference is the policy (after each of {followed} steps)",
+        expected="it stays",
+        causes=("synchronized at every step (or the policy's own tensors)",),
         action="copy the policy once, before training; sync_ref_model only every some hundred steps",
         evidence={"steps": followed},
         check="reference",
@@ -124,9 +124,9 @@ def judge_best(make: Make, args) -> Finding | None:
         return None
     return make(
         "warning",
-        found=f"the checkpoint with the largest {metric} is loaded at the end",
+        found=f"the largest {metric} is loaded at the end",
         expected="the smallest",
-        causes=("greater_is_better is true, as Trainer sets it where the name does not end in loss",),
+        causes=("greater_is_better is true (Trainer's default where the name does not end in loss)",),
         action="greater_is_better=False",
         evidence={"metric": metric},
         check=PROBE,

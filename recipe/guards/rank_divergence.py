@@ -52,8 +52,8 @@ class RankDivergence(Guard):
         return cls.finding(
             "error",
             found=f"{len(differing)} of {len(names)} parameters differ ({shorten(differing[0])})",
-            expected=f"equal bits on all {len(checksums)} ranks",
-            causes=("a rank has another initialisation or took other steps", "gradients changed before averaging"),
+            expected=f"equal bits (on all {len(checksums)} ranks)",
+            causes=("another initialisation on a rank (or other steps)", "gradients changed before averaging"),
             action="compare the first of them over ranks before step 1; broadcast the model from rank 0",
             evidence={"differing": differing[:20], "num_differing": len(differing), "odd_ranks": odd},
         )

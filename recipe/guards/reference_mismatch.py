@@ -140,13 +140,13 @@ class ReferenceMismatch(Guard):
             raise CannotJudge("all logits are equal: the head's weights are zero")
         evidence = {"gap": gaps.gap, "noise": gaps.noise, "spread": gaps.spread, "rounding": rounding}
         if gaps.gap > cls.FACTOR * gaps.noise:
-            found = f"logits are {gaps.gap / gaps.spread:.2g} sd from an independent fp32 pass"
-            expected = f"under {cls.FACTOR * gaps.noise / gaps.spread:.1g} sd, {cls.FACTOR:g} times rounding"
-            causes = ("positions, window, caps, scales or norms are not those of the config", "a hook or a patch")
+            found = f"logits {gaps.gap / gaps.spread:.2g} sd off (from an independent fp32 pass)"
+            expected = f"under {cls.FACTOR * gaps.noise / gaps.spread:.1g} sd ({cls.FACTOR:g} times rounding)"
+            causes = ("not as configured: positions, window, caps, scales or norms", "a hook or a patch")
         elif gaps.losses and abs(gaps.losses[0] - gaps.losses[1]) > cls._loss_limit(gaps):
-            found = f"loss {gaps.losses[0]:.6g} of logits that are right"
-            expected = f"{gaps.losses[1]:.6g}, in fp32 from the same weights"
-            causes = ("a loss in low precision, or of other positions", "a patched loss function")
+            found = f"loss {gaps.losses[0]:.6g} (of logits that are right)"
+            expected = f"{gaps.losses[1]:.6g} (in fp32 from the same weights)"
+            causes = ("a loss in low precision (or of other positions)", "a patched loss function")
             evidence |= {"loss": gaps.losses[0], "reference_loss": gaps.losses[1], "loss_noise": gaps.loss_noise}
         else:
             return None
@@ -280,7 +280,7 @@ def variants(found: Architecture) -> Iterator[tuple[str, Architecture]]:
     """Simple changes of the reference, each with what a model does that it describes."""
     if found.rope is not None:
         yield "no positions reach the attention (NoPE)", replace(found, rope=None)
-        yield "neighbouring dimensions are rotated together, not the two halves", replace(found, is_interleaved=True)
+        yield "neighbouring dimensions rotated together (not the two halves)", replace(found, is_interleaved=True)
     if any(found.windows):
         for words, more in (("the window is a token wider", 1), ("the window is a token narrower", -1)):
             yield words, replace(found, windows=tuple(window and window + more for window in found.windows))

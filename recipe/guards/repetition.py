@@ -178,7 +178,7 @@ class Repetition(Guard):
         return cls.finding(
             "warning" if share >= warn or is_aligned or since is not None else "info",
             found=f"{share:.0%} of {tokens:,} recent tokens copied",
-            expected=f"under {least:.0%}" + (" within a tenth of a pass" if seen.passes else ""),
+            expected=f"under {least:.0%}" + (" (within a tenth of a pass)" if seen.passes else ""),
             causes=causes,
             action="count the documents that the loader gives out: verify-data, or a set of their indices",
             evidence=evidence | shares | numbers,
@@ -202,22 +202,23 @@ class Repetition(Guard):
         typical = float(np.median(distance))
         same_distance = abs(distance - typical) <= 0.01 * typical
         if seen.replay_since is not None:
-            cause = "the data position was not restored"
+            cause = "data position was not restored"
         elif tokens[near & ~same_rank].sum() > 0.5 * tokens.sum():
             cause = "ranks read the same data"
         elif tokens[near & same_rank & (micro_steps > 0)].sum() > 0.5 * tokens.sum():
-            workers = f", {num_workers} of them" if num_workers else ""
-            cause = f"DataLoader workers each read the whole data{workers}"
+            workers = f": {num_workers} DataLoader workers" if num_workers else ""
+            cause = f"each worker reads all the data{workers}"
             if num_workers == 0:
-                cause = "the iterator starts again or does not advance"
+                cause = "the iterator starts again; or it does not advance"
         elif tokens[same_distance].sum() > 0.9 * tokens.sum():
-            cause = f"the stream ended after {typical:,.0f} tokens and began again in the same order"
+            cause = f"the stream restarted: in the same order, after {typical:,.0f} tokens"
         else:
-            cause = "the stream ended and began again in another order"
+            cause = "the stream restarted: in another order"
         first, again = (dict(zip(PLACE, map(int, place), strict=False)) for place in (then[-1], now[-1]))
         others = (
-            "the stream ended and began again",
-            "DataLoader workers or ranks read the same data",
+            "the stream restarted",
+            "each worker reads all the data",
+            "ranks read the same data",
             "the corpus holds its documents more than once",
         )
         causes = (cause, *(other for other in others if not cause.startswith(other[:16])))
@@ -236,7 +237,7 @@ class Repetition(Guard):
             found=f"{share:.1%} of {len(level)} eval rows in training",
             expected=f"under {cls.OVERLAP_WARN:.0%}",
             causes=(
-                "training reads held-out documents",
+                "training reads the hold-out",
                 "the data was split after it was shuffled or multiplied",
                 "the corpus holds copies of its documents",
             ),

@@ -74,17 +74,17 @@ class ResumeJump(Guard):
         are_losses = before.loss is not None and after.loss is not None and math.isfinite(before.loss)
         if are_losses and not abs(after.loss - before.loss) <= cls.TOLERANCES[dtype]:  # a NaN is a jump
             found = f"loss of the pinned batch {after.loss:.4f}, {after.loss - before.loss:+.4f}"
-            expected = f"{before.loss:.4f}, to {cls.TOLERANCES[dtype]}"
-            causes = ("weights are missing in the checkpoint or were not loaded", "weights untied on load")
+            expected = f"{before.loss:.4f} (to {cls.TOLERANCES[dtype]})"
+            causes = ("weights were not loaded (or are missing in the checkpoint)", "weights untied on load")
             return cls.finding("error", found, expected, causes, **known)
         if None not in (before.steps, after.steps) and after.steps != before.steps and after.states:
-            found, expected = f"an optimizer that has counted {after.steps} steps", f"{before.steps}, as when saved"
-            causes = ("the optimizer's step count was not saved or not loaded: Adam corrects its averages by it",)
+            found, expected = f"an optimizer that has counted {after.steps} steps", f"{before.steps} (as when saved)"
+            causes = ("step count not restored (Adam corrects its averages by it)",)
             return cls.finding("warning", found, expected, causes, **known)
         if before.states is None or after.states is None or after.states >= before.states:
             return None
-        found, expected = f"optimizer state for {after.states} parameters", f"{before.states}, as when saved"
-        causes = ("optimizer.pt or scheduler.pt is missing: Trainer then starts both fresh, without a message",)
+        found, expected = f"optimizer state for {after.states} parameters", f"{before.states} (as when saved)"
+        causes = ("optimizer.pt is missing (or scheduler.pt): Trainer then starts both fresh, without a message",)
         return cls.finding("warning", found, expected, causes, **known)
 
 

@@ -90,9 +90,9 @@ class SlowPath(Guard):
             return None
         return cls.finding(
             "warning",
-            found=f"matrix products in {name} take {ratio:.1f} times as long as in fp32",
-            expected="less time than in fp32",
-            causes=(f"this device has no {name} units and emulates them", "a library without kernels for them"),
+            found=f"matrix products in {name} take {ratio:.1f} times as long (as in fp32)",
+            expected="less time (than in fp32)",
+            causes=(f"{name} is emulated (the device has no units for it)", "a library without kernels for them"),
             action=f"train in fp32 on this device: {'bf16' if dtype == torch.bfloat16 else 'fp16'} false",
             evidence={"ratio": ratio, "seconds": seconds, "seconds_fp32": seconds_fp32},
             check=PROBE,
@@ -123,11 +123,11 @@ class SlowPath(Guard):
             return None
         return cls.finding(
             "warning" if has_choice else "info",
-            found=f"attention ran the plain kernel, {ratio:.1f} times slower than a fused one",
+            found=f"attention ran the plain kernel ({ratio:.1f} times slower than a fused one)",
             expected="a fused kernel",
-            causes=("attention dropout, for which a CPU has no fused kernel",)
+            causes=("attention dropout (for which a CPU has no fused kernel)",)
             if not has_choice
-            else ("sdpa_kernel(MATH) is open around the training", "a mask or dtype that no fused kernel takes"),
+            else ("sdpa_kernel(MATH) around the training", "a mask or dtype that no fused kernel takes"),
             action="with sdpa_kernel(...) only around what needs it; attention_dropout 0",
             evidence={"ratio": ratio, "seconds": seconds, "seconds_fused": seconds_fused},
             check=PROBE,

@@ -27,7 +27,7 @@ COUNTS = ("positions", "shift_0", "shift_1", "shift_2", "elsewhere")  # of `coun
 TEXTS = {
     "missing_label_shift": (
         "loss target = token i",
-        ("labels passed unshifted to a model that does not shift", "a loss of your own without the shift"),
+        ("labels passed unshifted (and the model does not shift)", "a loss of your own without the shift"),
         "shift once: labels = input_ids for a model that shifts, else compare logits[:, :-1] with labels[:, 1:]",
     ),
     "double_label_shift": (
@@ -37,7 +37,7 @@ TEXTS = {
     ),
     "wrong_loss_target": (
         "loss target is neither token i, i+1 nor i+2",
-        ("labels of another row, remapped or shuffled", "logits cut or reordered before the loss"),
+        ("labels of another row (or remapped, shuffled)", "logits cut or reordered before the loss"),
         "print one row of input_ids beside its labels as the loss function receives them",
     ),
 }
@@ -195,7 +195,7 @@ class LossTarget(Guard):
             or not (are_few and following(targets, labels) >= cls.FOLLOWED)
         ):
             return finding
-        causes = ("tokens are replaced on purpose (token dropout, denoising)", "noise in the labels")
+        causes = ("on purpose: tokens are replaced (token dropout, denoising)", "noise in the labels")
         action = "nothing, if it is on purpose; else print one row of input_ids beside its labels"
         return replace(finding, severity="info", likely_causes=causes, action=action)
 
@@ -235,7 +235,7 @@ class LossTarget(Guard):
             id="wrong_loss_target",
             found=f"{silent} of {count} positions with a label are not scored",
             expected="all of them",
-            causes=("a mask inside the loss that is wrong", "logits or labels cut before the loss"),
+            causes=("a wrong mask (inside the loss)", "logits or labels cut before the loss"),
             action="if it is on purpose, set their labels to -100; else count what your loss function averages over",
             evidence={"unscored": silent, "positions": count},
         )
@@ -291,9 +291,9 @@ class LossTarget(Guard):
             yield cls.finding(
                 "error",
                 id=shifted if other[row] > cls.LABEL_MAJORITY * count[row] else "wrong_loss_target",
-                found=f"labels of row {row} are not as in the rows before ({right[row]} of {count[row]} fit)",
-                expected=f"the {labels_are} tokens",
-                causes=("some rows' labels are shifted or shuffled",),
+                found=f"labels of row {row} differ from others ({right[row]} of {count[row]} fit)",
+                expected=f"{labels_are} tokens",
+                causes=("labels shifted or shuffled",),
                 action="print this row's input_ids beside its labels",
                 evidence={"row": row, "fit": int(right[row])},
             )

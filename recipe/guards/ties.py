@@ -42,7 +42,10 @@ class UntiedWeights(Guard):
             return None
         is_equal = torch.equal(embedding, output.to(embedding))
         severity = "warning"
-        causes = ("the model was moved, emptied or wrapped after tying", "a checkpoint without the head was loaded")
+        causes = (
+            "the model changed after tying (moved, emptied or wrapped)",
+            "a checkpoint without the head was loaded",
+        )
         action = "model.tie_weights() before the optimizer is built, or tie_word_embeddings false"
         if any(hasattr(module, "modules_to_save") for module in (head, model.get_input_embeddings())):
             severity = "info"  # it is trained so on purpose, too
@@ -52,7 +55,7 @@ class UntiedWeights(Guard):
             action = "ensure_weight_tying=True in the adapter's config, or tie_word_embeddings false before it is made"
         return cls.finding(
             severity,
-            found=f"embedding and head are two tensors, {'equal so far' if is_equal else 'not equal'}",
+            found=f"embedding and head are two tensors ({'equal so far' if is_equal else 'not equal'})",
             expected="one: tie_word_embeddings",
             causes=causes,
             action=action,

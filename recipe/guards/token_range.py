@@ -66,7 +66,7 @@ class TokenRange(Guard):
         if lowest >= 0 and highest < rows:
             return None
         severity, found = "error" if highest >= rows else "warning", f"token ids from {lowest:,} to {highest:,}"
-        expected = f"0 to {rows - 1:,}, the embedding"
+        expected = f"0 to {rows - 1:,} (the embedding)"
         evidence = {"lowest": lowest, "highest": highest, "embedding_rows": rows}
         return cls.finding(severity, found, expected, CAUSES, ACTION, evidence, check=check)
 
@@ -78,7 +78,7 @@ class TokenRange(Guard):
             above, below = number[number > limit], number[number < limit]
             if not causes and len(above) >= cls.MIN_IDS and not (above % 2).any() and (below % 2).sum() >= cls.MIN_IDS:
                 found, expected = f"all {len(above)} different ids above {limit:,} are even", "odd ones too"
-                causes = (f"ids were cast to {kind}, which rounds them",)
+                causes = (f"ids cast to {kind} (which rounds them)",)
         for limit, kind in ((1 << 8, "uint8"), (1 << 16, "uint16")):
             near = int((number >= limit - limit * cls.NEAR).sum())
             is_full = len(number) == limit if limit == 1 << 8 else near >= cls.MIN_IDS  # no text holds all bytes
@@ -95,9 +95,9 @@ class TokenRange(Guard):
         """`base`, `total`: the tokenizer's tokens without and with those that were added, which may never be used."""
         if max(base, total) <= rows:
             return None
-        severity, size, of = ("warning", base, "") if base > rows else ("info", total, " with the added ones")
+        severity, size, of = ("warning", base, "") if base > rows else ("info", total, " (with the added ones)")
         found = f"tokenizer of {size:,} tokens{of}"
-        expected = f"{rows:,} at most, the embedding"
+        expected = f"{rows:,} at most (the embedding)"
         evidence = {"base": base, "total": total, "embedding_rows": rows}
         return cls.finding(severity, found, expected, CAUSES, ACTION, evidence, check=PROBE)
 

@@ -133,27 +133,27 @@ class WrongGradient(Guard):
             raise CannotJudge("the loss rounds or chooses (quantization, routing), so it is not smooth")
         if not max(ratios) - min(ratios) <= cls.SAME_SLOPE * off:
             raise CannotJudge("the loss is not smooth: steps of different sizes give different slopes")
-        found = f"a step changes the loss by {ratios[0]:.3f} of what the gradient says"
-        causes = ("a custom backward that does not fit its forward", "a hook or a detach inside the model")
+        found = f"a step changes the loss by {ratios[0]:.3f} (of what the gradient says)"
+        causes = ("a wrong custom backward (for its forward)", "a hook or a detach inside the model")
         causes += ("an auxiliary loss that is in backward only",)
         if watched.is_stopped:
-            causes = ("gradients are stopped somewhere, perhaps on purpose", *causes)
+            causes = ("gradients are stopped somewhere (perhaps on purpose)", *causes)
         action = "replace fused or custom parts by plain PyTorch one by one; run torch.autograd.gradcheck on each"
         severity = "info" if watched.is_stopped or off <= cls.FAR_OFF else "warning"
         evidence = {"ratios": ratios, "stops_gradients": watched.is_stopped}
-        return cls.finding(severity, found, f"1.000, to {cls.MAX_OFF}", causes, action, evidence, check=PROBE)
+        return cls.finding(severity, found, f"1.000 (to {cls.MAX_OFF})", causes, action, evidence, check=PROBE)
 
     @classmethod
     def _missing(cls, names: list[str], count: int) -> Finding:
         """Reentrant checkpointing gives no gradient to what lies in a layer none of whose inputs wants one."""
-        found = f"{len(names)} of {count} parameters get no gradient with checkpointing"
-        causes = ("no input of the checkpointed layers requires a gradient", "a detach() in the checkpointed function")
+        found = f"{len(names)} of {count} parameters get no gradient (with checkpointing)"
+        causes = ("inputs require no gradient (of the checkpointed layers)", "a detach() in the checkpointed function")
         action = "use_reentrant False in gradient_checkpointing_kwargs, or model.enable_input_require_grads()"
         return cls.finding("warning", found, "all of them", causes, action, {"names": names[:20]}, check=PROBE)
 
     @classmethod
     def _recomputed_wrongly(cls, gap: float) -> Finding:
-        found = f"activation checkpointing changes a gradient by {gap:.0%} of its norm"
+        found = f"checkpointing changes a gradient by {gap:.0%} (of its norm)"
         causes = ("new dropout masks (preserve_rng_state: False)", "a layer that changes its own state")
         action = "take preserve_rng_state out of the checkpointing arguments, or set dropout to 0"
         return cls.finding("warning", found, "rounding only", causes, action, {"gap": gap}, check=PROBE)

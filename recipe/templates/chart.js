@@ -1,10 +1,15 @@
 // The geometry of the charts, as in recipe/chart.py, which draws them first; a test compares the two. `report.js`
 // follows in the same module.
 const data = JSON.parse(document.getElementById("curves").textContent);
-const { step, tokens } = data;
 const MAX_POINTS = 1500;
 
-// What the reader chose. `range`: of tokens, null for all; `at`: the row under the cursor, null for none.
+// Of each run its `tokens` and `steps`, a row for each step of the page. Another layer than that of the first has its
+// run in its class: "line run1".
+const runs = Object.values(data.runs), several = runs.length > 1;
+const runOf = (css) => data.runs[/run(\d+)/.exec(css)?.[1]] ?? runs[0];
+const kindOf = (css) => css.split(" ")[0];
+
+// What the reader chose. `range`: in `unit`, null for all; `at`: the row under the cursor, null for none.
 const view = { unit: "tokens", x: data.charts[0].log ? "log" : "linear", y: "linear", range: null, at: null };
 let isChosen = false; // until an x scale is chosen, each chart keeps its own
 
@@ -43,8 +48,9 @@ function interpolate(xs, ys, x) {
   return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1] || 1);
 }
 
-const toUnit = (seen) => (view.unit === "tokens" ? seen : interpolate(tokens, step, seen));
-const toTokens = (value) => (view.unit === "tokens" ? value : interpolate(step, tokens, value));
+const toUnit = (seen, run) => (view.unit === "tokens" ? seen : interpolate(run.tokens, run.steps, seen));
+/** The run that the cursor follows: the one that goes furthest. */
+const lead = () => runs.reduce((best, run) => (run[view.unit].at(-1) > best[view.unit].at(-1) ? run : best));
 
 // Axes.
 
@@ -92,10 +98,11 @@ class Axis {
 }
 
 const isLogX = (chart) => (isChosen ? view.x === "log" : chart.log);
-const wholeRange = (isLog) => [isLog ? Math.max(tokens[0], 1) : 0, tokens.at(-1) || 1];
+const firstOf = (run) => run[view.unit][0];
+const wholeRange = (isLog) => [isLog ? Math.max(Math.min(...runs.map(firstOf)), 1) : 0, lead()[view.unit].at(-1) || 1];
 
 function xAxis(chart) {
-  const isLog = isLogX(chart), [low, high] = (view.range ?? wholeRange(isLog)).map(toUnit);
+  const isLog = isLogX(chart), [low, high] = view.range ?? wholeRange(isLog);
   return new Axis(low, high, chart.x, isLog);
 }
 
@@ -119,11 +126,11 @@ function yAxis(chart, values, pixels) {
 // Lines.
 
 /** The part of a line in the range, with one point beyond each end, at most MAX_POINTS of them with all extremes. */
-function visible(xs, ys, axis) {
-  const from = view.range ? Math.max(search(xs, view.range[0]) - 1, 0) : 0;
-  const to = view.range ? search(xs, view.range[1]) + 1 : xs.length;
-  const seen = xs === tokens && view.unit === "steps" ? step.slice(from, to) : xs.slice(from, to).map(toUnit);
-  return decimate(seen.map((value) => axis.place(value)), ys.slice(from, to));
+function visible(run, xs, ys, axis) {
+  const seen = xs === run.tokens ? run[view.unit] : xs.map((value) => toUnit(value, run));
+  const from = view.range ? Math.max(search(seen, view.range[0]) - 1, 0) : 0;
+  const to = view.range ? search(seen, view.range[1]) + 1 : seen.length;
+  return decimate(seen.slice(from, to).map((value) => axis.place(value)), ys.slice(from, to));
 }
 
 function decimate(xs, ys) {
@@ -157,9 +164,10 @@ function path(xs, ys, axis) {
 
 /** The smoothed lines are those of the x scale; zoomed in, those that are the mean of fewer steps there. */
 function linesOf(chart) {
-  const isEarly = view.range && interpolate(tokens, step, view.range[0]) < step.at(-1) / 4;
+  const run = lead(), first = view.range && interpolate(run[view.unit], run.steps, view.range[0]);
+  const isEarly = view.range && first < run.steps.at(-1) / 4;
   const isOther = (view.range ? isEarly : isLogX(chart)) !== chart.log;
   return chart.lines.map((line) => (isOther && chart.rescaled.find((each) => each.css === line.css)) || line);
 }
 
-const xsOf = (line) => line.x ?? tokens;
+const xsOf = (line) => line.x ?? runOf(line.css).tokens;

@@ -1,4 +1,4 @@
-// Makes the charts of a report interactive: values under the pointer, zoom, steps or tokens, log or linear axes. It
+// Makes the charts of a report, or of a comparison of runs, interactive: values under the pointer, zoom, steps or tokens, log or linear axes. It
 // moves what the server has drawn, and adds text of the run by `textContent` only.
 
 const NAMES = { raw: "this step", line: "smoothed", floor: "n-gram baseline", reference: "reference" };
@@ -32,15 +32,16 @@ function drawAxes(chart, x, y) {
   chart.svg.querySelector(".axes").replaceChildren(...parts);
 }
 
-const isInRange = (seen) => !view.range || (view.range[0] <= seen && seen <= view.range[1]);
+const isInRange = (value) => !view.range || (view.range[0] <= value && value <= view.range[1]);
 
 /** Rows of labels, as `placed_markers`: the first row in which a label overlaps no other. Returns their number. */
 function placeLabels(chart, x) {
   const ends = [];
   for (const marker of chart.markers) {
-    marker.isShown = isInRange(marker.seen);
+    const value = toUnit(marker.seen, runs[0]);
+    marker.isShown = isInRange(value);
     if (!marker.isShown || !marker.label) continue;
-    const at = x.pixel(toUnit(marker.seen)), width = marker.words.length * CHARACTER + 8;
+    const at = x.pixel(value), width = marker.words.length * CHARACTER + 8;
     const isLeft = at + width > chart.width, [start, end] = isLeft ? [at - width, at] : [at, at + width];
     let row = ends.findIndex((used) => used < start);
     if (row < 0) row = ends.length;
@@ -52,35 +53,37 @@ function placeLabels(chart, x) {
   return ends.length;
 }
 
+const placeOf = (dot) => toUnit(Number(dot.dataset.tokens), runOf(dot.className.baseVal));
+
 function drawMarks(chart, x, y) {
   for (const marker of chart.markers) {
     for (const part of [marker.line, marker.label]) if (part) part.style.display = marker.isShown ? "" : "none";
     if (!marker.isShown) continue; // and its label has no place
-    const d = `M${x.pixel(toUnit(marker.seen))} ${marker.label ? marker.top : y.end}V${y.start}`;
+    const d = `M${x.pixel(toUnit(marker.seen, runs[0]))} ${marker.label ? marker.top : y.end}V${y.start}`;
     for (const each of marker.line.querySelectorAll("path")) each.setAttribute("d", d);
   }
   for (const dot of chart.dots) {
-    const value = Number(dot.dataset.value), seen = Number(dot.dataset.tokens);
+    const value = Number(dot.dataset.value), seen = placeOf(dot);
     const isShown = isInRange(seen) && (!view.range || (y.low <= value && value <= y.high));
     dot.style.display = isShown ? "" : "none";
-    dot.setAttribute("cx", x.pixel(toUnit(seen)));
+    dot.setAttribute("cx", x.pixel(seen));
     dot.setAttribute("cy", y.pixel(value));
   }
 }
 
 function draw(chart) {
   const x = xAxis(chart), lines = linesOf(chart), top = TOP + LABEL_ROW * placeLabels(chart, x);
-  const drawn = lines.map((line) => visible(xsOf(line), line.y, x));
-  const bands = chart.bands.map((band) => [visible(band.x, band.low, x), visible(band.x, band.high, x)]);
+  const drawn = lines.map((line) => visible(runOf(line.css), xsOf(line), line.y, x));
+  const bands = chart.bands.map((band) => [band.low, band.high].map((ys) => visible(runs[0], band.x, ys, x)));
   // Zoomed in, the curve fills the chart, and what is far from it is left out.
-  const fitted = drawn.filter((_, i) => ["raw", "line"].includes(lines[i].css));
+  const fitted = drawn.filter((_, i) => ["raw", "line"].includes(kindOf(lines[i].css)));
   const shown = (view.range ? fitted : [...drawn, ...bands.flat()]).flatMap(([, ys]) => ys).filter((value) => value !== null);
-  for (const dot of chart.dots) if (isInRange(Number(dot.dataset.tokens))) shown.push(Number(dot.dataset.value));
+  for (const dot of chart.dots) if (isInRange(placeOf(dot))) shown.push(Number(dot.dataset.value));
   const y = yAxis(chart, Float64Array.from(shown).sort(), [chart.y[0], top]);
   const shapes = bands.map(([[xs, low], [, high]]) =>
     `${path([...xs, ...xs.toReversed()], [...low, ...high.toReversed()], y)}Z`);
   for (const box of chart.boxes)
-    shapes.push(`M${x.start} ${y.place(box.below).toFixed(1)}H${x.place(toUnit(box.until)).toFixed(1)}V${y.start}H${x.start}Z`);
+    shapes.push(`M${x.start} ${y.place(box.below).toFixed(1)}H${x.place(toUnit(box.until, runs[0])).toFixed(1)}V${y.start}H${x.start}Z`);
   shapes.push(...drawn.map(([xs, ys]) => path(xs, ys, y)));
   chart.paths.forEach((element, i) => element.setAttribute("d", shapes[i]));
   chart.clip.setAttribute("y", y.end);
@@ -99,46 +102,82 @@ function drawAll() {
 
 // The cursor and its values.
 
-const nowhere = (chart) => view.at === null || !isInRange(tokens[view.at]);
+/** Where the cursor is on the x axis. */
+const here = () => lead()[view.unit][view.at];
+const nowhere = () => view.at === null || !isInRange(here());
 
-function drawCursor(chart) {
-  const value = nowhere(chart) ? null : chart.raw[view.at];
-  chart.cursor.style.display = nowhere(chart) ? "none" : "";
-  if (nowhere(chart)) return;
-  const at = chart.xAxis.pixel(toUnit(tokens[view.at])), [line, dot] = chart.cursor.children;
-  line.setAttribute("d", `M${at} ${chart.yAxis.end}V${chart.yAxis.start}`);
-  dot.style.display = value === null ? "none" : "";
-  dot.setAttribute("cx", at);
-  dot.setAttribute("cy", value === null ? 0 : chart.yAxis.pixel(value));
+function nearest(list, value) {
+  const i = Math.min(search(list, value), list.length - 1);
+  return i && value - list[i - 1] < list[i] - value ? i - 1 : i;
 }
 
-/** [name, value] of each line at the cursor. */
-function valuesAt(chart) {
-  const seen = tokens[view.at], values = [];
-  for (const line of linesOf(chart)) {
-    const xs = xsOf(line), value = line.css === "raw" ? line.y[view.at] : interpolate(xs, line.y, seen);
-    const isThere = line.css === "raw" || (value !== null && xs[0] <= seen && seen <= xs.at(-1));
-    if (isThere && NAMES[line.css]) values.push([NAMES[line.css], value === null ? "not finite" : text(value)]);
+/** The row of a run at the cursor, null beyond its ends. */
+function rowOf(run) {
+  const list = run[view.unit];
+  if (run === lead()) return view.at;
+  return here() < list[0] || here() > list.at(-1) ? null : nearest(list, here());
+}
+
+function drawCursor(chart) {
+  chart.cursor.style.display = nowhere() ? "none" : "";
+  if (nowhere()) return;
+  const at = chart.xAxis.pixel(here()), [line, ...dots] = chart.cursor.children;
+  line.setAttribute("d", `M${at} ${chart.yAxis.end}V${chart.yAxis.start}`);
+  chart.raws.forEach((raw, i) => {
+    const run = runOf(raw.css), row = rowOf(run), value = row === null ? null : raw.y[row];
+    dots[i].style.display = value === null ? "none" : "";
+    if (value === null) return;
+    dots[i].setAttribute("cx", chart.xAxis.pixel(run[view.unit][row]));
+    dots[i].setAttribute("cy", chart.yAxis.pixel(value));
+  });
+}
+
+/** [name, value] of each line of a run at the cursor. */
+function valuesOf(chart, run) {
+  const row = rowOf(run), values = [];
+  if (row === null) return values;
+  for (const line of linesOf(chart).filter((each) => runOf(each.css) === run)) {
+    const kind = kindOf(line.css), xs = xsOf(line), seen = run.tokens[row];
+    const value = kind === "raw" ? line.y[row] : interpolate(xs, line.y, seen);
+    const isThere = kind === "raw" || (value !== null && xs[0] <= seen && seen <= xs.at(-1));
+    if (isThere && NAMES[kind]) values.push([NAMES[kind], value === null ? "not finite" : text(value)]);
   }
   return chart.rescaled.length ? values.toReversed() : values.slice(0, 1); // a schedule is its own mean
 }
 
+/** A row of each run, with its step where that is not the step of the cursor. */
+function compareAt(chart) {
+  const rows = [], first = lead();
+  for (const run of runs) {
+    const values = Object.fromEntries(valuesOf(chart, run)), { [NAMES.raw]: raw, [NAMES.line]: mean } = values;
+    if (raw === undefined) continue;
+    const row = rowOf(run), isSame = run.steps[row] === first.steps[view.at] && run.tokens[row] === first.tokens[view.at];
+    const name = isSame ? run.name : `${run.name}, ${placeName(run, row)}`;
+    rows.push([name, mean === undefined ? raw : `${raw} (${NAMES.line} ${mean})`, `var(--${run.colour})`]);
+  }
+  return rows;
+}
+
 /** What is marked near the cursor: findings and evaluations. */
 function marksAt(chart) {
-  const at = chart.xAxis.pixel(toUnit(tokens[view.at]));
-  const isNear = (seen) => isInRange(seen) && Math.abs(chart.xAxis.pixel(toUnit(seen)) - at) <= NEAR;
-  const dots = chart.dots.filter((dot) => isNear(Number(dot.dataset.tokens))).map((dot) => dot.dataset.words);
-  return [...dots, ...chart.markers.filter((marker) => isNear(marker.seen)).map((marker) => marker.about)].slice(0, 5);
+  const at = chart.xAxis.pixel(here());
+  const isNear = (value) => isInRange(value) && Math.abs(chart.xAxis.pixel(value) - at) <= NEAR;
+  const dots = chart.dots.filter((dot) => isNear(placeOf(dot))).map((dot) => dot.dataset.words);
+  const markers = chart.markers.filter((marker) => isNear(toUnit(marker.seen, runs[0])));
+  return [...dots, ...markers.map((marker) => marker.about)].slice(0, 5);
 }
+
+const placeName = (run, row) => `step ${text(run.steps[row])}, ${text(run.tokens[row])} tokens`;
 
 const hideTips = () => data.charts.forEach((chart) => { chart.tip.hidden = true; });
 
 function showTip(chart, height) {
   const title = document.createElement("b");
-  title.textContent = `step ${text(step[view.at])}, ${text(tokens[view.at])} tokens`;
-  const rows = valuesAt(chart).map((words) => {
+  title.textContent = placeName(lead(), view.at);
+  const rows = (several ? compareAt(chart) : valuesOf(chart, runs[0])).map(([name, value, colour]) => {
     const row = document.createElement("div");
-    row.append(...words.map((each) => Object.assign(document.createElement("span"), { textContent: each })));
+    row.append(...[name, value].map((each) => Object.assign(document.createElement("span"), { textContent: each })));
+    if (colour) row.firstChild.style.color = colour;
     return row;
   });
   const marks = marksAt(chart).map((words) => Object.assign(document.createElement("p"), { textContent: words }));
@@ -147,7 +186,7 @@ function showTip(chart, height) {
   chart.tip.hidden = false;
   // Beside the cursor, inside the part of the chart that is on the screen.
   const box = chart.svg.getBoundingClientRect(), frame = (chart.box.closest(".scroll") ?? chart.box).getBoundingClientRect();
-  const at = chart.xAxis.pixel(toUnit(tokens[view.at])) * box.width / chart.width, { offsetWidth, offsetHeight } = chart.tip;
+  const at = chart.xAxis.pixel(here()) * box.width / chart.width, { offsetWidth, offsetHeight } = chart.tip;
   const [first, last] = [frame.left - box.left, Math.min(frame.right, innerWidth) - box.left - offsetWidth];
   const left = at + 14 <= last ? at + 14 : at - 14 - offsetWidth;
   chart.tip.style.left = `${Math.max(first, Math.min(left, last))}px`;
@@ -155,7 +194,7 @@ function showTip(chart, height) {
 }
 
 function moveTo(row, chart, height = 0) {
-  view.at = Math.max(0, Math.min(row, step.length - 1));
+  view.at = Math.max(0, Math.min(row, lead().steps.length - 1));
   data.charts.forEach(drawCursor);
   showTip(chart, height);
 }
@@ -171,17 +210,14 @@ const pointOf = (chart, event) => {
   return { pixel: chart.xAxis.clip((event.clientX - box.left) * chart.width / box.width), height: event.clientY - box.top };
 };
 
-function nearestRow(seen) {
-  const i = Math.min(search(tokens, seen), tokens.length - 1);
-  return i && seen - tokens[i - 1] < tokens[i] - seen ? i - 1 : i;
-}
+const nearestRow = (value) => nearest(lead()[view.unit], value);
 
 // Zoom.
 
 function setRange(low, high) {
   const [first, last] = wholeRange(isLogX(data.charts[0]));
   const range = [Math.max(low, first), Math.min(high, last)];
-  if (search(tokens, range[1]) - search(tokens, range[0]) < 3) return; // nothing to see
+  if (search(lead()[view.unit], range[1]) - search(lead()[view.unit], range[0]) < 3) return; // nothing to see
   view.range = range[0] <= first * (1 + 1e-9) && range[1] >= last * (1 - 1e-9) ? null : range;
   drawAll();
 }
@@ -189,12 +225,11 @@ function setRange(low, high) {
 /** Around the cursor, if it is in sight, or by `shift`, a share of what is in sight. */
 function zoom(factor, shift) {
   const { xAxis: x } = data.charts[0], width = x.end - x.start;
-  const [first, last] = wholeRange(x.isLog).map((seen) => x.place(toUnit(seen)));
-  const isInSight = view.at !== null && isInRange(tokens[view.at]);
-  const fixed = isInSight ? x.pixel(toUnit(tokens[view.at])) : x.start + width / 2;
+  const [first, last] = wholeRange(x.isLog).map((value) => x.place(value));
+  const fixed = nowhere() ? x.start + width / 2 : x.pixel(here());
   const wanted = shift ? x.start + shift * width : fixed - (fixed - x.start) * factor;
   const low = Math.max(first, Math.min(wanted, last - factor * width));
-  setRange(...[low, low + factor * width].map((pixel) => toTokens(x.value(pixel))));
+  setRange(...[low, low + factor * width].map((pixel) => x.value(pixel)));
 }
 
 const ACTIONS = {
@@ -207,9 +242,9 @@ function zoomTo(seen) {
   const [chart] = data.charts;
   view.range = null;
   draw(chart);
-  const x = chart.xAxis, at = x.pixel(toUnit(seen)), reach = 0.12 * (x.end - x.start);
-  setRange(toTokens(x.value(at - reach)), toTokens(x.value(at + reach)));
-  moveTo(nearestRow(seen), chart);
+  const x = chart.xAxis, value = toUnit(seen, runs[0]), at = x.pixel(value), reach = 0.12 * (x.end - x.start);
+  setRange(x.value(at - reach), x.value(at + reach));
+  moveTo(nearestRow(value), chart);
   chart.cursor.scrollIntoView({ block: "nearest", inline: "center" });
 }
 
@@ -220,7 +255,10 @@ const KEYS = {
   Home: () => -Infinity, End: () => Infinity,
 };
 const KEY_ACTIONS = { "+": "in", "=": "in", "-": "out", 0: "all", Escape: "all" };
-const rowsInSight = () => (view.range ? view.range.map((seen) => search(tokens, seen)) : [0, tokens.length]);
+const rowsInSight = () => {
+  const list = lead()[view.unit];
+  return view.range ? view.range.map((value) => search(list, value)) : [0, list.length];
+};
 const inSight = () => Math.ceil(rowsInSight()[1] - rowsInSight()[0]);
 
 function onKey(chart, event) {
@@ -242,11 +280,11 @@ function listen(chart) {
   svg.addEventListener("pointerdown", (event) => {
     const { pixel, height } = pointOf(chart, event);
     if (event.pointerType !== "touch" && event.button === 0) start = pixel; // a finger scrolls
-    moveTo(nearestRow(toTokens(chart.xAxis.value(pixel))), chart, height);
+    moveTo(nearestRow(chart.xAxis.value(pixel)), chart, height);
   });
   svg.addEventListener("pointermove", (event) => {
     const { pixel, height } = pointOf(chart, event);
-    moveTo(nearestRow(toTokens(chart.xAxis.value(pixel))), chart, height);
+    moveTo(nearestRow(chart.xAxis.value(pixel)), chart, height);
     if (!isDragged(pixel)) return;
     svg.setPointerCapture(event.pointerId);
     const { start: bottom, end: top } = chart.yAxis;
@@ -256,7 +294,7 @@ function listen(chart) {
   });
   svg.addEventListener("pointerup", (event) => {
     const { pixel } = pointOf(chart, event), ends = [start, pixel].sort((a, b) => a - b);
-    if (isDragged(pixel)) setRange(...ends.map((end) => toTokens(chart.xAxis.value(end))));
+    if (isDragged(pixel)) setRange(...ends.map((end) => chart.xAxis.value(end)));
     stop();
   });
   svg.addEventListener("pointercancel", stop);
@@ -285,14 +323,15 @@ function prepare(chart, box) {
   const dots = all("circle");
   for (const dot of dots) dot.dataset.words = takeTitle(dot);
   const cursor = make("g", { class: "cursor" }), selection = make("rect", { class: "selection" });
-  cursor.append(make("path", { class: "cursor" }), make("circle", { class: "cursor", r: 4 }));
+  const raws = chart.lines.filter((line) => kindOf(line.css) === "raw");
+  cursor.append(make("path", { class: "cursor" }));
+  for (const { css } of raws) cursor.append(make("circle", { class: css.replace("raw", "cursor"), r: 4 }));
   cursor.style.display = selection.style.display = "none";
   svg.append(selection, cursor);
   svg.tabIndex = 0;
   const tip = Object.assign(document.createElement("div"), { className: "tip", hidden: true });
   box.append(tip);
-  const raw = chart.lines.find((line) => line.css === "raw").y;
-  Object.assign(chart, { box, svg, markers, dots, cursor, selection, tip, raw });
+  Object.assign(chart, { box, svg, markers, dots, cursor, selection, tip, raws });
   Object.assign(chart, { paths: all(".plot path"), clip: svg.querySelector("clipPath rect") });
   listen(chart);
 }
@@ -300,6 +339,13 @@ function prepare(chart, box) {
 function openFinding() {
   const details = document.getElementById(location.hash.slice(1))?.querySelector("details");
   if (details) details.open = true;
+}
+
+/** What is in sight stays so, by the run that the cursor follows. */
+function changeUnit(unit) {
+  const run = lead();
+  view.range &&= view.range.map((value) => interpolate(run[view.unit], run[unit], value));
+  view.at = null;
 }
 
 function setUp() {
@@ -312,6 +358,7 @@ function setUp() {
   for (const input of document.querySelectorAll(".tools input")) {
     input.checked = view[input.name] === input.value;
     input.addEventListener("change", () => {
+      if (input.name === "unit") changeUnit(input.value);
       view[input.name] = input.value;
       isChosen ||= input.name === "x";
       drawAll();
