@@ -9,6 +9,7 @@ import numpy as np
 
 from recipe.errors import UserError
 from recipe.guards.records import read_columns
+from recipe.guards.trajectory import optimizer_family
 from recipe.rundir import write_json
 from recipe.verdict import HEALTHY
 
@@ -22,6 +23,7 @@ MIN_HALF_WIDTH = 0.25
 ARGUMENTS = (
     "source",
     "block_size",
+    "optim",
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
@@ -73,6 +75,7 @@ def load_run(run_dir: Path) -> dict:
         "tokens_per_step": int(steps["tokens_seen"][0]),
         "train_tokens": int(steps["tokens_seen"][-1]),
         "learning_rate": arguments["learning_rate"],
+        "optimizer": optimizer_family(arguments["optim"]),
         "source": arguments["source"],
         "is_new_model": arguments["model_config"] is not None,
     }

@@ -25,7 +25,7 @@ def write_run(path, seed=0, noise=0.1, **changes):
         "device": {},
         "model": {"parameters": 1000, "vocab_size": 100, "block_size": 8},
         "source": {"content_hash": "x"},
-        "arguments": dict.fromkeys([*ARGUMENTS, "seed", "model_config"], 1),
+        "arguments": {**dict.fromkeys([*ARGUMENTS, "seed", "model_config"], 1), "optim": "adamw_torch"},
         "result": {"verdict": "healthy", "eval_loss": 3.0, "train_seconds": 1.0},
     }
     (path / "run.json").write_text(json.dumps({**values, **changes}))
@@ -43,6 +43,8 @@ def test_recorded_runs_and_new_ones_like_them_are_inside_a_broken_one_is_not(tmp
     )
     reference = load_reference(tmp_path / "new.json")
     assert reference.name == "new" and reference.belongs_to["tokens_per_step"] == 64
+    assert reference.belongs_to["optimizer"] == "adamw"
+    assert "this run has muon" in reference.mismatch({**reference.belongs_to, "optimizer": "muon"})
     steps, tokens = list(range(1, 301)), [64 * step for step in range(1, 301)]
     healthy = write_run(tmp_path / "run2", seed=2)
     broken = [loss * 0.8 for loss in healthy]

@@ -17,7 +17,7 @@ class LossOffReference(Guard):
         warning for measured references, information for the original project's table, which was an expectation.
     Try: the probes' findings first, then repeated data. Above the band: learning rate and schedule.
     Cannot see: runs without a reference of their own (`python -m recipe trajectory record`), by parameters (to 2 %),
-        learning rate (to 1 %), vocabulary, block and source.
+        optimizer, learning rate (to 1 %), vocabulary, block and source.
     """
 
     ids = {"loss_off_reference": "The loss has left the band of the reference run."}

@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer
 
 from recipe.guards.batches import input_ids_of
-from recipe.guards.trajectory import Reference, find_reference
+from recipe.guards.trajectory import Reference, find_reference, optimizer_family
 from recipe.internals import is_compiled_module
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -150,6 +150,7 @@ def reference_facts(trainer: Trainer, model: torch.nn.Module, inputs) -> dict:
         "tokens_per_step": rows * block_size * args.gradient_accumulation_steps * args.world_size,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "learning_rate": args.learning_rate,
+        "optimizer": optimizer_family(args.optim),
         "is_new_model": not getattr(model, "name_or_path", ""),
     }
 

@@ -66,6 +66,11 @@ class Reference:
         return None
 
 
+def optimizer_family(optim) -> str:
+    """Of TrainingArguments' `optim`: adamw_torch_fused -> adamw."""
+    return str(getattr(optim, "value", optim)).split("_")[0]
+
+
 def _show(value) -> str:
     return f"{value:,}" if isinstance(value, int) else "an unknown one" if value is None else str(value)
 
