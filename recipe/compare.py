@@ -13,7 +13,7 @@ import numpy as np
 from recipe.chart import Chart
 from recipe.errors import UserError
 from recipe.guards.records import number
-from recipe.noise import EndDifference, compare_ends, compare_with_seeds, scatter_of_seeds
+from recipe.noise import END_SHARE, MIN_STEPS, EndDifference, compare_ends, compare_with_seeds, scatter_of_seeds
 from recipe.plain_json import dumps
 from recipe.redact import without_folders
 from recipe.report import (
@@ -177,7 +177,8 @@ def find_ends(runs: list[Run]) -> list[dict]:
         elif reason is None:
             curves = [{name: each.steps[name] for name in ("tokens_seen", "loss")} for each in (runs[0], run)]
             end = compare_ends(*curves, same_batches=are_same([runs[0], run], STREAM))
-            reason = None if end else "too few common steps at the end, or a loss that is not finite"
+            few = f"fewer than {MIN_STEPS} steps in the last {END_SHARE:.0%} of the common tokens"
+            reason = None if end else f"{few}, or a loss that is not finite"
         found.append({"end": _as_dict(end), "not_judged": reason})
     return found
 

@@ -7,24 +7,34 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from recipe.guards.records import read_lines
+from recipe.guards.records import parse_object, read_lines
 
 PROMPT_WORDS = 5
 
 
 def next_commands(run_dir: Path) -> list[str]:
-    """To generate, to evaluate, and to compare with the newest other run beside it, where there is one."""
+    """To generate, to evaluate, and to compare with the newest other run on the same text beside it, where there is
+    one."""
     recipe, run = own_command(), from_here(run_dir)
     samples = read_lines(run_dir / "samples.jsonl")
     prompt = " ".join(samples[-1]["prompt"].split()[:PROMPT_WORDS]) if samples else "The"
     commands = [f"{recipe} generate {run} {shlex.quote(prompt)}", f"{recipe} evaluate {run}"]
     others = [
-        file.parent for file in run_dir.absolute().parent.glob("*/steps.jsonl") if file.parent.name != run_dir.name
+        file.parent
+        for file in run_dir.absolute().parent.glob("*/steps.jsonl")
+        if file.parent.name != run_dir.name and _text_of(file.parent) == _text_of(run_dir)
     ]
     if others:
         newest = max(others, key=lambda folder: (folder / "steps.jsonl").stat().st_mtime)
         commands.append(f"{recipe} compare {from_here(newest)} {run}")
     return commands
+
+
+def _text_of(run_dir: Path) -> str | None:
+    """The hash of what it was trained on, as far as its run.json tells."""
+    file = run_dir / "run.json"
+    info = parse_object(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else None
+    return ((info or {}).get("source") or {}).get("content_hash")
 
 
 def own_command() -> str:

@@ -84,6 +84,8 @@ def load_run(run_dir: Path) -> Run:
     steps, num_records, num_lines = read_columns(run_dir / RUN_FILES[1], STEP_FIELDS)
     _note_gap(run_dir / RUN_FILES[1], num_records, num_lines, gaps)
     evals, findings, samples = (_read_records(run_dir / name, gaps) for name in RUN_FILES[2:])
+    if info and not info.get("source"):  # someone's own Trainer: it may evaluate nothing, and draws no samples
+        gaps = [gap for gap in gaps if not gap.endswith(("evals.jsonl is missing", "samples.jsonl is missing"))]
     # A damaged record is shown as far as it goes.
     findings = [{**each, "likely_causes": _list(each.get("likely_causes"))} for each in map(without_folders, findings)]
     findings.sort(key=_severity_first)
@@ -215,7 +217,7 @@ def key_figures(run: Run) -> dict[str, tuple[str, str, str]]:
     accuracy = last_eval.get("eval_next_token_accuracy")
     # The time is since the resume; tokens and steps are those of the whole run.
     time = "Training time, last session" if run.info.get("resumed_from") is not None else "Training time"
-    flops = f"{show(model.get('flops_per_token'))} FLOPs per token"
+    flops = f"{show(model['flops_per_token'])} FLOPs per token" if model.get("flops_per_token") else ""
     return {
         "train_loss": ("Train loss", show(train_loss, 3), of_tail),
         "eval_loss": ("Eval loss", show(last_eval.get("eval_loss"), 3), f"nats/token, {at_step}"),

@@ -345,7 +345,7 @@ def test_compare_names_settings_and_the_first_different_step(runs, tmp_path, cap
     values = f"({slow[1]['loss']:.9g} | {fast[1]['loss']:.9g})"
     assert f"loss at step 2 {values}" in out and "learning_rate at step 1 (0.003 | 0.01)" in out
     assert "\nlearning_rate: 0.003 | 0.01\n" in out and "output_dir" not in out
-    assert "the ends are not compared: too few common steps at the end" in out
+    assert "the ends are not compared: fewer than 20 steps in the last 20% of the common tokens" in out
     html = page.read_text()
     assert "learning_rate" in html and "run1" in html and str(runs) not in html
 
@@ -454,6 +454,13 @@ def test_the_printed_commands_work_from_where_the_user_stands(runs, tmp_path, mo
         assert run(words[name:]) == 0
     assert (tmp_path / "compare.html").exists()
     capsys.readouterr()
+
+
+def test_a_run_on_another_text_is_not_proposed_for_comparing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("mine", "a"), ("before", "a"), ("other", "b")):
+        write_run(tmp_path / name, [4.0], content_hash=text)
+    assert next_commands(Path("mine"))[-1].endswith(" compare before mine")
 
 
 def test_a_path_with_spaces_is_quoted(tmp_path, monkeypatch):

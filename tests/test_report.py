@@ -419,6 +419,17 @@ def test_a_report_without_one_of_the_files(make_run, missing, content):
     assert page.has("Missing in this report: " + missing) != is_known_empty
 
 
+def test_someone_elses_trainer_misses_no_samples_and_no_evaluation(make_run):
+    folder = make_run(findings=FINDINGS)
+    info = json.loads((folder / "run.json").read_text())
+    del info["source"], info["model"]["flops_per_token"]
+    (folder / "run.json").write_text(json.dumps(info))
+    for name in ("evals.jsonl", "samples.jsonl"):
+        (folder / name).unlink()
+    page = report_of(folder)
+    assert not page.has("Missing in this report") and not page.has("FLOPs per token") and not page.has("Content hash")
+
+
 def test_only_steps_with_a_half_written_last_line(tmp_path):
     write_lines(tmp_path / "steps.jsonl", step_records(40))
     with (tmp_path / "steps.jsonl").open("a") as file:
