@@ -41,7 +41,7 @@ TEXTS = {
     "tf32": "TF32 in fp32 matrix products; default: on where the GPU has it",
     "use_cpu": "train on the CPU; default: on where there is no GPU",
     "report_to": "trackers: trackio, tensorboard, wandb, ...; several as a list",
-    "resume_from_checkpoint": "latest, auto (latest, or a new run where there is none), or the path of a checkpoint",
+    "resume_from_checkpoint": "`latest`, `auto` (the latest, else a new run), or the path of a checkpoint",
     "seed": "seed of the initial weights",
 }
 LINE = 120  # columns of a line of the help
@@ -220,7 +220,8 @@ def format_page() -> str:
 
 
 def _row(key: Shown) -> str:
-    text = key.text.replace("|", "\\|").replace("<", "&lt;").rstrip(".")
+    parts = key.text.replace("|", "\\|").rstrip(".").split("`")  # every second one is code
+    text = "`".join(part if number % 2 else part.replace("<", "&lt;") for number, part in enumerate(parts))
     one_of = f". One of {', '.join(f'`{choice}`' for choice in key.choices)}" if key.choices else ""
     return f"| `{key.name}` | {' or '.join(key.kinds)} | `{key.default}` | {text}{one_of} |"
 
