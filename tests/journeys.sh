@@ -54,19 +54,19 @@ with open(sys.argv[1], "w") as file:
         file.write(json.dumps({"name": path.name, "body": path.read_text(encoding="utf-8", errors="replace")}) + "\n")
 EOF
   run "bash run_clm.sh $DEMO --source $out/my.jsonl --text_column body --max_steps 30 --save_steps 10 --output_dir $out/jsonl"
-  expect 'verdict'
+  expect 'verdict: (healthy|no fault found)'
 }
 
 tokenizer() {
   run "$python tokenizer/train_tokenizer.py $out/tokenizer --vocab_size 2000 --input $out/my.jsonl --text_column body"
   run "bash run_clm.sh $DEMO --source $out/my.jsonl --text_column body --tokenizer $out/tokenizer --max_steps 10 --output_dir $out/own-tokenizer"
-  expect 'verdict'
+  expect 'verdict: (healthy|no fault found)'
 }
 
 continue_() {
   local from="--model_name_or_path $out/jsonl/final --tokenizer $out/jsonl/final"
   run "bash run_clm.sh $DEMO --source $out/my.jsonl --text_column body $from --max_steps 10 --output_dir $out/continued"
-  expect 'verdict'
+  expect 'verdict: (healthy|no fault found)'
 }
 
 resume() {
@@ -79,7 +79,7 @@ resume() {
 
 processes() {
   run "NPROC=2 bash run_clm.sh $DEMO --source $out/my.jsonl --text_column body --use_cpu true --max_steps 10 --output_dir $out/two"
-  expect 'verdict'
+  expect 'verdict: (healthy|no fault found)'
 }
 
 trl() {
@@ -119,7 +119,7 @@ compare() {
 
 tracker() {
   run "bash run_clm.sh $DEMO --source $out/my.jsonl --text_column body --max_steps 10 --report_to tensorboard --output_dir $out/tracked"
-  expect 'verdict'
+  expect 'verdict: (healthy|no fault found)'
   ls -R "$out/tracked" | grep -q 'events.out.tfevents'
 }
 
