@@ -32,7 +32,7 @@ from recipe.verdict import Verdict, describe_guards, verdict
 logger = logging.getLogger(__name__)
 
 GOOD, STOPPED_BY_GUARD = 0, 3
-CHANGE = "lower learning_rate (--allow_change learning_rate) or drop the documents of loss_not_finite"
+CHANGE = "lower learning_rate (--allow_change learning_rate) or drop the documents that the finding names"
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class PretrainTrainer(Trainer):
         self.add_callback(RotationCallback(self))
         train_loader.batches_per_step = self.args.gradient_accumulation_steps
         train_loader.remember(3 * self.args.gradient_accumulation_steps)  # two steps, one of them being prefetched
-        self.lineage: list[dict] = []
+        self.lineage = checkpoints.begin_part(None)
         self.last_saved: Path | None = None
         self.is_rotation_due = self.args.save_total_limit is not None
         self._saved_step = -1

@@ -137,6 +137,17 @@ class _RowTable:
         return self._position[self.find(position)]
 
 
+def _matches(tables: dict, hashed: Hashed, windows: str, digests: str) -> Iterator[tuple[int, int, int, int]]:
+    """What the tables have of these rows: row, its first token and number of tokens, and its position there."""
+    table = tables[windows]
+    kept = slice(None) if table.every == 1 else table.keeps(hashed.key)
+    found = table.find(hashed.key[kept])
+    for index, at, span, _, earlier in find_stretches(hashed.row[kept], hashed.at[kept], found, found >= 0).T:
+        yield index, at - hashed.start[index], span, earlier
+    whole = tables[digests].find(hashed.digest)
+    yield from ((index, 0, hashed.length[index], whole[index]) for index in (whole >= 0).nonzero()[0])
+
+
 class Ledger:
     """Fingerprints of what was consumed. Fed on the main process, once a step, with the rows of all ranks.
 
@@ -345,27 +356,16 @@ class Ledger:
         """New eval rows against the train rows before them, of which only the kept windows are known: a copy goes on
         beyond them by `every` tokens on either side in the mean, so that much is added, up to half a window."""
         more = min(self.tables["windows"].every, WINDOW // 2)
-        for index, start, span, earlier in self._matches(hashed, "windows", "digests"):
+        for index, start, span, earlier in _matches(self.tables, hashed, "windows", "digests"):
             step, surprise = int(self.rows.places(earlier)[0]), int(span * novelty(rows[index]))
             self._hit(first_row + index, max(start - more, 0), start + span + more, surprise, step)
 
     def _match_eval(self, rows, hashed: Hashed, step: int) -> None:
         """Train rows against all windows of the eval rows, at any alignment, and whole."""
-        for index, _, span, at in self._matches(hashed, "eval_windows", "eval_digests"):
+        for index, _, span, at in _matches(self.tables, hashed, "eval_windows", "eval_digests"):
             eval_row = int(np.searchsorted(self.eval_rows[:, 0], at, side="right")) - 1
             start = at - self.eval_rows[eval_row, 0]
             self._hit(eval_row, start, start + span, int(span * novelty(rows[index])), step)
-
-    def _matches(self, hashed: Hashed, windows: str, digests: str) -> Iterator[tuple[int, int, int, int]]:
-        """What the tables have of these rows: row, its first token and number of tokens, and its position there."""
-        table = self.tables[windows]
-        kept = table.keeps(hashed.key) if table.every > 1 else slice(None)
-        found = table.find(hashed.key[kept])
-        for index, at, span, _, earlier in find_stretches(hashed.row[kept], hashed.at[kept], found, found >= 0).T:
-            yield index, at - hashed.start[index], span, earlier
-        found = self.tables[digests].find(hashed.digest)
-        for index in (found >= 0).nonzero()[0]:
-            yield index, 0, hashed.length[index], found[index]
 
     def _hit(self, eval_row: int, start: int, stop: int, surprise: int, step: int) -> None:
         """Tokens `start` to `stop` of an eval row were in training."""

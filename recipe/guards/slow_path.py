@@ -146,7 +146,7 @@ class SlowPath(Guard):
             expected="none" if is_again else "one graph",
             causes=("shapes of the batches change", "a flag or number that the model reads changes")
             if is_again
-            else ("Python code in the model that cannot be traced",),
+            else ("code that cannot be traced",),
             action="run with TORCH_LOGS=recompiles,graph_breaks, which names the line",
             evidence={"recompiled": recompiled, "graph_breaks": breaks},
         )
