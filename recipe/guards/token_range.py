@@ -83,7 +83,7 @@ class TokenRange(Guard):
             near = int((number >= limit - limit * cls.NEAR).sum())
             is_full = len(number) == limit if limit == 1 << 8 else near >= cls.MIN_IDS  # no text holds all bytes
             if not causes and len(occur) >= cls.BEYOND * limit and number.max(initial=0) < limit and is_full:
-                found = f"{len(number):,} ids up to {int(number.max()):,}, none above"
+                found = f"{len(number):,} ids, none above {int(number.max()):,}"
                 expected, causes = f"ids up to {len(occur) - 1:,}", (f"ids were stored in {kind}",)
         if not causes:
             return None
