@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import Trainer
 
-from recipe.guards.batches import IGNORE_INDEX, LABEL_IS_TOKEN
+from recipe.guards.batches import IGNORE_INDEX
 from recipe.guards.evaluation import name_factor
 from recipe.guards.gradients import GradientNorms
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
@@ -124,7 +124,8 @@ class AccumulationMismatch(Guard):
         if not counts or counts.keys() != weights.keys() or None in weights.values() or not all(counts.values()):
             return
         args, ranks = self.run.args, self.run.world_size
-        num_positions = 0 if args.label_smoothing_factor else sum(seen.ids[:, 1:].size for *_, seen in step.tokens)
+        num_positions = sum(each.positions - len(each.scored) for *_, each in step.tokens)
+        num_positions = 0 if args.label_smoothing_factor else num_positions
         known = (args.gradient_accumulation_steps, ranks, self.is_averaged, num_positions)
         finding = self.judge_weights(counts, weights, *known)
         self.state["uneven_steps"] = self.state["uneven_steps"] + 1 if finding else 0
@@ -138,12 +139,10 @@ class AccumulationMismatch(Guard):
         if step.num_items is None or self.is_shifted or not is_sampled or None in weights:
             return
         seen = [seen for rank, _, seen in step.tokens if self.is_averaged or rank == 0]
-        own = [each.flags & LABEL_IS_TOKEN != 0 for each in seen]
-        scored = sum(each.num_scored for each in seen)
-        scored_own = sum(int((is_own & each.scored).sum()) for is_own, each in zip(own, seen, strict=True))
+        scored, scored_own = sum(each.num_scored for each in seen), sum(int(each.own.sum()) for each in seen)
         if scored < self.MIN_LABELS or scored_own < self.MIN_OWN_LABELS * scored:
             return
-        unshifted = scored + sum(int(each[:, 0].sum()) for each in own)
+        unshifted = scored + sum(each.first_own for each in seen)
         ranks = self.run.world_size if self.is_averaged else 1
         weight = statistics.fmean(weights) / ranks if weights and not self.run.is_loss_scaled else None
         is_choice = has_own_count(self.run.trainer) and self.state["right_counts"] < self.AGREED_STEPS

@@ -13,7 +13,8 @@ IGNORE_INDEX = -100
 # measured.
 SHORTEST_PROMPT = 4
 
-VALID, SCORED, LABEL_IS_TOKEN, LABEL_IS_NEXT, STARTS = 1, 2, 4, 8, 16
+VALID, SCORED, LABEL_IS_TOKEN, LABEL_IS_NEXT, STARTS = map(np.uint8, (1, 2, 4, 8, 16))
+OWN, FOLLOWING = SCORED | LABEL_IS_TOKEN, SCORED | LABEL_IS_NEXT
 
 
 class AsyncCopy:
@@ -67,12 +68,41 @@ class SeenTokens:
         return [(ids, flags) for ids, flags in pieces if len(ids)]
 
 
+class TokenCounts(NamedTuple):
+    """Of one micro-batch, for the main process, where its tokens do not come. Arrays are int64 `[rows]`: `scored`
+    targets; those among them whose label is the token itself, `own`, or the next, `following`. `first_own`: rows whose
+    first label is their first token. `positions`: of all rows."""
+
+    positions: int
+    scored: np.ndarray
+    own: np.ndarray
+    following: np.ndarray
+    first_own: int
+
+    @classmethod
+    def of(cls, seen: SeenTokens) -> "TokenCounts":
+        own, following = ((seen.flags & kind == kind).sum(axis=1) for kind in (OWN, FOLLOWING))
+        first_own = int((seen.flags[:, 0] & LABEL_IS_TOKEN != 0).sum())
+        return cls(seen.ids.size, seen.scored.sum(axis=1), own, following, first_own)
+
+    @property
+    def num_scored(self) -> int:
+        return int(self.scored.sum())
+
+
 class PendingTokens(NamedTuple):
+    """A micro-batch on its way to the host. `labels`, `mask` (not padding) and `starts` (position 0): None where the
+    batch has none. `pad_token_id`: what is padding where there is no mask."""
+
     ids: AsyncCopy
-    flags: AsyncCopy
+    labels: AsyncCopy | None
+    mask: AsyncCopy | None
+    starts: AsyncCopy | None
+    pad_token_id: int | None
 
     def read(self) -> SeenTokens:
-        return SeenTokens(self.ids.read().numpy(), self.flags.read().numpy())
+        ids, *others = (copy.read().numpy() if copy is not None else None for copy in self[:4])
+        return SeenTokens(ids, flags_of(ids, *others, self.pad_token_id))
 
 
 def scored_part(ids: np.ndarray, flags: np.ndarray) -> np.ndarray:
@@ -96,32 +126,48 @@ def input_ids_of(inputs) -> torch.Tensor | None:
 
 
 def send_tokens(inputs, pad_token_id: int | None) -> PendingTokens | None:
-    """Start the copy of one micro-batch to the host. None where it holds no `input_ids`."""
+    """Start the copy of one micro-batch to the host. None where it holds no `input_ids`. Nothing is computed here
+    token by token but two comparisons: the training waits for this."""
     if (ids := input_ids_of(inputs)) is None:
         return None
-    flags = flags_of(ids, inputs.get("labels"), inputs.get("attention_mask"), inputs.get("position_ids"), pad_token_id)
-    return PendingTokens(AsyncCopy(ids.detach().clone() if not ids.is_cuda else ids), AsyncCopy(flags))
+
+    def like_ids(name: str) -> torch.Tensor | None:
+        value = inputs.get(name)
+        return value.detach() if isinstance(value, torch.Tensor) and value.shape == ids.shape else None
+
+    labels, mask, positions = map(like_ids, ("labels", "attention_mask", "position_ids"))
+    return PendingTokens(
+        _send_copy(ids.detach()),
+        _send_copy(labels) if labels is not None else None,
+        AsyncCopy(mask != 0) if mask is not None else None,
+        AsyncCopy(positions == 0) if positions is not None else None,
+        pad_token_id,
+    )
 
 
-def flags_of(ids, labels, attention_mask, position_ids, pad_token_id: int | None) -> torch.Tensor:
-    """uint8 `[rows, positions]`, see `SeenTokens`. Without labels every token is scored. Without a 2-D mask, padding
-    are the padding tokens at a row's end; the first of them is text where it is scored, since it may be an EOS."""
-    flags = torch.zeros(ids.shape, dtype=torch.uint8, device=ids.device)
-    has_labels = isinstance(labels, torch.Tensor) and labels.shape == ids.shape
-    is_scored = labels != IGNORE_INDEX if has_labels else torch.ones_like(ids, dtype=torch.bool)
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == ids.shape:
-        is_valid = attention_mask != 0
-    elif pad_token_id is not None:
-        is_pad = (ids == pad_token_id).flip(1).cumprod(dim=1).flip(1).bool()
-        is_first = is_pad & ~torch.nn.functional.pad(is_pad, (1, 0))[:, :-1]
-        is_valid = ~is_pad | (is_first & is_scored)
+def _send_copy(tensor: torch.Tensor) -> AsyncCopy:
+    """Of what others may change in place before it is read."""
+    return AsyncCopy(tensor if tensor.is_cuda else tensor.clone())
+
+
+def flags_of(ids, labels, mask, starts, pad_token_id: int | None) -> np.ndarray:
+    """uint8 `[rows, positions]`, see `SeenTokens`. Without labels every token is scored. Without a mask, padding are
+    the padding tokens at a row's end; the first of them is text where it is scored, since it may be an EOS."""
+    flags = np.zeros(ids.shape, np.uint8)
+    is_scored = labels != IGNORE_INDEX if labels is not None else np.ones(ids.shape, bool)
+    flags[:, 1:] = SCORED * is_scored[:, 1:]
+    if mask is not None:
+        flags |= mask
+    elif pad_token_id is None or not (ids[:, -1] == pad_token_id).any():
+        flags |= VALID
     else:
-        is_valid = torch.ones_like(is_scored)
-    flags += VALID * is_valid
-    if has_labels:
-        flags += LABEL_IS_TOKEN * (labels == ids)
-        flags[:, :-1] += LABEL_IS_NEXT * (labels[:, :-1] == ids[:, 1:])
-    if isinstance(position_ids, torch.Tensor) and position_ids.shape == ids.shape:
-        flags += STARTS * (position_ids == 0)
-    flags[:, 1:] += SCORED * is_scored[:, 1:]
+        is_pad = np.logical_and.accumulate((ids == pad_token_id)[:, ::-1], axis=1)[:, ::-1]
+        is_first = is_pad.copy()
+        is_first[:, 1:] &= ~is_pad[:, :-1]
+        flags |= VALID * (~is_pad | (is_first & is_scored))
+    if labels is not None:
+        flags |= LABEL_IS_TOKEN * (labels == ids)
+        flags[:, :-1] |= LABEL_IS_NEXT * (labels[:, :-1] == ids[:, 1:])
+    if starts is not None:
+        flags |= STARTS * starts
     return flags

@@ -65,7 +65,6 @@ class RegressionCallback(TrainerCallback):
         self.only_check = self.is_saved_by_trainer = False
         self.reporter = Reporter(self.guards, self.disabled, self._act)
         self.documents_of: Callable[[int], list[str]] | None = None  # of a micro-batch, from 0
-        self.stopped_by: Finding | None = None
         self.session: Session | None = None  # of the training that goes on, or the last one
         self._facts, self._given_trainer = dict(facts or {}), trainer
         self._history: list[StepRecord] = []
@@ -104,6 +103,10 @@ class RegressionCallback(TrainerCallback):
     @property
     def failure(self) -> str | None:
         return self.session.failure if self.session else self._why_off
+
+    @property
+    def stopped_by(self) -> Finding | None:
+        return self.session.stopped_by if self.session else None
 
     @property
     def tokens_seen(self) -> int:
@@ -175,7 +178,7 @@ class RegressionCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.session is not None:
-            self._flush(control)
+            self._flush(control, is_final=False)
             self.session.end_step(state.global_step)
             if self.session.stop_asked and args.world_size == 1:
                 _stop(control)
@@ -243,21 +246,20 @@ class RegressionCallback(TrainerCallback):
         """The same on every rank, also where the guards of one have failed since the last exchange."""
         return self._trainer is not None and self.session.taps is not None
 
-    def _flush(self, control) -> None:
+    def _flush(self, control, is_final: bool = True) -> None:
         if self._trainer is None:
             return
-        self.stopped_by = self.session.flush(self.stopped_by)
+        self.session.flush(is_final)
         if self.session.is_over:
             self._give_up(self.session.failure)
             self._release()
-        if self.session.stop_asked:
+        if self.session.is_stopping:
             _stop(control)
 
     def _act(self, finding: Finding) -> None:
         """On a warning or an error. On several ranks the training ends a step later, when all have been told."""
         if self.on_regression == "stop" and self.stopped_by is None:
-            self.stopped_by = finding
-            self.session.stop_asked = True
+            self.session.stopped_by, self.session.stop_asked = finding, True
             if self._trainer is not None and self._trainer.args.world_size == 1:
                 _stop(self._trainer.control)
 

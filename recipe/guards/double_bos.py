@@ -39,9 +39,12 @@ class DoubleBos(Guard):
         if self.bos is not None and (finding := self.judge(*self.count(batch.seen_tokens()), check=PROBE)):
             yield finding
 
+    def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> list[tuple[int, int]]:
+        count = self.count if self.bos is not None else self.count_beginnings
+        return [count(seen) for seen in tokens]
+
     def observe(self, step) -> Iterator[Verdict]:
-        for _, _, seen in step.tokens:
-            texts, doubled = self.count(seen) if self.bos is not None else self.count_beginnings(seen)
+        for texts, doubled in step.counts(self):
             self.state["texts"] += texts
             self.state["doubled"] += doubled
         finding = self.judge(self.state["texts"], self.state["doubled"])

@@ -182,6 +182,17 @@ class Guard:
         waiting; the main process finds it in `Step.payloads`."""
         return None
 
+    # --- on a thread beside the training, after each step
+
+    def measure_tokens(self, step: int, tokens: list) -> Any:
+        """On every rank: what it sends to the main process of its tokens, a `batches.SeenTokens` for each micro-batch,
+        in plain values and arrays. The main process finds it in `Step.payloads` and `TokenStep.payloads`."""
+        return None
+
+    def observe_tokens(self, step) -> Iterator[Verdict]:
+        """On the main process, for what would keep the training waiting in `observe`. `step`: a `taps.TokenStep`."""
+        return iter(())
+
     # --- on the main process, one step later, with the data of all ranks
 
     def observe(self, step) -> Iterator[Verdict]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sized
 
 import torch
 
-from recipe.guards.batches import IGNORE_INDEX, LABEL_IS_NEXT, LABEL_IS_TOKEN, SeenTokens
+from recipe.guards.batches import IGNORE_INDEX, SeenTokens
 from recipe.guards.guard import PROBE, CannotJudge, Finding
 from recipe.guards.head import MIN_POSITIONS, LossTargets, head_of
 from recipe.guards.recording import record
@@ -119,9 +119,8 @@ def judge_change(
 
 def share_off(step, labels_are: str) -> float | None:
     """Of the scored labels of a `taps.Step`, that are not the token itself (`own`), or the next."""
-    flag = LABEL_IS_TOKEN if labels_are == "own" else LABEL_IS_NEXT
     count = sum(seen.num_scored for *_, seen in step.tokens)
-    fit = sum(int(((seen.flags & flag != 0) & seen.scored).sum()) for *_, seen in step.tokens)
+    fit = sum(int((seen.own if labels_are == "own" else seen.following).sum()) for *_, seen in step.tokens)
     return 1 - fit / count if count else None
 
 

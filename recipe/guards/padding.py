@@ -34,10 +34,12 @@ class PaddingIsTarget(Guard):
     def probe(self, batch) -> Iterator[Verdict]:
         yield self.judge(**self.count(batch.seen_tokens()), check=PROBE) or self.clear(check=PROBE)
 
+    def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> list[dict[str, int]]:
+        return [self.count(seen) for seen in tokens]
+
     def observe(self, step) -> Iterator[Verdict]:
-        for _, _, seen in step.tokens:
-            for name, count in self.count(seen).items():
-                self.state[name] += count
+        for counts in step.counts(self):
+            self.state = {name: self.state[name] + count for name, count in counts.items()}
         if step.tokens:
             yield self.judge(**self.state) or self.clear()
 

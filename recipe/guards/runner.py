@@ -8,6 +8,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from recipe.guards.guard import SEVERITIES, CannotJudge, Clear, Finding, Guard, 
 from recipe.guards.objective import Objective
 from recipe.guards.reporter import Reporter
 from recipe.guards.run import Run
-from recipe.guards.taps import Evaluation, LocalStep, Step
+from recipe.guards.taps import Evaluation, LocalStep, Step, TokenStep
 from recipe.plain_json import dumps
 
 logger = logging.getLogger("recipe.guards")
@@ -31,7 +32,7 @@ def severity_first(verdict: Verdict) -> int:
 
 class Runner:
     """The active guards of one training on this rank. `failed`: guard -> exception and where, on any rank. `seconds`:
-    guard -> time spent in it on this rank."""
+    guard -> time spent in it on this rank; `seconds_beside`: on the thread beside the training."""
 
     def __init__(self, guards: Iterable[type[Guard]], reporter: Reporter):
         self.reporter = reporter
@@ -39,6 +40,7 @@ class Runner:
         self.failed: dict[str, str] = {}
         self.probed_at = -1  # step before which a probe ran last
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.seconds_beside: defaultdict[str, float] = defaultdict(float)
         for guard in [guard for guard in guards if not set(guard.ids) <= reporter.disabled]:
             try:
                 self.guards.append(guard())
@@ -176,17 +178,52 @@ class Runner:
                 payloads[type(guard).__name__] = guard.measure(local)
         return payloads
 
-    def leave_out_unsendable(self, payloads: dict, run: Run) -> dict:
-        """Of what `measure` gave, as plain values: an exchange that fails on one rank would end all of them."""
-        for guard in [guard for guard in self.guards if type(guard).__name__ in payloads and run.world_size > 1]:
-            with self._isolated(guard):
-                pickle.dumps(payloads[type(guard).__name__])
-        return {name: payload for name, payload in payloads.items() if name not in self.failed}
+    # --- on the thread beside the training: faults are returned, and disable the guard on the training's own thread
+
+    def measure_tokens(self, run: Run, step: int, tokens: list, payloads: dict[str, Any]) -> dict[str, str]:
+        """Adds to `payloads`, by guard, and leaves out what cannot be sent: an exchange that fails on one rank would
+        end all of them. Returns guard -> fault."""
+        faults: dict[str, str] = {}
+        for guard in [guard for guard in list(self.guards) if _overrides(guard, "measure_tokens") and tokens]:
+            name = type(guard).__name__
+            with self._timed(guard, faults):
+                payloads[name] = guard.measure_tokens(step, tokens)
+        for name in list(payloads) if run.world_size > 1 else ():
+            try:
+                pickle.dumps(payloads[name])
+            except Exception as error:
+                faults[name] = _say(error)
+                del payloads[name]
+        return faults
+
+    def observe_tokens(self, step: int, payloads: dict[str, list], loss) -> tuple[dict[str, list], dict[str, str]]:
+        """Guard -> verdicts, and guard -> fault."""
+        verdicts: dict[str, list[Verdict]] = {}
+        faults: dict[str, str] = {}
+        for guard in [
+            g for g in list(self.guards) if _overrides(g, "observe_tokens") and type(g).__name__ in payloads
+        ]:
+            own = verdicts[type(guard).__name__] = []
+            with self._timed(guard, faults):
+                for verdict in guard.observe_tokens(TokenStep(step, payloads[type(guard).__name__], loss)):
+                    own.append(checked(verdict))
+        return verdicts, faults
+
+    @contextlib.contextmanager
+    def _timed(self, guard: Guard, faults: dict[str, str]):
+        name, begin = type(guard).__name__, time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            faults[name] = _say(error)
+        finally:
+            self.seconds_beside[name] += time.perf_counter() - begin
 
     # --- on the main process
 
-    def observe(self, step: Step) -> None:
-        self._take("observe", step, step.number, step.tokens_seen)
+    def observe(self, step: Step, beside: dict[str, list[Verdict]]) -> None:
+        """`beside`: verdicts of `observe_tokens`, by guard."""
+        self._take("observe", step, step.number, step.tokens_seen, beside)
 
     def observe_eval(self, evaluation: Evaluation) -> None:
         self._take("observe_eval", evaluation, evaluation.step, evaluation.tokens_seen)
@@ -196,10 +233,12 @@ class Runner:
             with self._isolated(guard):
                 guard.begin_pass(tokens_in_pass)
 
-    def _take(self, method: str, given, step: int, tokens_seen: int) -> None:
+    def _take(self, method: str, given, step: int, tokens_seen: int, beside: dict | None = None) -> None:
         verdicts: list[Verdict] = []
-        for guard in [guard for guard in self.guards if _overrides(guard, method)]:
-            verdicts += self._collect(guard, getattr(guard, method), given)
+        for guard in list(self.guards):
+            verdicts += (beside or {}).get(type(guard).__name__, [])
+            if _overrides(guard, method):
+                verdicts += self._collect(guard, getattr(guard, method), given)
         self.reporter.take(verdicts, step, tokens_seen)
 
     def _collect(self, guard: Guard, method: Callable, *given) -> list[Verdict]:

@@ -1,7 +1,13 @@
 """The guards on one training of one Trainer: sets them up, carries each step to the main process, keeps their state.
 
+A step's tensors are copied to the host while the next step runs. A worker thread reads them, hashes and counts the
+tokens, and gathers on the main process what the ranks have kept; the training's own thread takes the result when the
+next step ends, and judges it. So nothing is ever left out because the machine is slow, and the training waits only
+where the worker takes longer than a step.
+
 Every rank takes part in every exchange, also one on which the guards have failed: an exchange is never inside code
-that may raise.
+that may raise. What the main process decides (to stop, a guard that is off) is sent with the next step's exchange, and
+at saves, evaluations and the end at once, so that all ranks act at the same step.
 """
 
 import functools
@@ -14,8 +20,8 @@ from pathlib import Path
 import torch
 from transformers import Trainer
 
+from recipe.guards.batches import input_ids_of
 from recipe.guards.checkpoint import part_of_ranks, read_session, restore, warn_damaged, write_session
-from recipe.guards.finite import not_finite
 from recipe.guards.guard import CannotJudge, Finding, Guard
 from recipe.guards.ngrams import TRAINED_BEFORE
 from recipe.guards.ranks import Ranks
@@ -24,8 +30,9 @@ from recipe.guards.reporter import Reporter
 from recipe.guards.run import Run
 from recipe.guards.runner import Runner
 from recipe.guards.sandbox import PinnedBatch
-from recipe.guards.taps import Evaluation, LocalStep, PendingStep, Step, Taps, norm_of
+from recipe.guards.taps import Evaluation, LocalStep, PendingStep, Step, Taps, mean_loss, norm_of
 from recipe.guards.trackers import Trackers
+from recipe.guards.worker import Exchanged, Worker, decided, exchange, take_news, why
 
 logger = logging.getLogger("recipe.guards")
 
@@ -69,7 +76,8 @@ def survives(method: Callable) -> Callable:
 class Session:
     """`history`: a record a step, oldest first. `failure`: why the guards are off, None while they are in force; a
     rank that fails takes part in the exchanges until the others know of it (`is_over`). `run`, `runner`, `taps`: None
-    before the first micro-batch. `last_end`: of a step, or of what does not count as training time."""
+    before the first micro-batch. `last_end`: of a step, or of what does not count as training time. `stop_asked`: by
+    this rank or one that told it so; `is_stopping`, `stopped_by`: all ranks know of it, and by which finding."""
 
     def __init__(self, trainer: Trainer, options: Options, reporter: Reporter, ranks: Ranks, output_dir: Path):
         self.trainer, self.options, self.reporter, self.ranks = trainer, options, reporter, ranks
@@ -77,16 +85,17 @@ class Session:
         self.history: list[StepRecord] = []
         self.tokens_seen, self.passes, self.learning_rate_sum = 0, 1, 0.0
         self.failure: str | None = None
-        self.is_over = self.stop_asked = False  # over: every rank knows of the failure
+        self.is_over = self.stop_asked = self.is_stopping = False  # over: every rank knows of the failure
+        self.stopped_by: Finding | None = None
         self.trackers = Trackers(trainer, self.is_main, len(reporter.findings))
         self.run: Run | None = None
         self.runner: Runner | None = None
         self.taps: Taps | None = None
         self.local = LocalStep(step=trainer.state.global_step)
         self._announced: set[str] = set()  # sources whose second pass has begun
-        self._passes: list[tuple[str, int | None, str]] = []  # noticed on this rank, not sent yet
+        self.passes_to_send: list[tuple[str, int | None, str]] = []  # noticed on this rank, not sent yet
         self._is_due = self._is_closed = False  # due: a step has ended and is not judged yet
-        self._pending: PendingStep | None = None
+        self._worker = Worker()
         self.last_end = time.perf_counter()
 
     @property
@@ -105,7 +114,7 @@ class Session:
             if self.options.only_check:
                 raise
             logger.error("the guards failed and are off; the training goes on without them", exc_info=error)
-            self.failure = f"the guards failed with {type(error).__name__}: {error}"
+            self.failure = why(error)
             return None
 
     # --- before the first step
@@ -114,8 +123,10 @@ class Session:
         """Sets the guards up, restores them, and runs the probes. `own_step`: see `Run`."""
         saved = read_session(checkpoint) if checkpoint is not None and self.is_main else None
         names = {guard.__name__ for guard in self.options.guards if guard.on_every_rank}
-        shared = self.ranks.broadcast(saved and part_of_ranks(saved, names))
-        self._prepare(inputs, num_items_in_batch, own_step, saved or shared, checkpoint)
+        ids = input_ids_of(inputs)
+        micro_batch = tuple(ids.shape) if ids is not None else (0, 0)
+        shared, micro_batch = self.ranks.broadcast((saved and part_of_ranks(saved, names), micro_batch))
+        self._prepare(inputs, num_items_in_batch, own_step, saved or shared, checkpoint, micro_batch)
         unreported, self.reporter.unreported = self.reporter.unreported, []
         ranks = self.ranks.gather((unreported, self.failure))
         if self.is_main:
@@ -127,11 +138,11 @@ class Session:
         self.reporter.log_start(is_off=self.is_over)
 
     @survives
-    def _prepare(self, inputs, num_items_in_batch, own_step, saved, checkpoint: Path | None) -> None:
+    def _prepare(self, inputs, num_items_in_batch, own_step, saved, checkpoint: Path | None, micro_batch) -> None:
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         tokens_seen = self.history[-1]["tokens_seen"] if self.history else None
-        run = Run(trainer, model, inputs, self.options.facts, tokens_seen)
+        run = Run(trainer, model, inputs, self.options.facts, tokens_seen, micro_batch)
         run.own_step, run.pinned = own_step, PinnedBatch(run)
         run.find_reference(self.options.trajectory)
         self.tokens_seen, self.run = run.tokens_seen, run
@@ -188,8 +199,11 @@ class Session:
         self.runner.after_step(self.run, self.local)
 
     def end_step(self, step: int) -> None:
+        if self._is_closed:
+            return
         self._is_due = True
-        self._pending = self._send(step) if self.local.losses and self.is_watching else None
+        pending = self._send(step) if self.local.losses and self.is_watching else None
+        self._worker.submit(exchange, self, pending, take_news(self), decided(self))
         self.local = self.local.next(step, self.trainer.args.gradient_accumulation_steps)
 
     @survives
@@ -206,39 +220,35 @@ class Session:
         }
         return PendingStep(record, self.local, self.runner.measure(self.run, self.local))
 
-    def flush(self, stopped_by: Finding | None) -> Finding | None:
-        """Read the step before, send it to the main process and judge it there. Afterwards every rank knows whether to
-        stop (`stop_asked`) and because of which finding, which is returned."""
+    def flush(self, is_final: bool = True) -> None:
+        """Take the step before from the worker; the main process judges it. Afterwards every rank has the same
+        `is_stopping`, `stopped_by` and `is_over`. `is_final`: all ranks know what was decided now."""
         if not self._is_due:
-            return stopped_by
+            return
         self._is_due = False
-        pending, self._pending = self._pending, None
-        payload = (self._read(pending) if pending is not None else None) or {}
-        unreported, self.reporter.unreported = self.reporter.unreported, []
-        failed = dict(self.runner.failed) if self.runner is not None else {}
-        payload["passes"], self._passes = self._passes, []
-        payload |= {"findings": unreported, "stop": self.stop_asked, "failed": failed, "failure": self.failure}
-        ranks = self.ranks.gather(payload)
+        found: Exchanged = self._worker.result()
+        if found.fault is not None:
+            self.attempt(_raise, found.fault)
+        for name, what in found.faults.items():
+            self.runner.fail(name, what)
         if self.is_main:
-            self._judge(pending, ranks)
-            self.stop_asked |= any(payload["stop"] for payload in ranks)
-            self.failure = next((payload["failure"] for payload in ranks if payload["failure"]), self.failure)
-        failed = dict(self.runner.failed) if self.runner is not None else {}
-        answer = self.ranks.broadcast((self.stop_asked, stopped_by, failed, self.failure))
-        self.stop_asked, stopped_by, failed, self.failure = answer
-        self.is_over = self.failure is not None
+            self._judge(found)
+            self.stop_asked |= any(payload["stop"] for payload in found.ranks)
+            told = [payload["failure"] for payload in found.ranks if payload["failure"]]
+            self.failure = self.failure or next(iter(told), None)
+        is_at_once = is_final or self.ranks.world_size == 1
+        self._agree(*(self.ranks.broadcast(decided(self)) if is_at_once else found.answer))
+
+    def _agree(self, stop: bool, stopped_by: Finding | None, failed: dict[str, str], failure: str | None) -> None:
+        self.is_stopping, self.stopped_by = stop, stopped_by or self.stopped_by
+        self.is_over, self.failure = failure is not None, failure or self.failure
         for name, what in failed.items() if self.runner is not None else ():
             self.runner.fail(name, what)
         self.trackers.send_findings(self.reporter.findings)
-        return stopped_by
 
     @survives
-    def _read(self, pending: PendingStep) -> dict:
-        values = with_documents(pending.read(), pending.local, self.options.documents_of)
-        return {**values, "payloads": self.runner.leave_out_unsendable(values["payloads"], self.run)}
-
-    @survives
-    def _judge(self, pending: PendingStep | None, ranks: list[dict]) -> None:
+    def _judge(self, found: Exchanged) -> None:
+        pending, ranks = found.pending, found.ranks
         self.reporter.report_others([payload["findings"] for payload in ranks])
         for announced in [announced for payload in ranks for announced in payload["passes"]]:
             self.announce_pass(*announced)
@@ -247,18 +257,17 @@ class Session:
                 self.runner.fail(name, f"{what} on rank {rank}")
         if pending is None or any("loss" not in payload for payload in ranks):
             return
-        loss = sum(payload["loss"] for payload in ranks) / len(ranks)
-        record: StepRecord = {**pending.record, "loss": loss, "grad_norm": norm_of(ranks)}
+        record: StepRecord = {**pending.record, "loss": mean_loss(ranks), "grad_norm": norm_of(ranks)}
         self.history = [*self.history[1 - HISTORY :], record]
         self.learning_rate_sum += record["learning_rate"]
         step = Step.gather(self.run, self.taps, record, self.history, self.passes, pending.local, ranks)
-        self.runner.observe(step)
+        self.runner.observe(step, found.verdicts)
         append_line(self.output_dir / "steps.jsonl", record)
 
     def announce_pass(self, source: str, tokens_in_pass: int | None, message: str) -> None:
         """On other ranks than the main process: to be sent there with the step."""
         if not self.is_main:
-            self._passes.append((source, tokens_in_pass, message))
+            self.passes_to_send.append((source, tokens_in_pass, message))
         elif source not in self._announced:
             self._announced.add(source)
             logger.info("%s", message)
@@ -267,6 +276,7 @@ class Session:
     def begin_pass(self, tokens_in_pass: int | None) -> None:
         self.passes += 1
         if self.is_watching:
+            self._worker.wait()
             self.runner.begin_pass(tokens_in_pass)
             if self.taps.ngrams is not None:
                 self.taps.ngrams.model.stop(SECOND_PASS)
@@ -311,11 +321,20 @@ class Session:
 
     def close(self) -> None:
         self._is_closed = True
+        if self.ranks.world_size == 1:  # else a training that ended with an exception would wait for the other ranks
+            self._worker.wait()
+        is_busy = self._worker.is_busy
+        self._worker.close()
         if self.runner is not None:
             self.runner.close()
         if self.taps is not None:
             self.taps.close()
-        self.ranks.close()
+        if not is_busy:
+            self.ranks.close()
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def state_of(session: Session) -> tuple[dict, dict, dict] | None:
@@ -328,10 +347,3 @@ def state_of(session: Session) -> tuple[dict, dict, dict] | None:
     own = {name: getattr(session, name) for name in ("passes", "learning_rate_sum")}
     own |= {"step": session.local.step, "reporter": session.reporter.save(), "guards": numbers}
     return own, arrays, {**session.taps.save(), "pinned": session.run.pinned.save()}
-
-
-def with_documents(values: dict, local: LocalStep, documents_of: Callable | None) -> dict:
-    """Those of the micro-batches that are not finite."""
-    bad = not_finite(values["losses"], values["grad_norm"]) if documents_of is not None else []
-    names = [name for number in bad for name in documents_of(local.first_micro_batch + number)]
-    return {**values, "documents": list(dict.fromkeys(names))}

@@ -1,7 +1,9 @@
 """What is recorded on each rank, without waiting for the device, and what guards are given of it.
 
+Tokens are copied to the host of their own rank and read on a thread beside the training; see `session.py`.
+
 TAPS:
-    tokens       ids and flags of every micro-batch, `Step.tokens`
+    tokens       every micro-batch's tokens, for `Guard.measure_tokens`, and counts of them, `Step.tokens`
     head         which targets a few positions were scored on, `Step.head`
     gradients    what micro-batches added to the gradient of one parameter or two, `Step.gradients`
     ngrams       n-gram models of the tokens, on the main process, `Step.ngrams`
@@ -13,17 +15,25 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from recipe.guards.batches import SCORED, AsyncCopy, PendingTokens, SeenTokens, input_ids_of, scored_part, send_tokens
+from recipe.guards.batches import (
+    AsyncCopy,
+    PendingTokens,
+    SeenTokens,
+    TokenCounts,
+    input_ids_of,
+    scored_part,
+    send_tokens,
+)
 from recipe.guards.gradients import GradientNorms, GradientTap
 from recipe.guards.guard import CannotJudge, Guard
 from recipe.guards.head import HeadTap, SampledRows
-from recipe.guards.ngrams import NgramTap
+from recipe.guards.ngrams import NgramLoss, NgramRows, NgramTap, choose_every, choose_rows
 from recipe.guards.records import StepRecord
 from recipe.guards.run import Run
 
@@ -92,6 +102,13 @@ class PendingStep:
         gradients = [gradient.to(total.device) for gradient in local.gradients if gradient is not None]
         self._values = AsyncCopy(torch.cat([torch.stack([total, *norms, *losses]), *gradients]))
 
+    @property
+    def step(self) -> int:
+        return self.record["step"]
+
+    def read_tokens(self) -> list[SeenTokens]:
+        return [tokens.read() for tokens in self.local.tokens]
+
     def read(self) -> dict:
         """What this rank sends to the main process, as plain values."""
         loss, norm, clipped_norm, *values = self._values.read().tolist()
@@ -104,7 +121,6 @@ class PendingStep:
             "clipped_norm": clipped_norm if self.local.clipped_norm is not None else None,
             "losses": losses,
             "gradients": [None if g is None else [next(norms) for _ in g] for g in self.local.gradients],
-            "tokens": [tokens.read() for tokens in self.local.tokens],
             "head": [sampled.read() for sampled in self.local.head],
             "num_items": _read(self._num_items),
             "payloads": {name: _read(value) for name, value in self._payloads.items()},
@@ -117,10 +133,6 @@ def _on_device(norm: torch.Tensor | float | None, like: torch.Tensor) -> torch.T
         norm = norm.to_local() if isinstance(norm, DTensor) else norm
         return norm.to(like.device, torch.float32).reshape(())
     return torch.full((), math.nan if norm is None else norm, dtype=torch.float32, device=like.device)
-
-
-def _is_of_part(norm) -> bool:
-    return isinstance(norm, DTensor) and norm.placements[0].is_partial()
 
 
 def _send(value):
@@ -141,6 +153,16 @@ def _read(value):
 
 
 # --- on the main process
+
+
+def mean_loss(ranks: list[dict]) -> float:
+    return sum(payload["loss"] for payload in ranks) / len(ranks)
+
+
+def payloads_of(ranks: list[dict]) -> dict[str, list[Any]]:
+    """By guard, one entry for each rank."""
+    names = {name for payload in ranks for name in payload["payloads"]}
+    return {name: [payload["payloads"].get(name) for payload in ranks] for name in names}
 
 
 def norm_of(ranks: list[dict]) -> float | None:
@@ -166,7 +188,7 @@ class Step:
     losses: list[float]
     learning_rates: Rates
     scheduled_rates: list[float | None]
-    tokens: list[tuple[int, int, SeenTokens]]
+    tokens: list[tuple[int, int, TokenCounts]]
     head: list[tuple[int, int, dict]]
     gradients: list[GradientNorms]
     clipped_norm: float | None
@@ -178,8 +200,8 @@ class Step:
 
     @classmethod
     def gather(cls, run, taps: "Taps", record, history, passes: int, local: LocalStep, ranks: list[dict]) -> "Step":
-        """`ranks`: what `PendingStep.read` gave on each. Feeds the n-gram model."""
-        first, names = ranks[0], {name for payload in ranks for name in payload["payloads"]}
+        """`ranks`: what `PendingStep.read` gave on each, and `tokens` and `payloads` of them."""
+        first = ranks[0]
         step = cls(
             run=run,
             record=record,
@@ -195,14 +217,13 @@ class Step:
             num_items=first["num_items"],
             was_saved=local.was_saved,
             documents=[name for payload in ranks for name in payload.get("documents", [])],
-            payloads={name: [payload["payloads"].get(name) for payload in ranks] for name in names},
+            payloads=payloads_of(ranks),
             ngrams=taps.ngrams,
         )
-        if taps.ngrams is not None:
-            rows, flags = [piece[3] for piece in step.pieces], [piece[4] & SCORED != 0 for piece in step.pieces]
-            taps.ngrams.observe(rows, flags, record["loss"])
-            if (found := taps.ngrams.loss) is not None:
-                record["floor"], record["ceiling"] = found.floor, found.unigram
+        if taps.ngrams is not None and (found := taps.ngrams.loss) is not None:
+            record["ceiling"] = found.unigram
+            if taps.ngrams.floor is not None:
+                record["floor"] = taps.ngrams.floor
         return step
 
     @property
@@ -227,14 +248,17 @@ class Step:
         counts = [seen.num_scored for _, _, seen in self.tokens]
         return counts if len(counts) == len(self.losses) else None
 
-    @cached_property
-    def pieces(self) -> list[tuple[int, int, int, np.ndarray, np.ndarray]]:
-        """Rank, micro-step, number, ids and flags of each stretch of text."""
-        return [
-            (rank, micro_step, number, ids, flags)
-            for rank, micro_step, seen in self.tokens
-            for number, (ids, flags) in enumerate(seen.pieces)
-        ]
+    def counts(self, guard: Guard) -> list:
+        """What its `measure_tokens` gave of each micro-batch, rank after rank."""
+        return [each for payload in self.payloads.get(type(guard).__name__, []) if payload for each in payload]
+
+
+class TokenStep(NamedTuple):
+    """A step of all ranks for `Guard.observe_tokens`. `payloads`: what the guard's `measure_tokens` gave on each."""
+
+    number: int
+    payloads: list[Any]
+    ngram_loss: NgramLoss | None
 
 
 @dataclass
@@ -293,7 +317,8 @@ class Taps:
         self.head: HeadTap | None = None
         self.gradients: list[GradientTap] = []
         self.evaluation = EvaluationTap() if "evaluation" in names else None
-        self.ngrams = NgramTap(run.vocab_size) if "ngrams" in names and run.is_main and run.has_tokens else None
+        self.has_ngrams = "ngrams" in names and run.has_tokens
+        self.ngrams = NgramTap(run.vocab_size) if self.has_ngrams and run.is_main else None
         if "head" in names and run.has_tokens and not run.is_compiled:
             with suppress(CannotJudge):  # the probe of the targets says so
                 self.head = HeadTap(run.model)
@@ -321,6 +346,11 @@ class Taps:
             local.tokens.append(tokens)
         if self.head is not None and (sampled := self.head.take()) is not None:
             local.head.append(sampled)
+
+    def choose_rows(self, step: int, tokens: list[SeenTokens]) -> NgramRows | None:
+        """What the n-gram model on the main process is given of this rank's step."""
+        every, ranks = choose_every(self.run.step_size[0]), (self.run.rank, self.run.world_size)
+        return choose_rows(tokens, every, step, *ranks) if self.has_ngrams else None
 
     def begin_prediction(self, inputs) -> PendingTokens | None:
         return self.evaluation.begin(inputs) if self.evaluation is not None else None

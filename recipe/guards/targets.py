@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from recipe.guards.batches import IGNORE_INDEX, LABEL_IS_NEXT, LABEL_IS_TOKEN, SeenTokens
+from recipe.guards.batches import IGNORE_INDEX, TokenCounts
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
 from recipe.guards.head import MIN_POSITIONS, POSITIONS, LossTargets, count_hits
 from recipe.guards.labels import (
@@ -270,9 +270,8 @@ class LossTarget(Guard):
         self.state["changes"] = count_changes(*self.state["changes"], off)
         return judge_change(self.wrong_target, *self.state["changes"], off, step.number, labels_are)
 
-    def _judge_labels(self, seen: SeenTokens) -> Iterator[Finding]:
-        kinds = [(seen.flags & flag != 0) & seen.scored for flag in (LABEL_IS_TOKEN, LABEL_IS_NEXT)]
-        counts = [each.sum(axis=1) for each in (seen.scored, *kinds)]
+    def _judge_labels(self, seen: TokenCounts) -> Iterator[Finding]:
+        counts = seen.scored, seen.own, seen.following
         count, own, following = (int(each.sum()) for each in counts)
         if self.state["labels_are"] is None and count >= self.LABELS_TO_LEARN:
             most, name = (own, "own") if own >= following else (following, "next")
