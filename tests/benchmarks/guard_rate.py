@@ -1,0 +1,136 @@
+"""What the guards cost at a GPU's rate of tokens: one rank's real work, with the messages of the others.
+
+Simulated steps of 12 micro-batches of 4 rows of 1,024 tokens a rank, one every 98 ms: 0.5M tokens/s for each rank. The
+model does not run. The other ranks' messages are what the same code makes of other rows.
+"""
+
+import pickle
+import statistics
+import time
+from unittest import mock
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from recipe.guards import RegressionCallback, worker
+from recipe.guards.batches import send_tokens
+from recipe.guards.repetition import Repetition
+from recipe.guards.session import Session
+from recipe.guards.taps import LocalStep, PendingStep
+
+MICRO_BATCHES, ROWS, BLOCK, VOCABULARY = 12, 4, 1024, 32_000
+TOKENS = MICRO_BATCHES * ROWS * BLOCK
+RATE = 500_000  # tokens/s of a rank
+CLOCKS = 20  # reads of the clock, of which the mean is taken
+STEPS = range(2, 10)  # after the first, and before all weights are read at step 10
+MODEL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+
+
+class SimulatedRanks:
+    """Of `world_size` ranks one is here. `others`: what the others send with the next step. `sent`: bytes of each
+    message of this rank."""
+
+    def __init__(self, world_size: int):
+        self.world_size, self.is_main, self.others, self.sent = world_size, True, [], []
+
+    def gather(self, payload) -> list:
+        self.sent.append(len(pickle.dumps(payload)))
+        return [payload, *map(pickle.loads, self.others)]
+
+    def broadcast(self, value):
+        return value
+
+    def close(self) -> None:
+        pass
+
+
+def measure(folder: str, world_size: int) -> dict:
+    """Medians over STEPS. Seconds of processor time of a step: `training`, on the training's own thread; `read` and
+    `observe_tokens`, beside it, on every rank and on the main process. `bytes` of a rank's message; windows `kept`."""
+    torch.set_num_threads(1)
+    session, rng = open_session(folder, world_size), np.random.default_rng(world_size)
+    spent = {"training": [], "read": [], "observe_tokens": []}
+    others = [[message(session, rank, rng, step) for rank in range(1, world_size)] for step in range(1, STEPS.stop)]
+    with (
+        mock.patch.object(worker, "read", timed(worker.read, spent["read"])),
+        mock.patch.object(worker, "observe_tokens", timed(worker.observe_tokens, spent["observe_tokens"])),
+    ):
+        for step in range(1, STEPS.stop):
+            batches = [micro_batch(rng) for _ in range(MICRO_BATCHES)]
+            session.ranks.others = others[step - 1]
+            timed(train_step, spent["training"])(session, batches, step)
+            session._worker.wait()  # in the rest of the 98 ms the model is busy
+    assert session.failure is None and not session.runner.failed, (session.failure, session.runner.failed)
+    found = {name: statistics.median(values[STEPS.start - 1 :]) for name, values in spent.items()}
+    kept = repetition_of(session).ledger.tables["windows"].size / (STEPS.stop - 1)
+    return {**found, "bytes": statistics.median(session.ranks.sent), "kept": kept}
+
+
+def train_step(session: Session, batches: list[dict], step: int) -> None:
+    """All that the callback does in a step on the training's own thread."""
+    for inputs in batches:
+        tokens = session.before_micro_step(inputs, None)
+        session.after_micro_step(torch.tensor(9.0), inputs, tokens)
+    session.before_step([(1e-3, 1e-3)], [1e-3])
+    session.after_step()
+    session.flush(is_final=False)
+    session.end_step(step)
+
+
+def open_session(folder: str, world_size: int) -> Session:
+    """A session that is set up, on a tiny model; its run believes in `world_size` ranks."""
+    torch.manual_seed(0)
+    given = dict(max_steps=10_000, gradient_accumulation_steps=MICRO_BATCHES, use_cpu=True, report_to=[])
+    arguments = TrainingArguments(folder, **given)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **MODEL))
+    trainer = Trainer(model, arguments, train_dataset=[0])
+    trainer.create_optimizer_and_scheduler(10_000)
+    guards = RegressionCallback(trainer=trainer)
+    trainer.add_callback(guards)
+    trainer.state.max_steps = 10_000
+    guards.on_train_begin(arguments, trainer.state, trainer.control)
+    session = guards.session
+    session.begin(micro_batch(np.random.default_rng(0), 16), None, None, None)
+    assert session.failure is None, session.failure
+    session.ranks, session.run.world_size = SimulatedRanks(world_size), world_size
+    session.run.step_size = TOKENS * world_size, MICRO_BATCHES * ROWS * world_size
+    repetition_of(session).setup(session.run)
+    return session
+
+
+def repetition_of(session: Session) -> Repetition:
+    return next(guard for guard in session.runner.guards if isinstance(guard, Repetition))
+
+
+def micro_batch(rng, length: int = BLOCK) -> dict:
+    ids = torch.from_numpy(np.minimum(rng.zipf(1.3, (ROWS, length)), VOCABULARY) - 1)
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def message(session: Session, rank: int, rng, step: int) -> bytes:
+    """What another rank sends: the same code on other rows."""
+    local = LocalStep(step=step - 1, losses=[torch.tensor(9.0)] * MICRO_BATCHES)
+    local.tokens = [send_tokens(micro_batch(rng), None) for _ in range(MICRO_BATCHES)]
+    session.run.rank = repetition_of(session).rank = rank
+    values, faults, fault = worker.read(session, PendingStep({"step": step}, local, {}))
+    session.run.rank = repetition_of(session).rank = 0
+    assert not faults and fault is None, (faults, fault)
+    return pickle.dumps({**values, "findings": [], "passes": [], "stop": False, "failed": {}, "failure": None})
+
+
+def timed(function, spent: list[float]):
+    """`spent`: processor time of the thread that calls it, without that of reading the clock."""
+    started = time.thread_time()
+    for _ in range(CLOCKS):
+        last = time.thread_time()
+    clock = (last - started) / CLOCKS
+
+    def measured(*arguments):
+        started = time.thread_time()
+        try:
+            return function(*arguments)
+        finally:
+            spent.append(time.thread_time() - started - clock)
+
+    return measured
