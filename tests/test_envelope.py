@@ -217,15 +217,15 @@ def test_on_random_tokens_the_floor_stays_at_what_a_model_can_reach():
 # --- a part of the rows
 
 
-def english_steps(rows_per_step: int, block: int = 64) -> list[SeenTokens]:
-    ids = load_ids()[: 1200 * block].astype(np.int64).reshape(-1, block)
+def english_steps(num_rows: int, rows_per_step: int, block: int = 64) -> list[SeenTokens]:
+    ids = load_ids()[: num_rows * block].astype(np.int64).reshape(-1, block)
     ids = np.random.default_rng(0).permutation(ids)
     flags = np.full((rows_per_step, block), VALID | SCORED, np.uint8)
     return [SeenTokens(ids[at : at + rows_per_step], flags) for at in range(0, len(ids), rows_per_step)]
 
 
 def test_every_row_has_its_turn_and_each_step_the_same_number_of_them():
-    (seen,), chosen = english_steps(1200), []
+    (seen,), chosen = english_steps(1200, 1200), []
     for step in range(4):
         parts = [choose_rows([seen], 4, step, rank, 2) for rank in range(2)]
         assert sum(len(part.rows) for part in parts) == 600
@@ -238,7 +238,7 @@ def test_the_floor_of_a_part_is_corrected_to_below_that_of_all(monkeypatch):
     monkeypatch.setattr(module, "FIRST_DOUBLING", 11)  # a small text
     taps = {every: NgramTap(32_000) for every in (1, 4)}
     floors = {every: [] for every in taps}
-    for step, seen in enumerate(english_steps(40)):
+    for step, seen in enumerate(english_steps(2400, 40)):
         for every, tap in taps.items():
             tap.observe([choose_rows([seen], every, step, 0, 1)], 10.4)
             floors[every].append(tap.floor)
