@@ -132,6 +132,18 @@ class Fingerprints(NamedTuple):
     row_tail: np.ndarray
     document_tail: np.ndarray
 
+    def thinned(self, windows: int, rows: int) -> "Fingerprints":
+        """What tables keep that keep one in so many."""
+        digested, kept = self.digested & is_kept(self.digest, rows), is_kept(self.key, windows)
+        judged = digested.copy()
+        judged[self.row[kept]] = True
+        if judged.all() and kept.all() and digested.all():
+            return self
+        names = ("start", "length", "digest", "novelty", "place", "row_tail")
+        of_rows = {name: getattr(self, name)[judged] for name in names}
+        row = (np.cumsum(judged) - 1)[self.row[kept]]
+        return self._replace(**of_rows, digested=digested[judged], row=row, at=self.at[kept], key=self.key[kept])
+
 
 SHIFTED = ("start", "document_start", "document_stop", "at", "tail_stop")  # by the tokens of the ranks before
 INDICES = {"row": "start", "row_tail": "tail_key", "document_tail": "tail_key"}  # numbers of entries of those

@@ -26,7 +26,7 @@ from recipe.guards.copies import (
     without_shared,
 )
 from recipe.guards.fingerprints import Fingerprints, Hashed, Rates, hash_rows, join
-from recipe.guards.hashtable import SampledTable, is_kept
+from recipe.guards.hashtable import SampledTable
 
 # Kept windows and rows, after which fewer are kept. Chosen to bound memory.
 MAX_WINDOWS, MAX_ROWS = 4 << 20, 4 << 20
@@ -66,11 +66,25 @@ class _RowTable:
         """The number of the row that holds each position."""
         return np.maximum(np.searchsorted(self.arrays[0], position, side="right") - 1, 0)
 
+    def holding(self, position: np.ndarray) -> "_RowTable":
+        return _RowTable(*(array[np.unique(self.find(position))] for array in self.arrays))
+
     def places(self, position: np.ndarray) -> np.ndarray:
         return self._place[self.find(position)]
 
     def starts(self, position: np.ndarray) -> np.ndarray:
         return self._position[self.find(position)]
+
+
+def find_copies(windows: SampledTable, digests: SampledTable, row, at, key, digest) -> Iterator[tuple]:
+    """What the tables have of these rows: row, its first copied token, number of tokens (None: the whole row), and its
+    position there."""
+    found = windows.find(key)
+    for index, first, span, _, earlier in find_stretches(row, at, found, found >= 0).T:
+        yield index, first, span, earlier
+    found = digests.find(digest)
+    for index in (found >= 0).nonzero()[0]:
+        yield index, None, None, found[index]
 
 
 class Ledger:
@@ -82,9 +96,9 @@ class Ledger:
 
     def __init__(self, rates: Rates = Rates(), max_windows: int = MAX_WINDOWS, max_rows: int = MAX_ROWS):  # noqa: B008
         windows, rows = (max_windows, rates.windows), (max_rows, rates.rows)
-        self.tables = {"windows": SampledTable(*windows), "digests": SampledTable(*rows)}
-        self.tables |= {"eval_windows": SampledTable(max_windows), "eval_digests": SampledTable(max_rows)}
-        self.tables["tails"] = SampledTable(*rows)  # the last window of each row and document
+        of_train = {"windows": windows, "digests": rows, "tails": rows}  # tails: last windows of rows and documents
+        limits = of_train | {"eval_windows": (max_windows,), "eval_digests": (max_rows,)}
+        self.tables = {name: SampledTable(*limit) for name, limit in limits.items()}
         self.rows = _RowTable(np.zeros(0, np.int64), np.zeros((0, 5), np.int32))
         self.tokens = self.micro_steps = self.passes = self._pass_start = self._near = 0
         self.resumed_at, self._was_repeating = -1, 0
@@ -102,14 +116,14 @@ class Ledger:
         parts = [part for part in parts if part is not None]
         if not parts:
             return 0
-        seen = self._thinned(join(parts))
+        seen = join(parts).thinned(self.tables["windows"].every, self.tables["digests"].every)
         position, at = self.tokens + seen.start, self.tokens + seen.at
         self.rows.append(position, np.column_stack([seen.place, self.micro_steps + seen.place[:, 2]]))
 
         earlier = self._first_seen("windows", seen.key, at)
         earlier_row = position.copy()
-        digested = seen.digested
-        earlier_row[digested] = self._first_seen("digests", seen.digest[digested], position[digested])
+        whole = seen.digested
+        earlier_row[whole] = self._first_seen("digests", seen.digest[whole], position[whole])
         are_new = self._are_new(seen)
         is_whole, matched = earlier_row < position, earlier < position[seen.row]
         copied = 0
@@ -118,25 +132,12 @@ class Ledger:
             copied = self._add_copies(seen, earlier_row, stretches, self._kinds(stretches, seen, are_new))
         self.tokens += seen.tokens
         self.micro_steps += int(seen.place[:, 2].max(initial=-1)) + 1
-        self._recent = np.concatenate([self._recent, np.column_stack([position, seen.length])])
-        self._forget(newest=self.tokens - seen.tokens)
+        self._forget(np.column_stack([position, seen.length]))
         if self.resumed_at >= 0:
             self._follow_resume()
-        self._match_others(seen)
+        if len(self.eval_rows):
+            self._match_others(seen)
         return copied
-
-    def _thinned(self, seen: Fingerprints) -> Fingerprints:
-        """What the tables keep by now."""
-        windows, rows = self.tables["windows"].every, self.tables["digests"].every
-        digested, kept = seen.digested & is_kept(seen.digest, rows), is_kept(seen.key, windows)
-        judged = digested.copy()
-        judged[seen.row[kept]] = True
-        if judged.all() and kept.all() and digested.all():
-            return seen
-        names = ("start", "length", "digest", "novelty", "place", "row_tail")
-        of_rows = {name: getattr(seen, name)[judged] for name in names}
-        row = (np.cumsum(judged) - 1)[seen.row[kept]]
-        return seen._replace(**of_rows, digested=digested[judged], row=row, at=seen.at[kept], key=seen.key[kept])
 
     def _are_new(self, seen: Fingerprints) -> tuple[np.ndarray, np.ndarray]:
         """Whether each row, and each document, ends with a window that is known to be new."""
@@ -157,15 +158,10 @@ class Ledger:
         table = self.tables[name]
         unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         every, found = table.every, table.add(unique, position[first], self._pass_start)
-        if table.every > every:
-            self._drop_rows()
+        if table.every > every:  # rows that no table points into any more are forgotten
+            used = [self.tables[name].entries()[1] for name in ("windows", "digests")]
+            self.rows = self.rows.holding(np.concatenate([*used, self._recent[:, 0]]))
         return found[inverse]
-
-    def _drop_rows(self) -> None:
-        """Forget where rows were consumed that no table points into any more."""
-        used = [self.rows.find(self.tables[name].entries()[1]) for name in ("windows", "digests")]
-        used = np.unique(np.concatenate([*used, self.rows.find(self._recent[:, 0])]))
-        self.rows = _RowTable(*(array[used] for array in self.rows.arrays))
 
     def _add_copies(self, seen: Fingerprints, earlier_row, stretches: np.ndarray, kinds) -> int:
         """Rows that came before as a whole, and stretches of other rows. Returns their tokens."""
@@ -187,12 +183,12 @@ class Ledger:
         """Between each copy and the earlier row."""
         return self.rows.places(copies[:, 0])[:, 4] - self.rows.places(copies[:, 5])[:, 4]
 
-    def _forget(self, newest: int) -> None:
-        """Keep the newest RECENT_ROWS rows, more where they are short, and all of the newest step, from position
-        `newest` on."""
+    def _forget(self, newest: np.ndarray) -> None:
+        """Keep the newest RECENT_ROWS rows, more where they are short, and all of the step's, `newest`."""
+        self._recent = np.concatenate([self._recent, newest])
         tokens_after, rows_after = np.cumsum(self._recent[::-1, 1])[::-1], np.arange(len(self._recent), 0, -1)
-        is_newest = self._recent[:, 0] >= newest
-        self._recent = self._recent[(rows_after <= RECENT_ROWS) | (tokens_after <= RECENT_TOKENS) | is_newest]
+        is_recent = (rows_after <= RECENT_ROWS) | (tokens_after <= RECENT_TOKENS)
+        self._recent = self._recent[is_recent | (rows_after <= len(newest))]
         if len(self._copies) and len(self._recent):
             self._copies = self._copies[self._copies[:, 0] >= self._recent[0, 0]]
 
@@ -276,25 +272,23 @@ class Ledger:
             return
         hashed = hash_rows(rows)
         own = *hashed.windows(self.tables["eval_windows"].every), hashed.digest
-        for index, _, span, at in self._matches(*own, "eval_windows", "eval_digests"):
+        for index, _, span, at in find_copies(self.tables["eval_windows"], self.tables["eval_digests"], *own):
             length = span or len(rows[index])
             self._hit(at, length, int(length * novelty(rows[index])), step)
 
     def _match_others(self, seen: Fingerprints) -> None:
         """Those of other ranks, of which only the kept windows are known."""
-        if not len(self.eval_rows):
-            return
         is_other = seen.place[:, 1] > 0
         kept = self.tables["eval_windows"].keeps(seen.key) & is_other[seen.row]
         others = seen.row[kept], seen.at[kept], seen.key[kept], np.where(is_other, seen.digest, -1)
-        for index, _, span, at in self._matches(*others, "eval_windows", "eval_digests"):
+        for index, _, span, at in find_copies(self.tables["eval_windows"], self.tables["eval_digests"], *others):
             length = span or seen.length[index]
             self._hit(at, length, int(length * seen.novelty[index]), seen.place[index, 0], self._beyond)
 
     def _match_train(self, rows, hashed: Hashed, first_row: int) -> None:
         """New eval rows against the train rows before them, of which only the kept windows are known."""
         own = *hashed.windows(self.tables["windows"].every), hashed.digest
-        for index, at, span, earlier in self._matches(*own, "windows", "digests"):
+        for index, at, span, earlier in find_copies(self.tables["windows"], self.tables["digests"], *own):
             length, begin = span or len(rows[index]), hashed.start[index] if at is None else at
             position, surprise = self.eval_rows[first_row, 0] + begin, int(length * novelty(rows[index]))
             self._hit(position, length, surprise, self.rows.places(earlier)[0], self._beyond)
@@ -303,16 +297,6 @@ class Ledger:
     def _beyond(self) -> int:
         """Tokens by which a copy goes on beyond its kept windows on either side in the mean, half a window at most."""
         return min(self.tables["windows"].every, WINDOW // 2)
-
-    def _matches(self, row, at, key, digest, windows: str, digests: str) -> Iterator[tuple]:
-        """What the tables have of these rows: row, its first copied token, number of tokens (None: the whole row), and
-        its position there."""
-        found = self.tables[windows].find(key)
-        for index, first, span, _, earlier in find_stretches(row, at, found, found >= 0).T:
-            yield index, first, span, earlier
-        found = self.tables[digests].find(digest)
-        for index in (found >= 0).nonzero()[0]:
-            yield index, None, None, found[index]
 
     def _hit(self, position: int, length: int, surprise: int, step: int, beyond: int = 0) -> None:
         """So many tokens of the eval rows, from `position` on, were in training, and `beyond` more on either side."""

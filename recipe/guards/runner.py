@@ -2,13 +2,11 @@
 
 import contextlib
 import logging
-import pickle
 import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +15,7 @@ from recipe.guards.guard import SEVERITIES, CannotJudge, Clear, Finding, Guard, 
 from recipe.guards.objective import Objective
 from recipe.guards.reporter import Reporter
 from recipe.guards.run import Run
-from recipe.guards.taps import Evaluation, LocalStep, Step, TokenStep
+from recipe.guards.taps import Evaluation, LocalStep, Step
 from recipe.plain_json import dumps
 
 logger = logging.getLogger("recipe.guards")
@@ -45,7 +43,7 @@ class Runner:
             try:
                 self.guards.append(guard())
             except Exception as error:
-                self.fail(guard.__name__, _say(error), guard.ids)
+                self.fail(guard.__name__, say(error), guard.ids)
 
     @property
     def taps(self) -> set[str]:
@@ -73,7 +71,7 @@ class Runner:
     def probe(self, run: Run, inputs, num_items_in_batch, step: int, tokens_seen: int, is_first: bool) -> None:
         """Every probe, or those that explain symptoms, worst finding first."""
         self.probed_at = step
-        guards = [g for g in self.guards if _overrides(g, "probe") and (is_first or g.explains_symptoms)]
+        guards = [g for g in self.guards if overrides(g, "probe") and (is_first or g.explains_symptoms)]
         verdicts = self._probe_all(guards, run, inputs, num_items_in_batch, is_first)
         self.reporter.take(verdicts, step, tokens_seen)
         self.reporter.explain_waiting([v.id for v in verdicts if isinstance(v, Clear)], self.evidence())
@@ -150,7 +148,7 @@ class Runner:
     # --- one step on this rank
 
     def _local_guards(self, run: Run, hook: str) -> list[Guard]:
-        return [g for g in self.guards if _overrides(g, hook) and (run.is_main or g.on_every_rank)]
+        return [g for g in self.guards if overrides(g, hook) and (run.is_main or g.on_every_rank)]
 
     def before_micro_step(self, run: Run) -> None:
         for guard in self._local_guards(run, "before_micro_step"):
@@ -178,47 +176,6 @@ class Runner:
                 payloads[type(guard).__name__] = guard.measure(local)
         return payloads
 
-    # --- on the thread beside the training: faults are returned, and disable the guard on the training's own thread
-
-    def measure_tokens(self, run: Run, step: int, tokens: list, payloads: dict[str, Any]) -> dict[str, str]:
-        """Adds to `payloads`, by guard, and leaves out what cannot be sent: an exchange that fails on one rank would
-        end all of them. Returns guard -> fault."""
-        faults: dict[str, str] = {}
-        for guard in [guard for guard in list(self.guards) if _overrides(guard, "measure_tokens") and tokens]:
-            name = type(guard).__name__
-            with self._timed(guard, faults):
-                payloads[name] = guard.measure_tokens(step, tokens)
-        for name in list(payloads) if run.world_size > 1 else ():
-            try:
-                pickle.dumps(payloads[name])
-            except Exception as error:
-                faults[name] = _say(error)
-                del payloads[name]
-        return faults
-
-    def observe_tokens(self, step: int, payloads: dict[str, list], loss) -> tuple[dict[str, list], dict[str, str]]:
-        """Guard -> verdicts, and guard -> fault."""
-        verdicts: dict[str, list[Verdict]] = {}
-        faults: dict[str, str] = {}
-        for guard in [
-            g for g in list(self.guards) if _overrides(g, "observe_tokens") and type(g).__name__ in payloads
-        ]:
-            own = verdicts[type(guard).__name__] = []
-            with self._timed(guard, faults):
-                for verdict in guard.observe_tokens(TokenStep(step, payloads[type(guard).__name__], loss)):
-                    own.append(checked(verdict))
-        return verdicts, faults
-
-    @contextlib.contextmanager
-    def _timed(self, guard: Guard, faults: dict[str, str]):
-        name, begin = type(guard).__name__, time.perf_counter()
-        try:
-            yield
-        except Exception as error:
-            faults[name] = _say(error)
-        finally:
-            self.seconds_beside[name] += time.perf_counter() - begin
-
     # --- on the main process
 
     def observe(self, step: Step, beside: dict[str, list[Verdict]]) -> None:
@@ -237,7 +194,7 @@ class Runner:
         verdicts: list[Verdict] = []
         for guard in list(self.guards):
             verdicts += (beside or {}).get(type(guard).__name__, [])
-            if _overrides(guard, method):
+            if overrides(guard, method):
                 verdicts += self._collect(guard, getattr(guard, method), given)
         self.reporter.take(verdicts, step, tokens_seen)
 
@@ -323,11 +280,11 @@ class _Isolation:
         error = error or self.guard.failure
         if error is None or isinstance(error, CannotJudge) or not isinstance(error, Exception):
             return False
-        self.runner.fail(name, _say(error))
+        self.runner.fail(name, say(error))
         return True
 
 
-def _say(error: Exception) -> str:
+def say(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
 
@@ -338,5 +295,5 @@ def _close(guard: Guard) -> None:
         guard.close()
 
 
-def _overrides(guard: Guard, method: str) -> bool:
+def overrides(guard: Guard, method: str) -> bool:
     return getattr(type(guard), method) is not getattr(Guard, method)

@@ -234,8 +234,7 @@ class Session:
         if self.is_main:
             self._judge(found)
             self.stop_asked |= any(payload["stop"] for payload in found.ranks)
-            told = [payload["failure"] for payload in found.ranks if payload["failure"]]
-            self.failure = self.failure or next(iter(told), None)
+            self.failure = next((p["failure"] for p in found.ranks if p["failure"]), self.failure)
         is_at_once = is_final or self.ranks.world_size == 1
         self._agree(*(self.ranks.broadcast(decided(self)) if is_at_once else found.answer))
 
@@ -321,10 +320,7 @@ class Session:
 
     def close(self) -> None:
         self._is_closed = True
-        if self.ranks.world_size == 1:  # else a training that ended with an exception would wait for the other ranks
-            self._worker.wait()
-        is_busy = self._worker.is_busy
-        self._worker.close()
+        is_busy = self._worker.close(is_waiting=self.ranks.world_size == 1)
         if self.runner is not None:
             self.runner.close()
         if self.taps is not None:

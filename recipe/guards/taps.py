@@ -1,7 +1,5 @@
 """What is recorded on each rank, without waiting for the device, and what guards are given of it.
 
-Tokens are copied to the host of their own rank and read on a thread beside the training; see `session.py`.
-
 TAPS:
     tokens       every micro-batch's tokens, for `Guard.measure_tokens`, and counts of them, `Step.tokens`
     head         which targets a few positions were scored on, `Step.head`

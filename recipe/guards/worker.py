@@ -1,15 +1,20 @@
 """The thread beside the training, and what it does with a step: reads it, hashes and counts its tokens, and gathers
 on the main process what the ranks have kept."""
 
+import contextlib
+import pickle
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from recipe.guards.batches import TokenCounts
 from recipe.guards.finite import not_finite
-from recipe.guards.taps import LocalStep, PendingStep, mean_loss, payloads_of
+from recipe.guards.guard import Guard, Verdict, checked
+from recipe.guards.runner import Runner, overrides, say
+from recipe.guards.taps import LocalStep, PendingStep, TokenStep, mean_loss, payloads_of
 
 
 class Worker:
@@ -29,10 +34,6 @@ class Worker:
         self._future = Future()
         self._tasks.put((self._future, task, arguments))
 
-    @property
-    def is_busy(self) -> bool:
-        return self._future is not None and not self._future.done()
-
     def wait(self) -> None:
         """Until it is idle; its result is kept."""
         if self._future is not None:
@@ -43,8 +44,12 @@ class Worker:
         future, self._future = self._future, None
         return future.result()
 
-    def close(self) -> None:
+    def close(self, is_waiting: bool) -> bool:
+        """Whether it is still busy: a training that ended with an exception must not wait for other ranks."""
+        if is_waiting:
+            self.wait()
         self._tasks.put(None)
+        return self._future is not None and not self._future.done()
 
 
 def _work(tasks: queue.SimpleQueue) -> None:
@@ -109,10 +114,37 @@ def read(session, pending: PendingStep | None) -> tuple[dict, dict[str, str], Ex
         tokens = pending.read_tokens()
         values["tokens"] = [TokenCounts.of(seen) for seen in tokens]
         values["ngrams"] = session.taps.choose_rows(pending.step, tokens)
-        faults = session.runner.measure_tokens(session.run, pending.step, tokens, values["payloads"])
+        faults = measure_tokens(session.runner, session.run, pending.step, tokens, values["payloads"])
         return values, faults, None
     except Exception as error:
         return {}, {}, error
+
+
+def measure_tokens(runner: Runner, run, step: int, tokens: list, payloads: dict[str, Any]) -> dict[str, str]:
+    """Adds to `payloads`, by guard, and leaves out what cannot be sent: an exchange that fails on one rank would end
+    all of them. Returns guard -> fault: a guard is disabled on the training's own thread."""
+    faults: dict[str, str] = {}
+    for guard in [guard for guard in list(runner.guards) if overrides(guard, "measure_tokens") and tokens]:
+        with timed(runner, guard, faults):
+            payloads[type(guard).__name__] = guard.measure_tokens(step, tokens)
+    for name in list(payloads) if run.world_size > 1 else ():
+        try:
+            pickle.dumps(payloads[name])
+        except Exception as error:
+            faults[name] = say(error)
+            del payloads[name]
+    return faults
+
+
+@contextlib.contextmanager
+def timed(runner: Runner, guard: Guard, faults: dict[str, str]) -> Iterator[None]:
+    name, begin = type(guard).__name__, time.perf_counter()
+    try:
+        yield
+    except Exception as error:
+        faults[name] = say(error)
+    finally:
+        runner.seconds_beside[name] += time.perf_counter() - begin
 
 
 def observe_tokens(session, step: int, ranks: list[dict]) -> tuple[dict[str, list], dict[str, str]]:
@@ -121,7 +153,16 @@ def observe_tokens(session, step: int, ranks: list[dict]) -> tuple[dict[str, lis
     if ngrams is not None:
         parts = [payload["ngrams"] for payload in ranks if payload["ngrams"] is not None]
         ngrams.observe(parts, mean_loss(ranks))
-    return session.runner.observe_tokens(step, payloads_of(ranks), ngrams.loss if ngrams is not None else None)
+    loss, payloads = ngrams.loss if ngrams is not None else None, payloads_of(ranks)
+    verdicts: dict[str, list[Verdict]] = {}
+    faults: dict[str, str] = {}
+    for guard in [guard for guard in list(session.runner.guards) if overrides(guard, "observe_tokens")]:
+        if (name := type(guard).__name__) in payloads:
+            verdicts[name] = []
+            with timed(session.runner, guard, faults):
+                for verdict in guard.observe_tokens(TokenStep(step, payloads[name], loss)):
+                    verdicts[name].append(checked(verdict))
+    return verdicts, faults
 
 
 def why(error: Exception) -> str:
