@@ -125,6 +125,11 @@ def input_ids_of(inputs) -> torch.Tensor | None:
     return ids if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
 
 
+def shape_of(inputs) -> tuple[int, ...]:
+    """Rows and positions of a micro-batch, 0 where it holds no `input_ids`."""
+    return tuple(ids.shape) if (ids := input_ids_of(inputs)) is not None else (0, 0)
+
+
 def send_tokens(inputs, pad_token_id: int | None) -> PendingTokens | None:
     """Start the copy of one micro-batch to the host. None where it holds no `input_ids`. Nothing is computed here
     token by token but two comparisons: the training waits for this."""

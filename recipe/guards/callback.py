@@ -65,6 +65,7 @@ class RegressionCallback(TrainerCallback):
         self.only_check = self.is_saved_by_trainer = False
         self.reporter = Reporter(self.guards, self.disabled, self._act)
         self.documents_of: Callable[[int], list[str]] | None = None  # of a micro-batch, from 0
+        self.stopped_by: Finding | None = None
         self.session: Session | None = None  # of the training that goes on, or the last one
         self._facts, self._given_trainer = dict(facts or {}), trainer
         self._history: list[StepRecord] = []
@@ -103,10 +104,6 @@ class RegressionCallback(TrainerCallback):
     @property
     def failure(self) -> str | None:
         return self.session.failure if self.session else self._why_off
-
-    @property
-    def stopped_by(self) -> Finding | None:
-        return self.session.stopped_by if self.session else None
 
     @property
     def tokens_seen(self) -> int:
@@ -249,7 +246,7 @@ class RegressionCallback(TrainerCallback):
     def _flush(self, control, is_final: bool = True) -> None:
         if self._trainer is None:
             return
-        self.session.flush(is_final)
+        self.stopped_by = self.session.flush(is_final) or self.stopped_by
         if self.session.is_over:
             self._give_up(self.session.failure)
             self._release()
@@ -259,7 +256,8 @@ class RegressionCallback(TrainerCallback):
     def _act(self, finding: Finding) -> None:
         """On a warning or an error. On several ranks the training ends a step later, when all have been told."""
         if self.on_regression == "stop" and self.stopped_by is None:
-            self.session.stopped_by, self.session.stop_asked = finding, True
+            self.stopped_by = self.session.stopped_by = finding
+            self.session.stop_asked = True
             if self._trainer is not None and self._trainer.args.world_size == 1:
                 _stop(self._trainer.control)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer
 
-from recipe.guards.batches import input_ids_of
+from recipe.guards.batches import shape_of
 from recipe.guards.checkpoint import part_of_ranks, read_session, restore, warn_damaged, write_session
 from recipe.guards.guard import CannotJudge, Finding, Guard
 from recipe.guards.ngrams import TRAINED_BEFORE
@@ -123,9 +123,7 @@ class Session:
         """Sets the guards up, restores them, and runs the probes. `own_step`: see `Run`."""
         saved = read_session(checkpoint) if checkpoint is not None and self.is_main else None
         names = {guard.__name__ for guard in self.options.guards if guard.on_every_rank}
-        ids = input_ids_of(inputs)
-        micro_batch = tuple(ids.shape) if ids is not None else (0, 0)
-        shared, micro_batch = self.ranks.broadcast((saved and part_of_ranks(saved, names), micro_batch))
+        shared, micro_batch = self.ranks.broadcast((saved and part_of_ranks(saved, names), shape_of(inputs)))
         self._prepare(inputs, num_items_in_batch, own_step, saved or shared, checkpoint, micro_batch)
         unreported, self.reporter.unreported = self.reporter.unreported, []
         ranks = self.ranks.gather((unreported, self.failure))
@@ -220,30 +218,31 @@ class Session:
         }
         return PendingStep(record, self.local, self.runner.measure(self.run, self.local))
 
-    def flush(self, is_final: bool = True) -> None:
+    def flush(self, is_final: bool = True) -> Finding | None:
         """Take the step before from the worker; the main process judges it. Afterwards every rank has the same
-        `is_stopping`, `stopped_by` and `is_over`. `is_final`: all ranks know what was decided now."""
+        `is_stopping`, `stopped_by` (returned) and `is_over`. `is_final`: all ranks know what was decided now."""
         if not self._is_due:
-            return
+            return self.stopped_by
         self._is_due = False
         found: Exchanged = self._worker.result()
-        if found.fault is not None:
-            self.attempt(_raise, found.fault)
-        for name, what in found.faults.items():
-            self.runner.fail(name, what)
+        self.attempt(_raise, found.fault)
+        self._fail(found.faults)
         if self.is_main:
             self._judge(found)
             self.stop_asked |= any(payload["stop"] for payload in found.ranks)
             self.failure = next((p["failure"] for p in found.ranks if p["failure"]), self.failure)
         is_at_once = is_final or self.ranks.world_size == 1
-        self._agree(*(self.ranks.broadcast(decided(self)) if is_at_once else found.answer))
-
-    def _agree(self, stop: bool, stopped_by: Finding | None, failed: dict[str, str], failure: str | None) -> None:
-        self.is_stopping, self.stopped_by = stop, stopped_by or self.stopped_by
+        answer = self.ranks.broadcast(decided(self)) if is_at_once else found.answer
+        self.is_stopping, stopped_by, failed, failure = answer
+        self.stopped_by = stopped_by or self.stopped_by
         self.is_over, self.failure = failure is not None, failure or self.failure
-        for name, what in failed.items() if self.runner is not None else ():
-            self.runner.fail(name, what)
+        self._fail(failed)
         self.trackers.send_findings(self.reporter.findings)
+        return self.stopped_by
+
+    def _fail(self, faults: dict[str, str]) -> None:
+        for name in faults if self.runner is not None else ():
+            self.runner.fail(name, faults[name])
 
     @survives
     def _judge(self, found: Exchanged) -> None:
@@ -252,8 +251,7 @@ class Session:
         for announced in [announced for payload in ranks for announced in payload["passes"]]:
             self.announce_pass(*announced)
         for rank, payload in enumerate(ranks[1:], 1):
-            for name, what in payload["failed"].items():
-                self.runner.fail(name, f"{what} on rank {rank}")
+            self._fail({name: f"{what} on rank {rank}" for name, what in payload["failed"].items()})
         if pending is None or any("loss" not in payload for payload in ranks):
             return
         record: StepRecord = {**pending.record, "loss": mean_loss(ranks), "grad_norm": norm_of(ranks)}
@@ -321,16 +319,15 @@ class Session:
     def close(self) -> None:
         self._is_closed = True
         is_busy = self._worker.close(is_waiting=self.ranks.world_size == 1)
-        if self.runner is not None:
-            self.runner.close()
-        if self.taps is not None:
-            self.taps.close()
+        for part in filter(None, (self.runner, self.taps)):
+            part.close()
         if not is_busy:
             self.ranks.close()
 
 
-def _raise(error: Exception) -> None:
-    raise error
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def state_of(session: Session) -> tuple[dict, dict, dict] | None:

@@ -54,9 +54,9 @@ class TokenRange(Guard):
             yield finding  # the steps look for more
 
     def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> list[tuple[int, int, np.ndarray]]:
-        ids = [seen.ids for seen in tokens]
-        lowest, highest = min(int(each.min()) for each in ids), max(int(each.max()) for each in ids)
-        return [(lowest, highest, np.packbits(occurring(ids, self.rows)))]
+        lowest = min((int(seen.ids.min()) for seen in tokens), default=0)
+        highest = max((int(seen.ids.max()) for seen in tokens), default=0)
+        return [(lowest, highest, np.packbits(occurring([seen.ids for seen in tokens], self.rows)))]
 
     def observe(self, step) -> Iterator[Verdict]:
         for lowest, highest, occur in step.counts(self):
