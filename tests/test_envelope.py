@@ -330,7 +330,7 @@ def test_rows_of_which_few_tokens_are_scored_cannot_be_judged():
 
     def step(tokens):
         ngrams = SimpleNamespace(stopped=None, loss=NgramLoss(tokens, 5.0, 4.0, 3.0), floor=3.0, num_rows=4)
-        return SimpleNamespace(ngrams=ngrams, record={"loss": 0.4}, tokens=[])
+        return SimpleNamespace(ngrams=ngrams, record={"loss": 0.4}, num_labels=(0, 0, 0))
 
     with pytest.raises(CannotJudge, match="fewer than 8 tokens of a row are scored"):
         list(guard.observe(step(4)))

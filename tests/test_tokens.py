@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipe.guards.batches import SCORED, VALID, SeenTokens, TokenCounts, send_tokens
+from recipe.guards.batches import SCORED, VALID, SeenTokens, send_tokens
 from recipe.guards.double_bos import DoubleBos, count_bos
 from recipe.guards.eos import EosNeverTarget
 from recipe.guards.padding import PaddingIsTarget
@@ -21,8 +21,7 @@ def seen(rows, valid=True, scored=False):
 
 
 def step_of(*tokens):
-    counts = [(0, number, TokenCounts.of(each)) for number, each in enumerate(tokens)]
-    return SimpleNamespace(tokens=counts, counts=lambda guard: guard.measure_tokens(1, tokens))
+    return SimpleNamespace(of_ranks=lambda guard: [guard.measure_tokens(1, tokens)] if tokens else [])
 
 
 def verdict(guard, *tokens):

@@ -9,6 +9,7 @@
     run.py           facts of the run, read from the Trainer
     taps.py          what is recorded on each rank: batches.py, head.py, gradients.py, updates.py, ngrams.py;
                      fingerprints.py and ledger.py find in it what comes twice
+    step.py          what guards are given on the main process
     oracle.py        a second implementation of some models, to compare them with
     muon.py          what Muon does to a matrix, for the guard in adam.py
     sandbox.py       running the trainer's own code without leaving a trace

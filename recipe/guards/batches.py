@@ -1,6 +1,6 @@
 """Token ids of the micro-batches, copied to the host without waiting."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -68,41 +68,63 @@ class SeenTokens:
         return [(ids, flags) for ids, flags in pieces if len(ids)]
 
 
-class TokenCounts(NamedTuple):
-    """Of one micro-batch, for the main process, where its tokens do not come. Arrays are int64 `[rows]`: `scored`
-    targets; those among them whose label is the token itself, `own`, or the next, `following`. `first_own`: rows whose
-    first label is their first token. `positions`: of all rows."""
+class LabelCounts(NamedTuple):
+    """Of each row of a step's micro-batches, int64 `[rows]`, for the main process, where the tokens do not come.
+    `rank`, `micro_step`, `row`: where it is. `positions`: of it. `scored`: its targets; those among them whose label
+    is the token itself, `own`, or the next, `following`. `first_own`: 1 where its first label is its first token."""
 
-    positions: int
+    rank: np.ndarray
+    micro_step: np.ndarray
+    row: np.ndarray
+    positions: np.ndarray
     scored: np.ndarray
     own: np.ndarray
     following: np.ndarray
-    first_own: int
+    first_own: np.ndarray
 
     @classmethod
-    def of(cls, seen: SeenTokens) -> "TokenCounts":
-        own, following = ((seen.flags & kind == kind).sum(axis=1) for kind in (OWN, FOLLOWING))
-        first_own = int((seen.flags[:, 0] & LABEL_IS_TOKEN != 0).sum())
-        return cls(seen.ids.size, seen.scored.sum(axis=1), own, following, first_own)
+    def of(cls, tokens: Sequence[SeenTokens], rank: int = 0) -> "LabelCounts":
+        """Of one rank's micro-batches."""
+        parts = [np.zeros((len(cls._fields), 0), np.int64)]
+        for micro_step, seen in enumerate(tokens):
+            own, following = ((seen.flags & kind == kind).sum(axis=1) for kind in (OWN, FOLLOWING))
+            first_own = (seen.flags[:, :1] & LABEL_IS_TOKEN != 0).sum(axis=1)
+            count, positions = seen.ids.shape
+            place = np.stack(np.broadcast_arrays(rank, micro_step, np.arange(count), positions))
+            parts.append(np.vstack([place, seen.scored.sum(axis=1), own, following, first_own]))
+        return cls(*np.hstack(parts))
 
-    @property
-    def num_scored(self) -> int:
-        return int(self.scored.sum())
+    @classmethod
+    def join(cls, parts: Sequence["LabelCounts"]) -> "LabelCounts":
+        """Of several ranks."""
+        return cls(*np.hstack([np.stack(part) for part in parts])) if len(parts) > 1 else parts[0]
+
+    def by_micro_batch(self) -> dict[tuple[int, int], int]:
+        """Scored targets by rank and micro-step, in this order."""
+        places, number = np.unique(self.rank << 32 | self.micro_step, return_inverse=True)
+        totals = np.bincount(number, self.scored, len(places)).astype(np.int64)
+        ranks, micro_steps = (places >> 32).tolist(), (places & 0xFFFFFFFF).tolist()
+        return dict(zip(zip(ranks, micro_steps, strict=True), totals.tolist(), strict=True))
+
+
+# What of a micro-batch goes to the host, where it has the shape of `input_ids`.
+SENT = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
 class PendingTokens(NamedTuple):
-    """A micro-batch on its way to the host. `labels`, `mask` (not padding) and `starts` (position 0): None where the
-    batch has none. `pad_token_id`: what is padding where there is no mask."""
+    """A micro-batch on its way to the host. `copy`: of its tensors `names`, laid on each other. `pad_token_id`: what
+    is padding where there is no mask."""
 
-    ids: AsyncCopy
-    labels: AsyncCopy | None
-    mask: AsyncCopy | None
-    starts: AsyncCopy | None
+    copy: AsyncCopy
+    names: list[str]
     pad_token_id: int | None
 
     def read(self) -> SeenTokens:
-        ids, *others = (copy.read().numpy() if copy is not None else None for copy in self[:4])
-        return SeenTokens(ids, flags_of(ids, *others, self.pad_token_id))
+        tensors = dict(zip(self.names, self.copy.read().numpy(), strict=True))
+        ids = tensors["input_ids"].astype(np.int64, copy=False)
+        mask, places = (tensors.get(name) for name in SENT[2:])
+        mask, starts = mask if mask is None else mask != 0, places if places is None else places == 0
+        return SeenTokens(ids, flags_of(ids, tensors.get("labels"), mask, starts, self.pad_token_id))
 
 
 def scored_part(ids: np.ndarray, flags: np.ndarray) -> np.ndarray:
@@ -131,28 +153,18 @@ def shape_of(inputs) -> tuple[int, ...]:
 
 
 def send_tokens(inputs, pad_token_id: int | None) -> PendingTokens | None:
-    """Start the copy of one micro-batch to the host. None where it holds no `input_ids`. Nothing is computed here
-    token by token but two comparisons: the training waits for this."""
+    """Start the copy of one micro-batch to the host, in one piece. None where it holds no `input_ids`. Nothing is
+    computed here token by token: the training waits for this."""
     if (ids := input_ids_of(inputs)) is None:
         return None
-
-    def like_ids(name: str) -> torch.Tensor | None:
-        value = inputs.get(name)
-        return value.detach() if isinstance(value, torch.Tensor) and value.shape == ids.shape else None
-
-    labels, mask, positions = map(like_ids, ("labels", "attention_mask", "position_ids"))
-    return PendingTokens(
-        _send_copy(ids.detach()),
-        _send_copy(labels) if labels is not None else None,
-        AsyncCopy(mask != 0) if mask is not None else None,
-        AsyncCopy(positions == 0) if positions is not None else None,
-        pad_token_id,
-    )
+    given = [(name, inputs.get(name)) for name in SENT]
+    tensors = {name: each.detach() for name, each in given if _is_like(each, ids)}
+    copy = torch.stack(list(tensors.values()))  # others may change them in place before they are read
+    return PendingTokens(AsyncCopy(copy), list(tensors), pad_token_id)
 
 
-def _send_copy(tensor: torch.Tensor) -> AsyncCopy:
-    """Of what others may change in place before it is read."""
-    return AsyncCopy(tensor if tensor.is_cuda else tensor.clone())
+def _is_like(value, ids: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == ids.shape and value.device == ids.device
 
 
 def flags_of(ids, labels, mask, starts, pad_token_id: int | None) -> np.ndarray:

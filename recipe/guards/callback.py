@@ -23,8 +23,9 @@ from recipe.guards.ranks import Ranks
 from recipe.guards.records import StepRecord, append_evaluation, prepare_files, read_steps
 from recipe.guards.reporter import Reporter
 from recipe.guards.run import plain_rate
-from recipe.guards.session import HISTORY, Options, Session
+from recipe.guards.session import Options, Session
 from recipe.guards.trajectory import Reference, load_reference
+from recipe.guards.worker import HISTORY
 
 logger = logging.getLogger("recipe.guards")
 FILES = ("steps.jsonl", "evals.jsonl", "findings.jsonl")

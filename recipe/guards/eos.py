@@ -30,8 +30,9 @@ class EosNeverTarget(Guard):
             raise CannotJudge("neither model nor tokenizer names an EOS token")
         self.state = {"tokens": 0, "in_text": 0, "scored": 0}
 
-    def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> list[dict[str, int]]:
-        return [self.count(seen) for seen in tokens]
+    def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> dict[str, int]:
+        counts = [self.count(seen) for seen in tokens]
+        return {name: sum(count[name] for count in counts) for name in self.state}
 
     def count(self, seen: SeenTokens) -> dict[str, int]:
         is_eos = np.zeros_like(seen.valid)
@@ -41,9 +42,9 @@ class EosNeverTarget(Guard):
         return {"tokens": int(seen.valid.sum()), "in_text": in_text, "scored": int((is_eos & seen.scored).sum())}
 
     def observe(self, step) -> Iterator[Verdict]:
-        for counts in step.counts(self):
+        for counts in step.of_ranks(self):
             self.state = {name: self.state[name] + count for name, count in counts.items()}
-        if step.tokens:
+        if step.of_ranks(self):
             yield self.judge(**self.state) or self.clear()
 
     @classmethod

@@ -59,6 +59,7 @@ class FrozenParameters(Guard):
     def before_step(self, local) -> None:
         told = {"stopped": self._count_steps_without(), "unfrozen": self._find_unfrozen()}
         self._payload = {name: names for name, names in told.items() if names}
+        self._payload |= {"takes_turns": self.state["takes_turns"]} if "stopped" in self._payload else {}
         if not self.training:
             return
         if self.state["num_steps"] == FIRST_STEPS:
@@ -106,7 +107,7 @@ class FrozenParameters(Guard):
         if "unfrozen" in measured:
             yield self._in_no_group(measured["unfrozen"], "that were unfrozen", "unfrozen")
         if "stopped" in measured:
-            yield self.judge_stopped(self.training, measured["stopped"], self.state["takes_turns"])
+            yield self.judge_stopped(self.training, measured["stopped"], measured["takes_turns"])
         if "reached" in measured:
             finding = self.judge(self.training, *measured["reached"], is_cut=cuts_gradients(step.run.model))
             yield finding or self.clear(check="first_steps")

@@ -298,6 +298,12 @@ class NgramTap:
         """Why it no longer judges."""
         return self.model.stopped
 
+    @property
+    def bounds(self) -> dict[str, float]:
+        """`floor` and `ceiling` of the last step's loss, those that are known."""
+        known = {"floor": self.floor, "ceiling": self.loss and self.loss.unigram}
+        return {name: value for name, value in known.items() if value is not None}
+
     def observe(self, parts: Sequence[NgramRows], loss: float) -> None:
         """`parts`: of the ranks. `loss`: the training loss of the step, in nats per token."""
         self.total += sum(part.tokens for part in parts)

@@ -113,10 +113,12 @@ class Repetition(Guard):
             self.ledger.match_own(rows, step)
         return fingerprint(rows, places, self.eos_ids, self.rates)
 
-    def observe_tokens(self, step) -> Iterator[Verdict]:
-        tokens = sum(part.tokens for part in step.payloads if part is not None)
-        copied = self.ledger.observe_train(step.payloads)
-        nats = self._measure(step.ngram_loss, 1 - copied / max(1, tokens))
+    def observe(self, step) -> Iterator[Verdict]:
+        if not (parts := step.of_ranks(self)):
+            return
+        copied = self.ledger.observe_train(parts)
+        new_share = 1 - copied / max(1, sum(part.tokens for part in parts))
+        nats = self._measure(step.ngrams.loss if step.ngrams is not None else None, new_share)
         finding = self.judge_repetition(self.ledger, nats, self.num_workers)
         if finding is not None:
             yield finding

@@ -1,9 +1,9 @@
 """The guards on one training of one Trainer: sets them up, carries each step to the main process, keeps their state.
 
 A step's tensors are copied to the host while the next step runs. A worker thread reads them, hashes and counts the
-tokens, and gathers on the main process what the ranks have kept; the training's own thread takes the result when the
-next step ends, and judges it. So nothing is ever left out because the machine is slow, and the training waits only
-where the worker takes longer than a step.
+tokens, gathers on the main process what the ranks have kept, and has the guards judge it; the training's own thread
+takes the verdicts when the next step ends, and reports them. So nothing is ever left out because the machine is slow,
+and the training waits only where the worker takes longer than a step.
 
 Every rank takes part in every exchange, also one on which the guards have failed: an exchange is never inside code
 that may raise. What the main process decides (to stop, a guard that is off) is sent with the next step's exchange, and
@@ -25,12 +25,13 @@ from recipe.guards.checkpoint import part_of_ranks, read_session, restore, warn_
 from recipe.guards.guard import CannotJudge, Finding, Guard
 from recipe.guards.ngrams import TRAINED_BEFORE
 from recipe.guards.ranks import Ranks
-from recipe.guards.records import StepRecord, append_line
+from recipe.guards.records import StepRecord
 from recipe.guards.reporter import Reporter
 from recipe.guards.run import Run
 from recipe.guards.runner import Runner
 from recipe.guards.sandbox import PinnedBatch
-from recipe.guards.taps import Evaluation, LocalStep, PendingStep, Step, Taps, mean_loss, norm_of
+from recipe.guards.step import Evaluation
+from recipe.guards.taps import LocalStep, PendingStep, Taps
 from recipe.guards.trackers import Trackers
 from recipe.guards.worker import Exchanged, Worker, decided, exchange, take_news, why
 
@@ -42,8 +43,6 @@ PROBE_AGAIN = 20
 # Steps between the probes of guards that probe at saves too. Chosen: such a probe costs the forward pass of some
 # thousand tokens, a hundredth of that many steps of the demo.
 PROBE_EVERY = 64
-# Steps kept for windows, of which references name their own. Chosen, not measured.
-HISTORY = 1000
 SECOND_PASS = "a second pass over the data has begun"
 
 
@@ -162,6 +161,7 @@ class Session:
         self._probe(inputs, num_items_in_batch, is_first=True)
 
     def _probe(self, inputs, num_items_in_batch, is_first: bool) -> None:
+        self._worker.wait()  # it is with the guards
         self.runner.probe(self.run, inputs, num_items_in_batch, self.local.step, self.tokens_seen, is_first)
 
     # --- micro-batches
@@ -173,8 +173,9 @@ class Session:
         if self.runner.probed_at != self.local.step and (self.reporter.waiting or self.local.step == PROBE_AGAIN):
             self._probe(inputs, num_items_in_batch, is_first=False)
         elif self.local.step % PROBE_EVERY == 0:
+            self._worker.wait()
             self.runner.probe_at_save(self.run, self.local.step, self.tokens_seen)
-        self.runner.before_micro_step(self.run)
+        self.runner.call("before_micro_step", self.run, self.run)
         return self.taps.begin_micro_step(self.local, inputs)
 
     @survives
@@ -189,12 +190,12 @@ class Session:
     def before_step(self, learning_rates: list, scheduled_rates: list) -> None:
         self.local.learning_rates, self.local.scheduled_rates = learning_rates, scheduled_rates
         self.taps.before_step(self.local)
-        self.runner.before_step(self.run, self.local)
+        self.runner.call("before_step", self.run, self.local)
 
     @survives
     def after_step(self) -> None:
         self.taps.after_step(self.local)
-        self.runner.after_step(self.run, self.local)
+        self.runner.call("after_step", self.run, self.local)
 
     def end_step(self, step: int) -> None:
         if self._is_closed:
@@ -210,12 +211,8 @@ class Session:
         num_tokens = self.local.num_tokens * self.run.world_size
         self.tokens_seen += num_tokens
         before, self.last_end = self.last_end, time.perf_counter()
-        record = {
-            "step": step,
-            "tokens_seen": self.tokens_seen,
-            "learning_rate": self.local.learning_rate,
-            "tokens_per_second": num_tokens / (self.last_end - before),
-        }
+        record = {"step": step, "tokens_seen": self.tokens_seen, "learning_rate": self.local.learning_rate}
+        record["tokens_per_second"] = num_tokens / (self.last_end - before)
         return PendingStep(record, self.local, self.runner.measure(self.run, self.local))
 
     def flush(self, is_final: bool = True) -> Finding | None:
@@ -228,7 +225,7 @@ class Session:
         self.attempt(_raise, found.fault)
         self._fail(found.faults)
         if self.is_main:
-            self._judge(found)
+            self._report(found)
             self.stop_asked |= any(payload["stop"] for payload in found.ranks)
             self.failure = next((p["failure"] for p in found.ranks if p["failure"]), self.failure)
         is_at_once = is_final or self.ranks.world_size == 1
@@ -245,36 +242,38 @@ class Session:
             self.runner.fail(name, faults[name])
 
     @survives
-    def _judge(self, found: Exchanged) -> None:
-        pending, ranks = found.pending, found.ranks
-        self.reporter.report_others([payload["findings"] for payload in ranks])
-        for announced in [announced for payload in ranks for announced in payload["passes"]]:
-            self.announce_pass(*announced)
-        for rank, payload in enumerate(ranks[1:], 1):
+    def _report(self, found: Exchanged) -> None:
+        self.reporter.report_others([payload["findings"] for payload in found.ranks])
+        for message in found.messages:
+            logger.info("%s", message)
+        for rank, payload in enumerate(found.ranks[1:], 1):
             self._fail({name: f"{what} on rank {rank}" for name, what in payload["failed"].items()})
-        if pending is None or any("loss" not in payload for payload in ranks):
-            return
-        record: StepRecord = {**pending.record, "loss": mean_loss(ranks), "grad_norm": norm_of(ranks)}
-        self.history = [*self.history[1 - HISTORY :], record]
-        self.learning_rate_sum += record["learning_rate"]
-        step = Step.gather(self.run, self.taps, record, self.history, self.passes, pending.local, ranks)
-        self.runner.observe(step, found.verdicts)
-        append_line(self.output_dir / "steps.jsonl", record)
+        if (step := found.step) is not None:
+            self.history = step.history
+            self.learning_rate_sum += step.record["learning_rate"]
+            self.reporter.take(found.verdicts, step.number, step.tokens_seen)
 
     def announce_pass(self, source: str, tokens_in_pass: int | None, message: str) -> None:
         """On other ranks than the main process: to be sent there with the step."""
         if not self.is_main:
             self.passes_to_send.append((source, tokens_in_pass, message))
-        elif source not in self._announced:
-            self._announced.add(source)
+            return
+        self._worker.wait()
+        if self.note_pass(source, tokens_in_pass):
             logger.info("%s", message)
-            self.begin_pass(tokens_in_pass)
 
-    def begin_pass(self, tokens_in_pass: int | None) -> None:
+    def note_pass(self, source: str, tokens_in_pass: int | None, faults: dict | None = None) -> bool:
+        """Whether it is new. `faults`: see `Runner`; on the worker's thread."""
+        if is_new := source not in self._announced:
+            self._announced.add(source)
+            self.begin_pass(tokens_in_pass, faults)
+        return is_new
+
+    def begin_pass(self, tokens_in_pass: int | None, faults: dict | None = None) -> None:
+        """While no step is with the worker, or on its thread."""
         self.passes += 1
         if self.is_watching:
-            self._worker.wait()
-            self.runner.begin_pass(tokens_in_pass)
+            self.runner.begin_pass(tokens_in_pass, faults)
             if self.taps.ngrams is not None:
                 self.taps.ngrams.model.stop(SECOND_PASS)
 
@@ -311,7 +310,7 @@ class Session:
     # --- state
 
     def save(self, checkpoint: Path) -> None:
-        """On every rank. Raises `OSError` where the disk fails: this costs the checkpoint, not the guards."""
+        """On every rank, after `flush`. Raises `OSError` where the disk fails: that costs the state, no more."""
         state = self.attempt(state_of, self)
         if state is not None and checkpoint.is_dir():
             write_session(checkpoint, *state)

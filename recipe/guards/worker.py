@@ -1,20 +1,23 @@
-"""The thread beside the training, and what it does with a step: reads it, hashes and counts its tokens, and gathers
-on the main process what the ranks have kept."""
+"""The thread beside the training, and what it does with a step: reads it, hashes and counts its tokens, gathers on the
+main process what the ranks have kept, and has the guards judge it there."""
 
-import contextlib
 import pickle
 import queue
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from recipe.guards.batches import TokenCounts
+from recipe.guards.batches import LabelCounts
 from recipe.guards.finite import not_finite
-from recipe.guards.guard import Guard, Verdict, checked
-from recipe.guards.runner import Runner, overrides, say
-from recipe.guards.taps import LocalStep, PendingStep, TokenStep, mean_loss, payloads_of
+from recipe.guards.guard import Verdict
+from recipe.guards.records import append_line
+from recipe.guards.runner import say
+from recipe.guards.step import Step, mean_loss, norm_of
+from recipe.guards.taps import LocalStep, PendingStep
+
+# Steps kept for windows, of which references name their own. Chosen, not measured.
+HISTORY = 1000
 
 
 class Worker:
@@ -64,12 +67,14 @@ def _work(tasks: queue.SimpleQueue) -> None:
 
 class Exchanged(NamedTuple):
     """A step when the worker is done with it. `ranks`: what each sent, on the main process. `answer`: what that had
-    decided before. `verdicts`: of `Guard.observe_tokens`, by guard. `faults`: of guards; `fault`: of all."""
+    decided before. `messages`: to be logged. `step`: None where a rank could not read its part, and beside the main
+    process. `faults`: of guards; `fault`: of all."""
 
-    pending: PendingStep | None
     ranks: list[dict]
     answer: tuple
-    verdicts: dict[str, list]
+    messages: list[str]
+    step: Step | None
+    verdicts: list[Verdict]
     faults: dict[str, str]
     fault: Exception | None
 
@@ -90,19 +95,20 @@ def decided(session) -> tuple[bool, Any, dict[str, str], str | None]:
 
 
 def exchange(session, pending: PendingStep | None, news: dict, answer: tuple) -> Exchanged:
-    """On every rank. `session`: a `session.Session`. `news`: what this rank has to say besides the step. `answer`: of
-    the main process."""
+    """On every rank. `session`: a `session.Session`, of which nothing is changed here that the training's own thread
+    reads before it has taken the result. `news`, `answer`: of `take_news` and `decided`."""
     values, faults, fault = read(session, pending)
     failure = news["failure"] or (why(fault) if fault is not None else None)
     ranks = session.ranks.gather({**values, **news, "failed": {**news["failed"], **faults}, "failure": failure})
-    answer, verdicts = session.ranks.broadcast(answer), {}
-    if session.is_main and pending is not None and all("loss" in payload for payload in ranks):
+    answer = session.ranks.broadcast(answer)
+    messages, step, verdicts = [], None, []
+    if session.is_main:
         try:
-            verdicts, own = observe_tokens(session, pending.step, ranks)
-            faults |= own
+            messages = note_passes(session, ranks, faults)
+            step, verdicts = observe(session, pending, ranks, faults)
         except Exception as error:
             fault = fault or error
-    return Exchanged(pending, ranks, answer, verdicts, faults, fault)
+    return Exchanged(ranks, answer, messages, step, verdicts, faults, fault)
 
 
 def read(session, pending: PendingStep | None) -> tuple[dict, dict[str, str], Exception | None]:
@@ -111,23 +117,21 @@ def read(session, pending: PendingStep | None) -> tuple[dict, dict[str, str], Ex
         return {}, {}, None
     try:
         values = with_documents(pending.read(), pending.local, session.options.documents_of)
-        tokens = pending.read_tokens()
-        values["tokens"] = [TokenCounts.of(seen) for seen in tokens]
+        tokens, run = pending.read_tokens(), session.run
+        values["labels"] = LabelCounts.of(tokens, run.rank)
         values["ngrams"] = session.taps.choose_rows(pending.step, tokens)
-        faults = measure_tokens(session.runner, session.run, pending.step, tokens, values["payloads"])
+        faults = session.runner.measure_tokens(pending.step, tokens, values["payloads"]) if tokens else {}
+        if run.world_size > 1:
+            faults |= leave_out_unsendable(values["payloads"])
         return values, faults, None
     except Exception as error:
         return {}, {}, error
 
 
-def measure_tokens(runner: Runner, run, step: int, tokens: list, payloads: dict[str, Any]) -> dict[str, str]:
-    """Adds to `payloads`, by guard, and leaves out what cannot be sent: an exchange that fails on one rank would end
-    all of them. Returns guard -> fault: a guard is disabled on the training's own thread."""
-    faults: dict[str, str] = {}
-    for guard in [guard for guard in list(runner.guards) if overrides(guard, "measure_tokens") and tokens]:
-        with timed(runner, guard, faults):
-            payloads[type(guard).__name__] = guard.measure_tokens(step, tokens)
-    for name in list(payloads) if run.world_size > 1 else ():
+def leave_out_unsendable(payloads: dict[str, Any]) -> dict[str, str]:
+    """An exchange that fails on one rank would end all of them. Guard -> fault."""
+    faults = {}
+    for name in list(payloads):
         try:
             pickle.dumps(payloads[name])
         except Exception as error:
@@ -136,33 +140,25 @@ def measure_tokens(runner: Runner, run, step: int, tokens: list, payloads: dict[
     return faults
 
 
-@contextlib.contextmanager
-def timed(runner: Runner, guard: Guard, faults: dict[str, str]) -> Iterator[None]:
-    name, begin = type(guard).__name__, time.perf_counter()
-    try:
-        yield
-    except Exception as error:
-        faults[name] = say(error)
-    finally:
-        runner.seconds_beside[name] += time.perf_counter() - begin
+def note_passes(session, ranks: list[dict], faults: dict[str, str]) -> list[str]:
+    """Those that have begun on other ranks, before the step is judged, whose rows may be of them. What to log."""
+    announced = [each for payload in ranks for each in payload["passes"]]
+    return [message for source, tokens, message in announced if session.note_pass(source, tokens, faults)]
 
 
-def observe_tokens(session, step: int, ranks: list[dict]) -> tuple[dict[str, list], dict[str, str]]:
-    """Guard -> verdicts, and guard -> fault."""
-    ngrams = session.taps.ngrams
-    if ngrams is not None:
-        parts = [payload["ngrams"] for payload in ranks if payload["ngrams"] is not None]
-        ngrams.observe(parts, mean_loss(ranks))
-    loss, payloads = ngrams.loss if ngrams is not None else None, payloads_of(ranks)
-    verdicts: dict[str, list[Verdict]] = {}
-    faults: dict[str, str] = {}
-    for guard in [guard for guard in list(session.runner.guards) if overrides(guard, "observe_tokens")]:
-        if (name := type(guard).__name__) in payloads:
-            verdicts[name] = []
-            with timed(session.runner, guard, faults):
-                for verdict in guard.observe_tokens(TokenStep(step, payloads[name], loss)):
-                    verdicts[name].append(checked(verdict))
-    return verdicts, faults
+def observe(
+    session, pending: PendingStep | None, ranks: list[dict], faults: dict
+) -> tuple[Step | None, list[Verdict]]:
+    """On the main process. Adds to `faults`."""
+    if pending is None or any("loss" not in payload for payload in ranks):
+        return None, []
+    record = {**pending.record, "loss": mean_loss(ranks), "grad_norm": norm_of(ranks)}
+    history = [*session.history[1 - HISTORY :], record]
+    step = Step.gather(session.run, session.taps, record, history, session.passes, pending.local, ranks)
+    off = {name for payload in ranks for name in payload["failed"]}
+    verdicts = session.runner.observe(step, off, faults)
+    append_line(session.output_dir / "steps.jsonl", record)
+    return step, verdicts
 
 
 def why(error: Exception) -> str:

@@ -17,7 +17,6 @@ from transformers import TrainerCallback
 from recipe.__main__ import resolve
 from recipe.guards import worker
 from recipe.guards.callback import RegressionCallback
-from recipe.guards.runner import Runner
 from recipe.guards.session import PreflightDone
 from recipe.guards.taps import Taps
 from recipe.train import assemble, open_run
@@ -25,10 +24,9 @@ from tests.benchmarks import guard_rate
 
 PARTS = {
     "beside: reading, hashing, counting": (worker, "read"),
-    "beside: n-gram model and ledger": (worker, "observe_tokens"),
+    "beside: judging, on the main process": (worker, "observe"),
     "taps, before a micro-batch": (Taps, "begin_micro_step"),
     "taps, after a micro-batch": (Taps, "end_micro_step"),
-    "guards, one step on the main process": (Runner, "observe"),
     "end of step in all": (RegressionCallback, "on_step_end"),
 }
 # What `recipe.guards.attach.Wrapping` wraps, of the Trainer and of its accelerator.
@@ -163,6 +161,11 @@ def training(folder: str, config: str, **keys) -> dict:
 def rate(folder: str, world_size: int) -> dict:
     logging.disable(logging.WARNING)
     return guard_rate.measure(folder, world_size)
+
+
+def operations(folder: str) -> float:
+    logging.disable(logging.WARNING)
+    return guard_rate.device_operations(folder)
 
 
 def peak_megabytes() -> float:
