@@ -157,14 +157,11 @@ def send_tokens(inputs, pad_token_id: int | None) -> PendingTokens | None:
     computed here token by token: the training waits for this."""
     if (ids := input_ids_of(inputs)) is None:
         return None
-    given = [(name, inputs.get(name)) for name in SENT]
-    tensors = {name: each.detach() for name, each in given if _is_like(each, ids)}
-    copy = torch.stack(list(tensors.values()))  # others may change them in place before they are read
+    shape, device, given = ids.shape, ids.device, [(name, inputs.get(name)) for name in SENT]
+    given = [(name, each) for name, each in given if isinstance(each, torch.Tensor)]
+    tensors = {name: each for name, each in given if each.shape == shape and each.device == device}
+    copy = torch.stack(list(tensors.values())).detach()  # others may change them in place before they are read
     return PendingTokens(AsyncCopy(copy), list(tensors), pad_token_id)
-
-
-def _is_like(value, ids: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and value.shape == ids.shape and value.device == ids.device
 
 
 def flags_of(ids, labels, mask, starts, pad_token_id: int | None) -> np.ndarray:

@@ -102,7 +102,7 @@ class PendingStep:
         norms = [_on_device(norm, first) for norm in (local.grad_norm, local.clipped_norm) if norm is not None]
         numbers = torch.stack([*norms, *(loss.reshape(()) for loss in local.losses)]).float()
         gradients = [gradient.to(first.device) for gradient in local.gradients if gradient is not None]
-        self._values = AsyncCopy(torch.cat([numbers, *gradients]))
+        self._values = AsyncCopy(torch.cat([numbers, *gradients]) if gradients else numbers)
 
     @property
     def step(self) -> int:

@@ -28,6 +28,7 @@ RATE = 500_000  # tokens/s of a rank
 CLOCKS = 20  # reads of the clock, of which the mean is taken
 FIRST = 101  # between the steps at which all weights are read or the probes run again
 STEPS = range(FIRST + 11, FIRST + 27)  # after those that a guard measures from its first on
+LOSS = torch.tensor(10.3)
 COUNTED = range(24, 48)  # in which each micro-batch has its turn
 # As many parameters as the 180M model has.
 MODEL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=24, num_attention_heads=2)
@@ -58,22 +59,21 @@ def measure(folder: str, world_size: int) -> dict:
     torch.set_num_threads(1)
     session, rng = open_session(folder, world_size), np.random.default_rng(world_size)
     spent = {"training": [], "read": [], "observe": []}
-    others = {
-        step: [message(session, r, rng, step) for r in range(1, world_size)] for step in range(FIRST, STEPS.stop)
-    }
+    steps, others = range(FIRST, STEPS.stop), range(1, world_size)
+    messages = {step: [message(session, rank, rng, step) for rank in others] for step in steps}
     with (
         mock.patch.object(worker, "read", timed(worker.read, spent["read"])),
         mock.patch.object(worker, "observe", timed(worker.observe, spent["observe"])),
     ):
-        for step in range(FIRST, STEPS.stop):
+        for step in steps:
             batches = [micro_batch(rng) for _ in range(MICRO_BATCHES)]
-            session.ranks.others = others[step]
+            session.ranks.others = messages[step]
             timed(train_step, spent["training"])(session, batches, step)
             session._worker.wait()  # in the rest of the 98 ms the model is busy
     assert session.failure is None and not session.runner.failed, (session.failure, session.runner.failed)
     steady = {name: values[STEPS.start - FIRST :] for name, values in spent.items()}
     found = {name: [min(values), statistics.median(values)] for name, values in steady.items()}
-    kept = repetition_of(session).ledger.tables["windows"].size / (STEPS.stop - FIRST)
+    kept = repetition_of(session).ledger.tables["windows"].size / len(steps)
     return {**found, "bytes": statistics.median(session.ranks.sent), "kept": kept}
 
 
@@ -81,7 +81,7 @@ def train_step(session: Session, batches: list[dict], step: int) -> None:
     """All that the callback does in a step on the training's own thread."""
     for inputs in batches:
         tokens = session.before_micro_step(inputs, None)
-        session.after_micro_step(torch.tensor(10.3), inputs, tokens)
+        session.after_micro_step(LOSS, inputs, tokens)
     session.before_step([(1e-3, 1e-3)], [1e-3])
     session.after_step()
     session.flush(is_final=False)
@@ -96,6 +96,8 @@ def open_session(folder: str, world_size: int) -> Session:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **MODEL))
     trainer = Trainer(model, arguments, train_dataset=[0])
     trainer.create_optimizer_and_scheduler(10_000)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     guards = RegressionCallback(trainer=trainer)
     trainer.add_callback(guards)
     trainer.state.max_steps = 10_000
@@ -121,7 +123,7 @@ def micro_batch(rng, length: int = BLOCK) -> dict:
 
 def message(session: Session, rank: int, rng, step: int) -> bytes:
     """What another rank sends: the same code on other rows."""
-    local = LocalStep(step=step - 1, losses=[torch.tensor(10.3)] * MICRO_BATCHES)
+    local = LocalStep(step=step - 1, losses=[LOSS] * MICRO_BATCHES)
     local.tokens = [send_tokens(micro_batch(rng), None) for _ in range(MICRO_BATCHES)]
     session.run.rank = repetition_of(session).rank = rank
     values, faults, fault = worker.read(session, PendingStep({"step": step}, local, {}))
