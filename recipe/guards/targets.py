@@ -52,7 +52,8 @@ class LossTarget(Guard):
     """The loss is not computed on the next token.
 
     When: before step 1, at step 20 and when a loss curve has to be explained. During training the labels of all rows
-        at every step, and at every second one 18 positions in up to 4 rows of each micro-batch.
+        at every step, and at every second one 18 positions in up to 4 rows of each micro-batch (of more than 8, of one
+        by turns, and of all once all have had their turn).
     Measured: what the loss is, by changing up to 8 labels a row, else tokens, at the same logits: the gradient there
         moves where a changed one is the target, and with what sign. Most targets so found at token i or i+2 are an
         error in any loss (preferences, mixtures, several heads). The gradient of a cross entropy is `w (p -

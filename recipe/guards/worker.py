@@ -52,7 +52,10 @@ class Worker:
         if is_waiting:
             self.wait()
         self._tasks.put(None)
-        return self._future is not None and not self._future.done()
+        is_busy = self._future is not None and not self._future.done()
+        if self._thread is not None and not is_busy:
+            self._thread.join()
+        return is_busy
 
 
 def _work(tasks: queue.SimpleQueue) -> None:
