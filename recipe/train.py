@@ -246,8 +246,8 @@ def build_trainer(config: Config, data: Data, model, guards: RegressionCallback,
         preprocess_logits_for_metrics=metrics.preprocess_logits,
         callbacks=[
             SkipCallback(),
+            stream,  # a pass that has begun is known before its step is judged
             guards,
-            stream,
             SampleCallback(prompts, data.tokenizer, data.sources, guards),
             signals,
             ProgressBarCallback(guards),

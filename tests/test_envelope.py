@@ -1,6 +1,7 @@
 """The n-gram model against a dictionary, its limits and state, and its guard on hand-written curves."""
 
 import io
+import json
 import math
 from collections import Counter
 from contextlib import nullcontext
@@ -12,9 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipe.guards import ngrams as module
+from recipe.guards.batches import SCORED, VALID, SeenTokens
 from recipe.guards.envelope import LossBelowEnvelope
 from recipe.guards.guard import CannotJudge
-from recipe.guards.ngrams import ORDERS, NgramLoss, NgramModel, starts_untrained
+from recipe.guards.ngrams import (
+    MAX_EVERY,
+    ORDERS,
+    STEP_TOKENS,
+    NgramLoss,
+    NgramModel,
+    NgramTap,
+    choose_rows,
+    starts_untrained,
+)
+from tests.gpu.tokens import load_ids
 
 NAN = float("nan")
 
@@ -202,6 +214,47 @@ def test_on_random_tokens_the_floor_stays_at_what_a_model_can_reach():
     assert loss.floor == math.log(300) < loss.unigram
 
 
+# --- a part of the rows
+
+
+def english_steps(num_rows: int, rows_per_step: int, block: int = 64) -> list[SeenTokens]:
+    ids = load_ids()[: num_rows * block].astype(np.int64).reshape(-1, block)
+    ids = np.random.default_rng(0).permutation(ids)
+    flags = np.full((rows_per_step, block), VALID | SCORED, np.uint8)
+    return [SeenTokens(ids[at : at + rows_per_step], flags) for at in range(0, len(ids), rows_per_step)]
+
+
+def test_every_row_has_its_turn_and_each_step_the_same_number_of_them():
+    (seen,), chosen = english_steps(1200, 1200), []
+    for step in range(4):
+        parts = [choose_rows([seen], 4, step, rank, 2) for rank in range(2)]
+        assert sum(len(part.rows) for part in parts) == 600
+        assert parts[0].tokens == seen.ids.size
+        chosen += [row.tobytes() for row in parts[0].rows]
+    assert sorted(chosen) == sorted(row.tobytes() for row in seen.ids)
+
+
+def test_the_floor_of_a_part_is_corrected_to_below_that_of_all(monkeypatch):
+    monkeypatch.setattr(module, "FIRST_DOUBLING", 11)  # a small text
+    taps = {every: NgramTap(32_000) for every in (1, 4)}
+    floors = {every: [] for every in taps}
+    for step, seen in enumerate(english_steps(2400, 40)):
+        for every, tap in taps.items():
+            tap.observe([choose_rows([seen], every, step, 0, 1)], 10.4)
+            floors[every].append(tap.floor)
+    assert taps[4].total == taps[1].total == 4 * taps[4].model.tokens_seen
+    assert floors[4][0] is None and None not in floors[1]
+    known = [(part, whole) for part, whole in zip(floors[4], floors[1], strict=True) if part is not None]
+    assert len(known) >= 10 and np.mean([part - whole for part, whole in known]) < 0
+    again = NgramTap(32_000)
+    state = taps[4].save()
+    arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
+    again.load(json.loads(json.dumps({name: state[name] for name in state.keys() - arrays.keys()})) | arrays)
+    for tap in (again, taps[4]):
+        tap.observe([choose_rows([seen], 4, 0, 0, 1)], 10.4)
+    assert again.floor == taps[4].floor is not None
+
+
 # --- the guard
 
 
@@ -259,7 +312,15 @@ def test_starts_untrained(first_loss, unigram, vocab_size, untrained):
 @pytest.mark.parametrize("is_new", [True, False])
 def test_a_model_that_was_trained_before_cannot_be_judged(is_new):
     with nullcontext() if is_new else pytest.raises(CannotJudge, match="trained before"):
-        LossBelowEnvelope().setup(SimpleNamespace(is_new_model=is_new))
+        LossBelowEnvelope().setup(SimpleNamespace(is_new_model=is_new, step_size=(2048, 8)))
+
+
+def test_steps_of_which_too_little_is_counted_cannot_be_judged():
+    run = SimpleNamespace(is_new_model=True, step_size=(MAX_EVERY * STEP_TOKENS, 64))
+    LossBelowEnvelope().setup(run)
+    run.step_size = run.step_size[0] + 1, 64
+    with pytest.raises(CannotJudge, match="65,536 tokens"):
+        LossBelowEnvelope().setup(run)
 
 
 def test_rows_of_which_few_tokens_are_scored_cannot_be_judged():
@@ -268,8 +329,8 @@ def test_rows_of_which_few_tokens_are_scored_cannot_be_judged():
     guard.state = {"losses": [], "floors": []}
 
     def step(tokens):
-        ngrams = SimpleNamespace(stopped=None, loss=NgramLoss(tokens, 5.0, 4.0, 3.0))
-        return SimpleNamespace(ngrams=ngrams, pieces=[None] * 4, record={"loss": 0.4}, tokens=[])
+        ngrams = SimpleNamespace(stopped=None, loss=NgramLoss(tokens, 5.0, 4.0, 3.0), floor=3.0, num_rows=4)
+        return SimpleNamespace(ngrams=ngrams, record={"loss": 0.4}, num_labels=(0, 0, 0))
 
     with pytest.raises(CannotJudge, match="fewer than 8 tokens of a row are scored"):
         list(guard.observe(step(4)))

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from recipe.guards.evaluation import EvalNotRepeatable, EvalTrainMismatch, TrainEvalGap, name_factor
 from recipe.guards.guard import CannotJudge, Finding
-from recipe.guards.taps import Evaluation
+from recipe.guards.step import Evaluation
 
 IDS = torch.randint(3, 250, (4, 48), generator=torch.Generator().manual_seed(1))
 

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from recipe.generate import Sampling, sample_tokens
 from recipe.guards import RegressionCallback
+from recipe.guards.gradients import GradientTap
+from recipe.guards.head import HeadTap
+from recipe.guards.session import Session
 from recipe.model import agree_on_tf32, why_not_compile
 from tests.gpu.assertions import DEVICE
 from tests.gpu.correctness import compare_losses
 from tests.gpu.environment import attention_kernels
 from tests.gpu.scale import Scale, batch_of, build_model, build_run
+from tests.test_guard_rate import STEADY, train
 
 ON = os.environ.get(DEVICE, "cuda")
 SCALE = Scale(ON, is_tiny=True)
@@ -56,6 +60,38 @@ def test_the_guards_watch_a_run_to_its_end(tmp_path):
     assert not [reason for reason in run.guards.cannot_judge.values() if "failed" in reason]
     logged = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
     assert [step["loss"] for step in run.guards.history] == pytest.approx(logged, rel=1e-6)
+
+
+class Number(TrainerCallback):
+    """Of the step that is made, from 0."""
+
+    now = -1
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now = state.global_step
+
+
+def test_in_a_steady_step_the_guards_never_wait_for_the_device(tiny_config, tmp_path, monkeypatch):
+    """torch raises where the host waits for the device, in the guards' calls and in their hooks."""
+    number, modes = Number(), []
+    set_mode = torch.cuda.set_sync_debug_mode if ON == "cuda" else modes.append
+
+    def strict(call):
+        def strictly(*arguments, **kwargs):
+            set_mode("error" if number.now in STEADY else "default")
+            try:
+                return call(*arguments, **kwargs)
+            finally:
+                set_mode("default")
+
+        return strictly
+
+    own = ("before_micro_step", "after_micro_step", "before_step", "after_step", "end_step", "flush")
+    for owner, name in [*((Session, name) for name in own), (HeadTap, "_on_gradient"), (GradientTap, "_on_gradient")]:
+        monkeypatch.setattr(owner, name, strict(getattr(owner, name)))
+    guards = train(tmp_path, tiny_config, [number], device=ON)
+    assert [tap.failure for tap in (guards.session.taps.head, *guards.session.taps.gradients)] == [None] * 3
+    assert ON == "cuda" or "error" in modes
 
 
 def test_a_compiled_model_is_compared_with_the_eager_one(tmp_path):

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+import threading
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -18,16 +19,29 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 
 from recipe.errors import UserError
 from recipe.explain import SECTIONS, WIDTH, guard_of, pages, sections_of
-from recipe.guards import FINDING_IDS, GUARDS, MEANINGS, RegressionCallback
+from recipe.guards import FINDING_IDS, GUARDS, MEANINGS, RegressionCallback, session
+from recipe.guards.checkpoint import read_session
 from recipe.guards.guard import CannotJudge, Finding, Guard
+from recipe.guards.records import read_lines
 from recipe.guards.reporter import Reporter
 from recipe.guards.runner import PROBE_FAILED
 from recipe.guards.taps import TAPS
+from recipe.guards.worker import Worker
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipe" / "guards"
 HOOKS = ("setup", "inspect", "probe", "before_micro_step", "after_micro_step", "before_step", "after_step")
-HOOKS += ("measure", "observe", "observe_eval", "begin_pass", "evidence", "save", "load", "on_resume")
+HOOKS += (
+    "measure",
+    "measure_tokens",
+    "observe",
+    "observe_eval",
+    "begin_pass",
+    "evidence",
+    "save",
+    "load",
+    "on_resume",
+)
 of_each_guard = pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.__name__)
 
 
@@ -282,6 +296,44 @@ def test_each_kind_of_fault_disables_its_guard_alone(method, config, unwatched, 
     assert len([record for record in caplog.records if "guard toy failed and is off" in record.getMessage()]) == 1
     assert "loss_not_finite" in guards.judged and "toy" not in json.dumps([f.to_json() for f in guards.findings])
     assert "Toy" not in json.loads((tmp_path / "run/checkpoint-12/guards.json").read_text())["guards"]
+
+
+class LateWorker(Worker):
+    """Begins a task when its result is asked for: as far behind the training as it can be."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = threading.Event()
+
+    def submit(self, task, *arguments):
+        self.gate = gate = threading.Event()
+        super().submit(lambda: task(*arguments) if gate.wait(60) else None)
+
+    def wait(self):
+        self.gate.set()
+        super().wait()
+
+    def result(self):
+        self.gate.set()
+        return super().result()
+
+
+def test_a_worker_that_is_behind_changes_nothing(saved, config, unwatched, tmp_path, monkeypatch):
+    """Neither weights nor what is found, recorded and saved."""
+    monkeypatch.setattr(session, "Worker", LateWorker)
+    threads = threading.active_count()
+    assert_equal_weights(train(config, tmp_path / "run", RegressionCallback()), unwatched)
+    assert threading.active_count() == threads
+    for name in ("findings.jsonl", "steps.jsonl", "evals.jsonl"):
+        here, there = (read_lines(folder / "_recipe" / name) for folder in (saved, tmp_path / "run"))
+        for record in here + there:
+            for key in [key for key in record if key.endswith("_per_second") or key == "eval_runtime"]:
+                del record[key]
+        assert here == there
+    for name in ("checkpoint-6", "checkpoint-12"):
+        here, there = (read_session(folder / name) for folder in (saved, tmp_path / "run"))
+        assert here.numbers == there.numbers and here.arrays.keys() == there.arrays.keys()
+        assert all(np.array_equal(array, there.arrays[key]) for key, array in here.arrays.items())
 
 
 @pytest.mark.parametrize("name", ["findings.jsonl", "steps.jsonl", "evals.jsonl"])

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipe.guards.copies import WINDOW
+from recipe.guards.fingerprints import EVERY, fingerprint, hash_rows
 from recipe.guards.guard import Finding
 from recipe.guards.hashtable import HashTable, SampledTable
-from recipe.guards.ledger import EVERY, MIN_ROWS, MIN_TOKENS, Ledger, hash_rows
+from recipe.guards.ledger import MIN_ROWS, MIN_TOKENS, Ledger
 from recipe.guards.repetition import Repetition
 
 NATS = 4.0
@@ -50,13 +51,19 @@ def check_overlap(ledger: Ledger, nats: float = NATS) -> Finding | None:
     return Repetition.judge_overlap(ledger, nats)
 
 
+def observe(ledger: Ledger, rows, places, eos_ids=()) -> int:
+    if places:
+        ledger.match_own(rows, places[0][0])
+    return ledger.observe_train([fingerprint(rows, places, eos_ids)])
+
+
 def feed(ledger: Ledger, rows, start: int = 1, rows_per_step: int = 8, nats: float = NATS, eos_ids=()):
     """Feed the rows on one rank, two rows in a micro-batch, and give back the findings of all steps."""
     findings = []
     for number in range(0, len(rows), rows_per_step):
         step = start + number // rows_per_step
         part = rows[number : number + rows_per_step]
-        ledger.observe_train(part, [(step, 0, index // 2, index % 2) for index in range(len(part))], eos_ids)
+        observe(ledger, part, [(step, 0, index // 2, index % 2) for index in range(len(part))], eos_ids)
         findings.append(check_repetition(ledger, step, nats))
     return [finding for finding in findings if finding is not None]
 
@@ -300,7 +307,7 @@ def on_ranks(ledger: Ledger, rows_of_rank, rows_per_step: int = 4):
             for index, row in enumerate(of_rank[start : start + rows_per_step]):
                 rows.append(row)
                 places.append((step, rank, index // 2, index % 2))
-        ledger.observe_train(rows, places)
+        observe(ledger, rows, places)
         finding = check_repetition(ledger, step) or finding
     return finding
 
@@ -338,7 +345,7 @@ def test_rows_of_uneven_length_and_empty_rows():
     rows = [text(seed, int(length)) for seed, length in enumerate(rng.integers(0, 300, 400))]
     assert feed(Ledger(), rows) == []
     assert feed(Ledger(), rows * 2)[-1].severity == "warning"
-    Ledger().observe_train([], [])
+    observe(Ledger(), [], [])
 
 
 def test_recovers_when_new_data_comes():
@@ -567,7 +574,7 @@ def test_further_passes_take_no_more_memory():
         ledger.begin_pass(None)
         for start in range(0, len(rows), 40):
             some = rows[start : start + 40]
-            ledger.observe_train(some, [(number, 0, start, place) for place in range(len(some))])
+            ledger.observe_train([fingerprint(some, [(number, 0, start, place) for place in range(len(some))])])
         taken.append(ledger.num_bytes)
     assert taken[-1] <= taken[20]
 
@@ -612,9 +619,9 @@ def test_a_copied_stretch_is_seen_exactly_when_one_of_its_windows_is_kept(seed, 
     first = rng.integers(0, 30_000, 700)
     copied = first[100 : 100 + length]
     second = np.concatenate([rng.integers(30_000, 60_000, before), copied, rng.integers(30_000, 60_000, after)])
-    kept = np.flatnonzero(hash_rows([copied]).key % EVERY == 0)
+    kept = hash_rows([copied]).windows(EVERY)[1]
     ledger = Ledger()
-    ledger.observe_train([first, second], [(1, 0, 0, 0), (1, 0, 0, 1)])
+    observe(ledger, [first, second], [(1, 0, 0, 0), (1, 0, 0, 1)])
     copies = ledger._copies
     assert len(copies) == (len(kept) > 0)
     if len(kept):
@@ -631,7 +638,7 @@ def test_disjoint_random_rows_have_no_copies(seed, lengths):
     ledger.observe_eval([rng.integers(0, 50_000, length) for length in lengths])
     for step in range(3):
         rows = [rng.integers(0, 50_000, length) for length in lengths if length > 3]
-        ledger.observe_train(rows, [(step, 0, 0, index) for index in range(len(rows))])
+        observe(ledger, rows, [(step, 0, 0, index) for index in range(len(rows))])
     assert len(ledger._copies) == 0 and not ledger._eval_hits.any()
 
 
@@ -641,10 +648,10 @@ def test_hashes_depend_on_the_window_and_on_nothing_else(lengths, seed):
     rng = np.random.default_rng(seed)
     rows = [rng.integers(0, 3, length) for length in lengths if length] or [np.array([1])]
     hashed, keys = hash_rows(rows), {}
-    for row, at, key in zip(hashed.row, hashed.at, hashed.key, strict=True):
+    for row, at, key in zip(*hashed.windows(1), strict=True):
         start = at - hashed.start[row]
         keys.setdefault(rows[row][start : start + WINDOW].tobytes(), set()).add(int(key))
-    assert len(hashed.key) == sum(max(0, len(row) - WINDOW + 1) for row in rows)
+    assert len(hashed.windows(1)[2]) == sum(max(0, len(row) - WINDOW + 1) for row in rows)
     assert all(len(found) == 1 for found in keys.values())
     assert len(set.union(set(), *keys.values())) == len(keys)
     assert [int(hash_rows([row]).digest[0]) for row in rows] == hashed.digest.tolist()

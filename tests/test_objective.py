@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from recipe.guards.batches import SeenTokens, flags_of
+from recipe.guards.batches import SeenTokens, send_tokens
 from recipe.guards.guard import CannotJudge, NotApplicable
 from recipe.guards.objective import NEXT_TOKEN, Objective, find_objective
 from recipe.guards.recording import record
@@ -53,8 +53,7 @@ def batch_of(model, compute_loss, inputs=BATCH, is_new=True, world_size=1):
 
 
 def seen_tokens(inputs) -> SeenTokens:
-    flags = flags_of(*map(inputs.get, ("input_ids", "labels", "attention_mask", "position_ids")), None)
-    return SeenTokens(inputs["input_ids"].numpy(), flags.numpy())
+    return send_tokens(inputs, None).read()
 
 
 def objective_of(model, compute_loss, inputs=BATCH, **about) -> Objective:

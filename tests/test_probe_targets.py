@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from recipe.guards.batches import IGNORE_INDEX, SeenTokens, flags_of
+from recipe.guards.batches import IGNORE_INDEX, LabelCounts, SeenTokens, flags_of
 from recipe.guards.guard import CannotJudge, Finding
 from recipe.guards.head import LossTargets, targets_from_gradient
 from recipe.guards.initial_loss import InitialLoss
@@ -260,19 +260,21 @@ def test_sampled_rows_are_judged_by_most_of_their_positions():
 
 def test_a_row_whose_labels_are_not_as_in_most_rows():
     count, own, following = np.array([20, 20, 20, 7]), np.array([20, 9, 1, 0]), np.array([1, 2, 19, 7])
-    found = list(LossTarget.judge_labels("own", count, own, following))
-    assert [(finding.id, finding.evidence["row"]) for finding in found] == [
-        ("wrong_loss_target", 1),
-        ("double_label_shift", 2),
+    rank, micro_step, row, more = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]), np.arange(4), np.zeros(4)
+    labels = LabelCounts(rank, micro_step, row, more, count, own, following, more)
+    found = list(LossTarget.judge_labels("own", labels))
+    assert [(finding.id, finding.evidence) for finding in found] == [
+        ("wrong_loss_target", {"row": 1, "rank": 0, "micro_step": 1, "fit": 9}),
+        ("double_label_shift", {"row": 2, "rank": 1, "micro_step": 0, "fit": 1}),
     ]
-    found = list(LossTarget.judge_labels("next", count, following, own))
+    labels = labels._replace(own=following, following=own)
+    found = list(LossTarget.judge_labels("next", labels))
     assert [finding.id for finding in found] == ["wrong_loss_target", "missing_label_shift"]
-    assert not list(LossTarget.judge_labels("neither", count, own, following))
+    assert not list(LossTarget.judge_labels("neither", labels))
 
 
 def seen(ids: np.ndarray, labels: np.ndarray) -> SeenTokens:
-    flags = flags_of(torch.from_numpy(ids), torch.from_numpy(labels), None, None, None)
-    return SeenTokens(ids, flags.numpy())
+    return SeenTokens(ids, flags_of(ids, labels, None, None, None))
 
 
 def watch_labels(shares: list[float]) -> list:
@@ -284,7 +286,10 @@ def watch_labels(shares: list[float]) -> list:
         labels = np.random.default_rng(number).integers(4, 60, (4, 101))
         ids = labels.copy()
         ids[:, 1 : 1 + int(100 * share)] += 1
-        step = SimpleNamespace(run=run, head=[], tokens=[(0, 0, seen(ids, labels))], number=number)
+        counts = LabelCounts.of([seen(ids, labels)])
+        numbers = tuple(int(each.sum()) for each in (counts.scored, counts.own, counts.following))
+        known = {"labels": counts, "targets": counts.by_micro_batch(), "num_labels": numbers}
+        step = SimpleNamespace(run=run, head=[], number=number, **known)
         found += [verdict for verdict in guard.observe(step) if isinstance(verdict, Finding)]
     return found
 

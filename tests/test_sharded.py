@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from recipe.guards import FINDING_IDS, RegressionCallback
-from recipe.guards.taps import norm_of
+from recipe.guards.step import norm_of
 
 MODEL = dict(vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 STEPS, ROWS, LENGTH = 24, 4, 96

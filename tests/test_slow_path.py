@@ -1,5 +1,7 @@
 """`slow_path`: the judgement on plain numbers, and what the dispatcher tells on real calls. No time is asserted."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -112,14 +114,12 @@ def test_the_head_is_not_counted(tiny_model):
 
 def test_recompilations_are_counted_from_step_10(monkeypatch):
     guard, graphs = SlowPath(), iter([3, 3, 4, 5])
-    guard.setup(None)
+    guard.setup(SimpleNamespace(is_compiled=True))
     monkeypatch.setattr(module, "count_graphs", lambda: next(graphs))
     monkeypatch.setattr(module, "count_graph_breaks", lambda: 0)
 
-    class Step:
-        def __init__(self, number):
-            self.number, self.run = number, type("Run", (), {"is_compiled": True})
-
-    verdicts = [list(guard.observe(Step(number))) for number in (9, 10, 11, 12, 13)]
+    measured = [guard.measure(SimpleNamespace(step=number - 1)) for number in (9, 10, 11, 12, 13)]
+    steps = [SimpleNamespace(payload=lambda _, counts=counts: counts) for counts in measured]
+    verdicts = [list(guard.observe(step)) for step in steps]
     assert verdicts[0] == [] and [type(v[0]).__name__ for v in verdicts[1:]] == ["Clear", "Clear", "Clear", "Finding"]
     assert verdicts[4][0].found == "2 graphs were compiled since step 10"

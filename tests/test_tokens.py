@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipe.guards.batches import SCORED, VALID, SeenTokens, flags_of
+from recipe.guards.batches import SCORED, VALID, SeenTokens, send_tokens
 from recipe.guards.double_bos import DoubleBos, count_bos
 from recipe.guards.eos import EosNeverTarget
 from recipe.guards.padding import PaddingIsTarget
@@ -21,7 +21,7 @@ def seen(rows, valid=True, scored=False):
 
 
 def step_of(*tokens):
-    return SimpleNamespace(tokens=[(0, number, each) for number, each in enumerate(tokens)])
+    return SimpleNamespace(of_ranks=lambda guard: [guard.measure_tokens(1, tokens)] if tokens else [])
 
 
 def verdict(guard, *tokens):
@@ -102,12 +102,13 @@ def test_padding_is_known_by_its_token_where_there_is_no_mask():
     labels[3, 3:] = -100
 
     def valid(pad, mask=None):
-        return (flags_of(ids, labels, mask, None, pad) & VALID).tolist()
+        inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+        return (send_tokens(inputs, pad).read().flags & VALID).tolist()
 
     assert valid(0) == [[1, 1, 1, 0, 0], [1] * 5, [1] * 5, [1, 1, 1, 0, 0]]
     assert valid(None) == [[1] * 5] * 4 == valid(0, torch.ones_like(ids))
-    flags = flags_of(ids, labels, None, None, 0).numpy()
-    assert PaddingIsTarget.count(SeenTokens(ids.numpy(), flags))["padding"] == 2
+    inputs = {"input_ids": ids, "labels": labels}
+    assert PaddingIsTarget.count(send_tokens(inputs, 0).read())["padding"] == 2
 
 
 @pytest.mark.parametrize(("tokenizer", "config", "pad"), [(3, 4, 3), (None, 4, 4), (None, None, None), (0, 4, 0)])

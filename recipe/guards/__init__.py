@@ -2,12 +2,14 @@
 `trainer.add_callback(RegressionCallback())`.
 
     callback.py      RegressionCallback: Trainer's events; attach.py: how it reaches the Trainer
-    session.py       the guards on one training; ranks.py: what ranks exchange
+    session.py       the guards on one training; worker.py: the thread beside it; ranks.py: what ranks exchange
     runner.py        calls the guards, each by itself; their state
     reporter.py      onset, recovery and explanations of findings
     guard.py         Guard, Finding, CannotJudge, NotApplicable
     run.py           facts of the run, read from the Trainer
-    taps.py          what is recorded on each rank: batches.py, head.py, gradients.py, updates.py, ngrams.py
+    taps.py          what is recorded on each rank: batches.py, head.py, gradients.py, updates.py, ngrams.py;
+                     fingerprints.py and ledger.py find in it what comes twice
+    step.py          what guards are given on the main process
     oracle.py        a second implementation of some models, to compare them with
     muon.py          what Muon does to a matrix, for the guard in adam.py
     sandbox.py       running the trainer's own code without leaving a trace

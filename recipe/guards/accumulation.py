@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import Trainer
 
-from recipe.guards.batches import IGNORE_INDEX, LABEL_IS_TOKEN
+from recipe.guards.batches import IGNORE_INDEX
 from recipe.guards.evaluation import name_factor
 from recipe.guards.gradients import GradientNorms
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
@@ -120,11 +120,11 @@ class AccumulationMismatch(Guard):
             yield from self._observe_sum(step, is_mean=is_mean_loss(step, weights))
 
     def _observe_weights(self, step, weights: dict[Place, float | None]) -> Iterator[Verdict]:
-        counts = {(rank, micro): seen.num_scored for rank, micro, seen in step.tokens}
+        counts = step.targets
         if not counts or counts.keys() != weights.keys() or None in weights.values() or not all(counts.values()):
             return
         args, ranks = self.run.args, self.run.world_size
-        num_positions = 0 if args.label_smoothing_factor else sum(seen.ids[:, 1:].size for *_, seen in step.tokens)
+        num_positions = 0 if args.label_smoothing_factor else int((step.labels.positions - 1).sum())
         known = (args.gradient_accumulation_steps, ranks, self.is_averaged, num_positions)
         finding = self.judge_weights(counts, weights, *known)
         self.state["uneven_steps"] = self.state["uneven_steps"] + 1 if finding else 0
@@ -137,13 +137,11 @@ class AccumulationMismatch(Guard):
         is_sampled = bool(weights) or not self.state["has_head"]
         if step.num_items is None or self.is_shifted or not is_sampled or None in weights:
             return
-        seen = [seen for rank, _, seen in step.tokens if self.is_averaged or rank == 0]
-        own = [each.flags & LABEL_IS_TOKEN != 0 for each in seen]
-        scored = sum(each.num_scored for each in seen)
-        scored_own = sum(int((is_own & each.scored).sum()) for is_own, each in zip(own, seen, strict=True))
+        counted = self.is_averaged | (step.labels.rank == 0)
+        scored, scored_own = (int(each[counted].sum()) for each in (step.labels.scored, step.labels.own))
         if scored < self.MIN_LABELS or scored_own < self.MIN_OWN_LABELS * scored:
             return
-        unshifted = scored + sum(int(each[:, 0].sum()) for each in own)
+        unshifted = scored + int(step.labels.first_own[counted].sum())
         ranks = self.run.world_size if self.is_averaged else 1
         weight = statistics.fmean(weights) / ranks if weights and not self.run.is_loss_scaled else None
         is_choice = has_own_count(self.run.trainer) and self.state["right_counts"] < self.AGREED_STEPS
@@ -300,11 +298,9 @@ def judge_gradients(model, inputs: dict, scaled_loss: Callable[..., torch.Tensor
 
 def is_mean_loss(step, weights: dict[Place, float | None]) -> bool:
     """Whether the step's positions weigh 1 together in the loss, as far as they were sampled."""
-    if len(weights) < len(step.tokens) or None in weights.values():
+    if weights.keys() != step.targets.keys() or None in weights.values():
         return False
-    return (
-        abs(sum(weights[rank, micro] * seen.num_scored for rank, micro, seen in step.tokens) - 1) <= MAX_WEIGHT_ERROR
-    )
+    return abs(sum(weights[place] * count for place, count in step.targets.items()) - 1) <= MAX_WEIGHT_ERROR
 
 
 def cut(batch: dict, rows: slice) -> dict:

@@ -1,6 +1,6 @@
 """Token ids of the micro-batches, copied to the host without waiting."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,7 +13,8 @@ IGNORE_INDEX = -100
 # measured.
 SHORTEST_PROMPT = 4
 
-VALID, SCORED, LABEL_IS_TOKEN, LABEL_IS_NEXT, STARTS = 1, 2, 4, 8, 16
+VALID, SCORED, LABEL_IS_TOKEN, LABEL_IS_NEXT, STARTS = map(np.uint8, (1, 2, 4, 8, 16))
+OWN, FOLLOWING = SCORED | LABEL_IS_TOKEN, SCORED | LABEL_IS_NEXT
 
 
 class AsyncCopy:
@@ -67,12 +68,63 @@ class SeenTokens:
         return [(ids, flags) for ids, flags in pieces if len(ids)]
 
 
+class LabelCounts(NamedTuple):
+    """Of each row of a step's micro-batches, int64 `[rows]`, for the main process, where the tokens do not come.
+    `rank`, `micro_step`, `row`: where it is. `positions`: of it. `scored`: its targets; those among them whose label
+    is the token itself, `own`, or the next, `following`. `first_own`: 1 where its first label is its first token."""
+
+    rank: np.ndarray
+    micro_step: np.ndarray
+    row: np.ndarray
+    positions: np.ndarray
+    scored: np.ndarray
+    own: np.ndarray
+    following: np.ndarray
+    first_own: np.ndarray
+
+    @classmethod
+    def of(cls, tokens: Sequence[SeenTokens], rank: int = 0) -> "LabelCounts":
+        """Of one rank's micro-batches."""
+        parts = [np.zeros((len(cls._fields), 0), np.int64)]
+        for micro_step, seen in enumerate(tokens):
+            own, following = ((seen.flags & kind == kind).sum(axis=1) for kind in (OWN, FOLLOWING))
+            first_own = (seen.flags[:, :1] & LABEL_IS_TOKEN != 0).sum(axis=1)
+            count, positions = seen.ids.shape
+            place = np.stack(np.broadcast_arrays(rank, micro_step, np.arange(count), positions))
+            parts.append(np.vstack([place, seen.scored.sum(axis=1), own, following, first_own]))
+        return cls(*np.hstack(parts))
+
+    @classmethod
+    def join(cls, parts: Sequence["LabelCounts"]) -> "LabelCounts":
+        """Of several ranks."""
+        return cls(*np.hstack([np.stack(part) for part in parts])) if len(parts) > 1 else parts[0]
+
+    def by_micro_batch(self) -> dict[tuple[int, int], int]:
+        """Scored targets by rank and micro-step, in this order."""
+        places, number = np.unique(self.rank << 32 | self.micro_step, return_inverse=True)
+        totals = np.bincount(number, self.scored, len(places)).astype(np.int64)
+        ranks, micro_steps = (places >> 32).tolist(), (places & 0xFFFFFFFF).tolist()
+        return dict(zip(zip(ranks, micro_steps, strict=True), totals.tolist(), strict=True))
+
+
+# What of a micro-batch goes to the host, where it has the shape of `input_ids`.
+SENT = ("input_ids", "labels", "attention_mask", "position_ids")
+
+
 class PendingTokens(NamedTuple):
-    ids: AsyncCopy
-    flags: AsyncCopy
+    """A micro-batch on its way to the host. `copy`: of its tensors `names`, laid on each other. `pad_token_id`: what
+    is padding where there is no mask."""
+
+    copy: AsyncCopy
+    names: list[str]
+    pad_token_id: int | None
 
     def read(self) -> SeenTokens:
-        return SeenTokens(self.ids.read().numpy(), self.flags.read().numpy())
+        tensors = dict(zip(self.names, self.copy.read().numpy(), strict=True))
+        ids = tensors["input_ids"].astype(np.int64, copy=False)
+        mask, places = (tensors.get(name) for name in SENT[2:])
+        mask, starts = mask if mask is None else mask != 0, places if places is None else places == 0
+        return SeenTokens(ids, flags_of(ids, tensors.get("labels"), mask, starts, self.pad_token_id))
 
 
 def scored_part(ids: np.ndarray, flags: np.ndarray) -> np.ndarray:
@@ -95,33 +147,41 @@ def input_ids_of(inputs) -> torch.Tensor | None:
     return ids if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
 
 
+def shape_of(inputs) -> tuple[int, ...]:
+    """Rows and positions of a micro-batch, 0 where it holds no `input_ids`."""
+    return tuple(ids.shape) if (ids := input_ids_of(inputs)) is not None else (0, 0)
+
+
 def send_tokens(inputs, pad_token_id: int | None) -> PendingTokens | None:
-    """Start the copy of one micro-batch to the host. None where it holds no `input_ids`."""
+    """Start the copy of one micro-batch to the host, in one piece. None where it holds no `input_ids`. Nothing is
+    computed here token by token: the training waits for this."""
     if (ids := input_ids_of(inputs)) is None:
         return None
-    flags = flags_of(ids, inputs.get("labels"), inputs.get("attention_mask"), inputs.get("position_ids"), pad_token_id)
-    return PendingTokens(AsyncCopy(ids.detach().clone() if not ids.is_cuda else ids), AsyncCopy(flags))
+    shape, device, given = ids.shape, ids.device, [(name, inputs.get(name)) for name in SENT]
+    given = [(name, each) for name, each in given if isinstance(each, torch.Tensor)]
+    tensors = {name: each for name, each in given if each.shape == shape and each.device == device}
+    copy = torch.stack(list(tensors.values())).detach()  # others may change them in place before they are read
+    return PendingTokens(AsyncCopy(copy), list(tensors), pad_token_id)
 
 
-def flags_of(ids, labels, attention_mask, position_ids, pad_token_id: int | None) -> torch.Tensor:
-    """uint8 `[rows, positions]`, see `SeenTokens`. Without labels every token is scored. Without a 2-D mask, padding
-    are the padding tokens at a row's end; the first of them is text where it is scored, since it may be an EOS."""
-    flags = torch.zeros(ids.shape, dtype=torch.uint8, device=ids.device)
-    has_labels = isinstance(labels, torch.Tensor) and labels.shape == ids.shape
-    is_scored = labels != IGNORE_INDEX if has_labels else torch.ones_like(ids, dtype=torch.bool)
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == ids.shape:
-        is_valid = attention_mask != 0
-    elif pad_token_id is not None:
-        is_pad = (ids == pad_token_id).flip(1).cumprod(dim=1).flip(1).bool()
-        is_first = is_pad & ~torch.nn.functional.pad(is_pad, (1, 0))[:, :-1]
-        is_valid = ~is_pad | (is_first & is_scored)
+def flags_of(ids, labels, mask, starts, pad_token_id: int | None) -> np.ndarray:
+    """uint8 `[rows, positions]`, see `SeenTokens`. Without labels every token is scored. Without a mask, padding are
+    the padding tokens at a row's end; the first of them is text where it is scored, since it may be an EOS."""
+    flags = np.zeros(ids.shape, np.uint8)
+    is_scored = labels != IGNORE_INDEX if labels is not None else np.ones(ids.shape, bool)
+    flags[:, 1:] = SCORED * is_scored[:, 1:]
+    if mask is not None:
+        flags |= mask
+    elif pad_token_id is None or not (ids[:, -1] == pad_token_id).any():
+        flags |= VALID
     else:
-        is_valid = torch.ones_like(is_scored)
-    flags += VALID * is_valid
-    if has_labels:
-        flags += LABEL_IS_TOKEN * (labels == ids)
-        flags[:, :-1] += LABEL_IS_NEXT * (labels[:, :-1] == ids[:, 1:])
-    if isinstance(position_ids, torch.Tensor) and position_ids.shape == ids.shape:
-        flags += STARTS * (position_ids == 0)
-    flags[:, 1:] += SCORED * is_scored[:, 1:]
+        is_pad = np.logical_and.accumulate((ids == pad_token_id)[:, ::-1], axis=1)[:, ::-1]
+        is_first = is_pad.copy()
+        is_first[:, 1:] &= ~is_pad[:, :-1]
+        flags |= VALID * (~is_pad | (is_first & is_scored))
+    if labels is not None:
+        flags |= LABEL_IS_TOKEN * (labels == ids)
+        flags[:, :-1] |= LABEL_IS_NEXT * (labels[:, :-1] == ids[:, 1:])
+    if starts is not None:
+        flags |= STARTS * starts
     return flags

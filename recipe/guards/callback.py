@@ -23,8 +23,9 @@ from recipe.guards.ranks import Ranks
 from recipe.guards.records import StepRecord, append_evaluation, prepare_files, read_steps
 from recipe.guards.reporter import Reporter
 from recipe.guards.run import plain_rate
-from recipe.guards.session import HISTORY, Options, Session
+from recipe.guards.session import Options, Session
 from recipe.guards.trajectory import Reference, load_reference
+from recipe.guards.worker import HISTORY
 
 logger = logging.getLogger("recipe.guards")
 FILES = ("steps.jsonl", "evals.jsonl", "findings.jsonl")
@@ -175,7 +176,7 @@ class RegressionCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.session is not None:
-            self._flush(control)
+            self._flush(control, is_final=False)
             self.session.end_step(state.global_step)
             if self.session.stop_asked and args.world_size == 1:
                 _stop(control)
@@ -243,20 +244,20 @@ class RegressionCallback(TrainerCallback):
         """The same on every rank, also where the guards of one have failed since the last exchange."""
         return self._trainer is not None and self.session.taps is not None
 
-    def _flush(self, control) -> None:
+    def _flush(self, control, is_final: bool = True) -> None:
         if self._trainer is None:
             return
-        self.stopped_by = self.session.flush(self.stopped_by)
+        self.stopped_by = self.session.flush(is_final) or self.stopped_by
         if self.session.is_over:
             self._give_up(self.session.failure)
             self._release()
-        if self.session.stop_asked:
+        if self.session.is_stopping:
             _stop(control)
 
     def _act(self, finding: Finding) -> None:
         """On a warning or an error. On several ranks the training ends a step later, when all have been told."""
         if self.on_regression == "stop" and self.stopped_by is None:
-            self.stopped_by = finding
+            self.stopped_by = self.session.stopped_by = finding
             self.session.stop_asked = True
             if self._trainer is not None and self._trainer.args.world_size == 1:
                 _stop(self._trainer.control)

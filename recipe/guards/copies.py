@@ -51,7 +51,8 @@ def find_stretches(row, at, earlier, matched) -> np.ndarray:
 def novelty(row: np.ndarray) -> float:
     """Share of a row's token pairs that are different: what it repeats of itself tells nothing of where it is from."""
     pairs = row[:-1].astype(np.int64) << 32 | row[1:].astype(np.int64)
-    return len(np.unique(pairs)) / max(len(pairs), 1)
+    pairs.sort()
+    return (np.count_nonzero(pairs[1:] != pairs[:-1]) + 1) / len(pairs) if len(pairs) else 0.0
 
 
 def least_tokens(pairs: int, nats_per_token: float) -> float:
@@ -67,15 +68,14 @@ def cut_into_documents(tokens: np.ndarray, row_starts: np.ndarray, eos_ids: tupl
     return starts, np.append(starts[1:], len(tokens))
 
 
-def mark_shared(stretches, hashed, units, are_new, is_same_place, every: int) -> np.ndarray:
+def mark_shared(stretches, rows, units, are_new, is_same_place, every: int) -> np.ndarray:
     """What each of `stretches` is (see `find_stretches`).
 
-    `hashed`: the rows. `units`: starts and ends of their documents. `are_new`: of both, whether their last window is
+    `rows`, `units`: starts and ends of rows and of their documents. `are_new`: of both, whether their last window is
     known to be new. `is_same_place`: the text began at the same place of its row earlier. `every`: one window in
     so many is kept, so that the ends of stretches are known to about that many tokens.
     """
     (row, at, span, *_), (row_is_new, unit_is_new) = stretches, are_new
-    rows = hashed.start, hashed.stop
     unit = np.searchsorted(units[0], at, side="right") - 1
     begins_document = (units[0][unit] > rows[0][row]) & (at - units[0][unit] <= 4 * every)
     is_cut = units[1][unit] == rows[1][row]  # by the row's end, so that its end says nothing

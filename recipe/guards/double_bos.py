@@ -39,13 +39,16 @@ class DoubleBos(Guard):
         if self.bos is not None and (finding := self.judge(*self.count(batch.seen_tokens()), check=PROBE)):
             yield finding
 
+    def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> list[int]:
+        count = self.count if self.bos is not None else self.count_beginnings
+        return np.sum([count(seen) for seen in tokens], axis=0).tolist()
+
     def observe(self, step) -> Iterator[Verdict]:
-        for _, _, seen in step.tokens:
-            texts, doubled = self.count(seen) if self.bos is not None else self.count_beginnings(seen)
+        for texts, doubled in step.of_ranks(self):
             self.state["texts"] += texts
             self.state["doubled"] += doubled
         finding = self.judge(self.state["texts"], self.state["doubled"])
-        if finding or (step.tokens and self.bos is not None):
+        if finding or (step.of_ranks(self) and self.bos is not None):
             yield finding or self.clear()
 
     def count(self, seen: SeenTokens) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from recipe.guards.guard import CannotJudge, Finding, Guard, Verdict
 from recipe.guards.labels import are_noisy
+from recipe.guards.ngrams import MAX_EVERY, STEP_TOKENS, choose_every
 
 
 class LossBelowEnvelope(Guard):
@@ -14,16 +15,17 @@ class LossBelowEnvelope(Guard):
 
     When: at every step from step 10 until the n-gram models stop.
     Measured: n-gram models of orders 1 to 5 score every token of the global batch, then learn it; the floor is the
-        best order's mean, and ln V at most. A warning when the mean loss of 10 steps is 0.3 nats below the floor. On
-        natural text healthy models stay 0.41 and more above it, on random tokens 0.01 below. `steps.jsonl` has the
-        floor of every step.
+        best order's mean, and ln V at most. Of steps of more than 8,192 tokens a part of the rows is counted, and the
+        floor is corrected for it. A warning when the mean loss of 10 steps is 0.3 nats below the floor. On natural
+        text healthy models stay 0.41 and more above it, on random tokens 0.01 below. `steps.jsonl` has the floor of
+        every step.
     Try: the probes' findings first. A model that was trained before, or on this data before, gets there without a bug.
     Cannot see: models whose weights were loaded, and rows of which fewer than 8 tokens are scored, such as a class at
-        the end, or whose labels differ from the tokens ("cannot judge"); anything after the n-gram models stop: 1,000
-        tokens for each entry of the vocabulary or 20M were seen; 2^24 n-grams are kept (6.7M tokens of a 32k
-        vocabulary); pass 2 begins; a resume from a checkpoint without the guards' state; a first loss under both 0.75
-        ln V and the unigram's. Leaks that leave the loss above the floor. Synthetic data whose rule is learned faster
-        than counts can (bigrams of rank 3: 0.13 to 0.51 below) trips it.
+        the end, or whose labels differ from the tokens ("cannot judge"); steps of over 65,536 tokens; anything after
+        the n-gram models stop: 1,000 tokens for each entry of the vocabulary or 20M were seen; 2^24 n-grams are kept
+        (6.7M tokens of a 32k vocabulary); pass 2 begins; a resume from a checkpoint without the guards' state; a first
+        loss under both 0.75 ln V and the unigram's. Leaks that leave the loss above the floor. Synthetic data whose
+        rule is learned faster than counts can (bigrams of rank 3: 0.13 to 0.51 below) trips it.
     """
 
     ids = {"loss_below_envelope": "The loss is lower than a healthy model can reach on this data so early."}
@@ -46,6 +48,8 @@ class LossBelowEnvelope(Guard):
         self.state = {"losses": [], "floors": []}
         if not run.is_new_model:
             raise CannotJudge("the model was trained before, so it may be below n-grams that begin at zero")
+        if choose_every(run.step_size[0]) > MAX_EVERY:
+            raise CannotJudge(f"of steps of over {MAX_EVERY * STEP_TOKENS:,} tokens too small a part is counted")
 
     def observe(self, step) -> Iterator[Verdict]:
         if step.ngrams.stopped:
@@ -54,11 +58,11 @@ class LossBelowEnvelope(Guard):
         if self.is_noisy:
             raise CannotJudge("labels differ from the tokens here and there, and n-grams count tokens")
         losses, floors = self.state["losses"], self.state["floors"]
-        if step.ngrams.loss is not None:
-            if step.ngrams.loss.tokens < self.MIN_SCORED * len(step.pieces):
+        if step.ngrams.loss is not None and step.ngrams.floor is not None:
+            if step.ngrams.loss.tokens < self.MIN_SCORED * step.ngrams.num_rows:
                 raise CannotJudge(f"fewer than {self.MIN_SCORED} tokens of a row are scored, which tell of a task")
             losses.append(step.record["loss"])
-            floors.append(step.ngrams.loss.floor)
+            floors.append(step.ngrams.floor)
             del losses[: -self.WINDOW], floors[: -self.WINDOW]
         if len(losses) == self.WINDOW:
             yield self.judge(losses, floors) or self.clear()

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from recipe.guards.batches import SeenTokens
 from recipe.guards.guard import CannotJudge, Finding, Guard, Verdict
 
 
@@ -29,15 +30,21 @@ class EosNeverTarget(Guard):
             raise CannotJudge("neither model nor tokenizer names an EOS token")
         self.state = {"tokens": 0, "in_text": 0, "scored": 0}
 
+    def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> dict[str, int]:
+        counts = [self.count(seen) for seen in tokens]
+        return {name: sum(count[name] for count in counts) for name in self.state}
+
+    def count(self, seen: SeenTokens) -> dict[str, int]:
+        is_eos = np.zeros_like(seen.valid)
+        for token_id in self.eos_token_ids:  # one or two; np.isin takes ten times as long
+            is_eos |= (seen.ids == token_id) & seen.valid
+        in_text = int(is_eos[:, 1:].sum())  # a row's first token may be a BOS of the same id
+        return {"tokens": int(seen.valid.sum()), "in_text": in_text, "scored": int((is_eos & seen.scored).sum())}
+
     def observe(self, step) -> Iterator[Verdict]:
-        for _, _, seen in step.tokens:
-            is_eos = np.zeros_like(seen.valid)
-            for token_id in self.eos_token_ids:  # one or two; np.isin takes ten times as long
-                is_eos |= (seen.ids == token_id) & seen.valid
-            self.state["tokens"] += int(seen.valid.sum())
-            self.state["in_text"] += int(is_eos[:, 1:].sum())  # a row's first token may be a BOS of the same id
-            self.state["scored"] += int((is_eos & seen.scored).sum())
-        if step.tokens:
+        for counts in step.of_ranks(self):
+            self.state = {name: self.state[name] + count for name, count in counts.items()}
+        if step.of_ranks(self):
             yield self.judge(**self.state) or self.clear()
 
     @classmethod

@@ -71,7 +71,7 @@ class LossNotFinite(Guard):
         yield finding or self.clear(NOT_FINITE)
 
     def _observe_rows(self, step) -> Finding | None:
-        rows = [bool(row) for _, _, seen in step.tokens for row in ~seen.scored.any(axis=1) if any(step.scored)]
+        rows = (step.labels.scored == 0).tolist() if step.num_labels[0] else []
         self.state["unscored"] = [*self.state["unscored"], *rows][-max(self.ROWS, len(rows)) :]
         return self.judge_rows(self.state["unscored"])
 

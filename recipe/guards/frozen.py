@@ -18,10 +18,10 @@ from recipe.internals import has_forward_hooks
 class FrozenParameters(Guard):
     """Parameters that should train do not move.
 
-    When: before step 1; after the first 8 steps with a rate above 1e-6, after a resume too; after 16 steps without a
-        gradient; when a parameter is unfrozen.
+    When: before step 1; after the first 8 steps with a rate above 1e-6, after a resume too; after 16 to 19 steps
+        without a gradient; when a parameter is unfrozen.
     Measured: the parameter groups and `requires_grad`, at every step too; in the first steps up to 4,096 elements of
-        each parameter before and after the step, and its largest gradient; at every step, whether it has a gradient.
+        each parameter before and after the step, and its largest gradient; at every 4th step, whether all have one.
         An error: parameters in no optimizer group, or with a gradient and no movement. A warning: no gradient; more
         than half of a new model frozen, or of the model without gradient later. Information: fewer, layers that
         are trained in turn, and experts without tokens. What PEFT freezes is frozen on purpose.
@@ -34,6 +34,8 @@ class FrozenParameters(Guard):
     ids = {"frozen_parameters": "Parameters that should train do not move."}
     # Without gradient, after steps that had one. Chosen, not measured: routing finds every expert sooner.
     STOPPED_STEPS = 16
+    # Steps between looks at which parameters have a gradient, while all have: some hundred take 0.2 ms. Chosen.
+    LOOK_EVERY = 4
     # Of a new model's parameters, excluded on purpose; fixed sinusoidal positions are below it. Chosen, not measured.
     FROZEN_SHARE = 0.5
 
@@ -41,6 +43,7 @@ class FrozenParameters(Guard):
         self.training = [(name, p) for name, p in run.named_parameters if p.requires_grad]
         self._before = self._largest = None
         self._payload: dict = {}
+        self._had_all = False  # of `training`, a gradient when they were last looked at
         device = next((p.device for _, p in self.training), None)
         reached = torch.zeros(2, len(self.training), device=device)  # largest gradient in the first steps, has moved
         # num_steps: measured of the first ones, one more once they were sent. steps_without: a gradient, after one
@@ -57,8 +60,9 @@ class FrozenParameters(Guard):
         yield finding or self.clear(check=PROBE)
 
     def before_step(self, local) -> None:
-        told = {"stopped": self._count_steps_without(), "unfrozen": self._find_unfrozen()}
+        told = {"stopped": self._count_steps_without(local.step), "unfrozen": self._find_unfrozen()}
         self._payload = {name: names for name, names in told.items() if names}
+        self._payload |= {"takes_turns": self.state["takes_turns"]} if "stopped" in self._payload else {}
         if not self.training:
             return
         if self.state["num_steps"] == FIRST_STEPS:
@@ -77,16 +81,15 @@ class FrozenParameters(Guard):
         self.state["num_steps"] += 1
         self._before = self._largest = None
 
-    def _count_steps_without(self) -> list[str]:
+    def _count_steps_without(self, step: int) -> list[str]:
         """Those that have just had none for STOPPED_STEPS steps."""
-        counts, stopped = self.state["steps_without"], []
-        for name, parameter in self.training:
-            if parameter.grad is not None:
-                counts[name] = 0
-            elif name in counts:
-                counts[name] += 1
-                stopped += [name] if counts[name] == self.STOPPED_STEPS else []
-        return stopped
+        if self._had_all and step % self.LOOK_EVERY:
+            return []
+        counts, without = self.state["steps_without"], {name for name, p in self.training if p.grad is None}
+        self._had_all = not without
+        counts |= {name: 0 for name, _ in self.training if name not in without}
+        counts |= {name: counts[name] + 1 for name in without if name in counts}
+        return [name for name, _ in self.training if name in without and counts.get(name) == self.STOPPED_STEPS]
 
     def _find_unfrozen(self) -> list[str]:
         """Those that want a gradient by now and are in no group, as when layers are unfrozen in turn (LISA)."""
@@ -106,7 +109,7 @@ class FrozenParameters(Guard):
         if "unfrozen" in measured:
             yield self._in_no_group(measured["unfrozen"], "that were unfrozen", "unfrozen")
         if "stopped" in measured:
-            yield self.judge_stopped(self.training, measured["stopped"], self.state["takes_turns"])
+            yield self.judge_stopped(self.training, measured["stopped"], measured["takes_turns"])
         if "reached" in measured:
             finding = self.judge(self.training, *measured["reached"], is_cut=cuts_gradients(step.run.model))
             yield finding or self.clear(check="first_steps")

@@ -30,7 +30,8 @@ def sample(tensor: torch.Tensor) -> torch.Tensor:
 class GradientNorms(NamedTuple):
     """Norms of one followed parameter's gradient: of the `total` that its micro-batches gave; of its difference
     (`error`) from the gradient `before` clipping; of that; of what the step was taken with (`now`); of what the
-    parameter `changed` by since the last step; and of the difference less the gradient of the last step (`rest`)."""
+    parameter `changed` by since the last step (0 of matrices); and of the difference less the last step's gradient
+    (`rest`)."""
 
     name: str
     is_low: bool  # in half precision, which rounds
@@ -78,11 +79,11 @@ class GradientTap:
             self._count += 1
 
     def before_clip(self) -> None:
-        self._unclipped = self._gradient().clone() if self.parameter is not None else None
+        self._unclipped = self._gradient().clone() if self._count else None
 
     def after_step(self, step: int) -> None:
-        self._left = sample(self.parameter).clone() if self.parameter is not None else None
-        self._next_step = step + 1
+        if self.parameter is not None and not self.of_matrices:
+            self._left, self._next_step = sample(self.parameter).clone(), step + 1
 
     def take(self, num_micro_batches: int, step: int) -> torch.Tensor | None:
         """The norms of `GradientNorms` on the device, float32 `[6]`. None where backward did not come once in each

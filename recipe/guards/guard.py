@@ -198,14 +198,23 @@ class Guard:
         waiting; the main process finds it in `Step.payloads`."""
         return None
 
-    # --- on the main process, one step later, with the data of all ranks
+    # --- on a thread beside the training, after each step
+
+    def measure_tokens(self, step: int, tokens: list) -> Any:
+        """On every rank: what it sends to the main process of its tokens, a `batches.SeenTokens` for each micro-batch,
+        in plain values and arrays. The main process finds it in `Step.payloads`."""
+        return None
 
     def observe(self, step) -> Iterator[Verdict]:
-        """`step`: a `taps.Step`. Raises `CannotJudge` where it cannot judge from here on."""
+        """On the main process, with the data of all ranks: `step`, a `step.Step`. Raises `CannotJudge` where it cannot
+        judge from here on. The training is in the next step: what the methods above change is read by `measure` and
+        sent, not read here."""
         return iter(())
 
+    # --- on the main process, between two steps
+
     def observe_eval(self, evaluation) -> Iterator[Verdict]:
-        """`evaluation`: a `taps.Evaluation`."""
+        """`evaluation`: a `step.Evaluation`."""
         return iter(())
 
     def begin_pass(self, tokens_in_pass: int | None) -> None:

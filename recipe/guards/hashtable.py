@@ -79,6 +79,11 @@ class HashTable:
         return (slots + ((keys >> 20) | 1)) & (len(self.slots) - 1)
 
 
+def is_kept(keys: np.ndarray, every: int) -> np.ndarray:
+    """One in `every`, a power of two, chosen by the keys themselves."""
+    return keys & (every - 1) == 0
+
+
 class SampledTable:
     """Key -> position for at most `limit` keys, multiples of `every`, which doubles when it is full."""
 
@@ -100,7 +105,7 @@ class SampledTable:
         return self._table.columns["after"][1 : self._table.size] - 1
 
     def keeps(self, keys: np.ndarray) -> np.ndarray:
-        return keys & (self.every - 1) == 0
+        return is_kept(keys, self.every)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """The position of each key, or -1."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sized
 
 import torch
 
-from recipe.guards.batches import IGNORE_INDEX, LABEL_IS_NEXT, LABEL_IS_TOKEN, SeenTokens
+from recipe.guards.batches import IGNORE_INDEX, SeenTokens
 from recipe.guards.guard import PROBE, CannotJudge, Finding
 from recipe.guards.head import MIN_POSITIONS, LossTargets, head_of
 from recipe.guards.recording import record
@@ -117,12 +117,22 @@ def judge_change(
     )
 
 
+def name_labels(step, least: int, clear: float) -> str | None:
+    """What the labels of a `step.Step` are, the `own` tokens, the `next` or `neither`, by the share `clear` of its
+    first micro-batch with `least` of them; None where there is none."""
+    place = next((place for place, count in step.targets.items() if count >= least), None)
+    if place is None:
+        return None
+    here = (step.labels.rank == place[0]) & (step.labels.micro_step == place[1])
+    own, following = (int(each[here].sum()) for each in (step.labels.own, step.labels.following))
+    most, name = (own, "own") if own >= following else (following, "next")
+    return name if most > clear * step.targets[place] else "neither"
+
+
 def share_off(step, labels_are: str) -> float | None:
-    """Of the scored labels of a `taps.Step`, that are not the token itself (`own`), or the next."""
-    flag = LABEL_IS_TOKEN if labels_are == "own" else LABEL_IS_NEXT
-    count = sum(seen.num_scored for *_, seen in step.tokens)
-    fit = sum(int(((seen.flags & flag != 0) & seen.scored).sum()) for *_, seen in step.tokens)
-    return 1 - fit / count if count else None
+    """Of the scored labels of a `step.Step`, that are not the token itself (`own`), or the next."""
+    count, own, following = step.num_labels
+    return 1 - (own if labels_are == "own" else following) / count if count else None
 
 
 def are_noisy(step) -> bool:

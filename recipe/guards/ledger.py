@@ -1,8 +1,4 @@
-"""Fingerprints of every row that the model consumed: repetition, replay after a resume, overlap with the eval rows.
-
-Windows. Every window of 64 tokens of every row gets a 64-bit hash. One in `every` of them is kept, chosen by the hash
-itself, so that a copy is found at any alignment: a copied stretch of n >= 64 tokens has n - 63 windows and is seen
-with probability 1 - (1 - 1/every)^(n - 63). Whole rows have digests, which is all there is for shorter rows.
+"""Fingerprints of the rows that the model consumed: repetition, replay after a resume, overlap with the eval rows.
 
 Copies. A copy is a run of kept windows of one row that all lie the same distance behind where their text came first.
 Its tokens times the nats per token must exceed ln(pairs of positions compared) + 10, else chance explains it.
@@ -14,9 +10,7 @@ doubles each time: at 1 billion tokens it is 256, and a copied row of 1,024 toke
 rows: every window (fewer from 4M on). Different windows with the same hash: 1e-4 pairs in the first billion tokens.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,18 +18,15 @@ from recipe.guards.copies import (
     COUNTS,
     MAX_NATS,
     WINDOW,
-    cut_into_documents,
     find_stretches,
     least_tokens,
     mark_shared,
     novelty,
     without_shared,
 )
+from recipe.guards.fingerprints import Fingerprints, Hashed, Rates, hash_rows, join
 from recipe.guards.hashtable import SampledTable
 
-PLACE = ("step", "rank", "micro_step", "row")  # where a row was consumed; `row`: in the micro-batch
-# One window in so many is kept. Chosen, not measured: it keeps 1M windows of 16M tokens.
-EVERY = 16
 # Kept windows and rows, after which fewer are kept. Chosen to bound memory.
 MAX_WINDOWS, MAX_ROWS = 4 << 20, 4 << 20
 # Rows judged together: a duplicated document of 10,000 tokens, which is natural, must stay a small share, here 8 %.
@@ -49,55 +40,6 @@ INFO_SHARE = 0.10
 NEAR = 0.1
 # Rows after a resume, and the copied share of their tokens. Chosen, not measured: a replay copies all of them.
 REPLAY_ROWS, REPLAY_SHARE = 16, 0.5
-_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
-_MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64
-
-
-class Hashed(NamedTuple):
-    """Rows laid end to end. Of each row: `start`, `length`, `digest`. Of each window, in order: the `row` it is in,
-    `at` which token it starts, and its `key`."""
-
-    start: np.ndarray
-    length: np.ndarray
-    digest: np.ndarray
-    row: np.ndarray
-    at: np.ndarray
-    key: np.ndarray
-
-    @property
-    def stop(self) -> np.ndarray:
-        return self.start + self.length
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    for factor, shift in zip(_MIX, (30, 27), strict=True):
-        values = (values ^ (values >> np.uint64(shift))) * factor
-    return values ^ (values >> np.uint64(31))
-
-
-@functools.lru_cache(maxsize=4)
-def _powers(base: int, count: int) -> np.ndarray:
-    factors = np.full(count, base, np.uint64)
-    factors[:1] = 1
-    return np.cumprod(factors)
-
-
-def hash_rows(rows: Sequence[np.ndarray]) -> Hashed:
-    """Polynomial hashes modulo 2^64 of mixed token ids, by prefix sums: one pass over the tokens for all windows."""
-    length = np.array([len(row) for row in rows], np.int64)
-    end = np.cumsum(length)
-    start, total = end - length, int(end[-1])
-    room = 1 << total.bit_length()
-    powers, inverses = _powers(_BASE, room), _powers(pow(_BASE, -1, 1 << 64), room)
-    tokens = np.concatenate(rows).astype(np.uint64) + np.uint64(1)
-    sums = np.zeros(total + 1, np.uint64)
-    np.cumsum(_mix(tokens) * powers[:total], out=sums[1:])
-    digest = _mix((sums[end] - sums[start]) * inverses[start] + length.astype(np.uint64))
-    counts = np.maximum(length - WINDOW + 1, 0)
-    row = np.repeat(np.arange(len(rows)), counts)
-    at = np.arange(len(row)) + (start - (np.cumsum(counts) - counts))[row]
-    keys = _mix((sums[WINDOW:] - sums[:-WINDOW]) * inverses[: max(total - WINDOW + 1, 0)])
-    return Hashed(start, length, digest.view(np.int64), row, at, keys.view(np.int64)[at])
 
 
 class _RowTable:
@@ -137,27 +79,29 @@ class _RowTable:
         return self._position[self.find(position)]
 
 
-def _matches(tables: dict, hashed: Hashed, windows: str, digests: str) -> Iterator[tuple[int, int, int, int]]:
-    """What the tables have of these rows: row, its first token and number of tokens, and its position there."""
-    table = tables[windows]
-    kept = slice(None) if table.every == 1 else table.keeps(hashed.key)
-    found = table.find(hashed.key[kept])
-    for index, at, span, _, earlier in find_stretches(hashed.row[kept], hashed.at[kept], found, found >= 0).T:
-        yield index, at - hashed.start[index], span, earlier
-    whole = tables[digests].find(hashed.digest)
-    yield from ((index, 0, hashed.length[index], whole[index]) for index in (whole >= 0).nonzero()[0])
+def find_copies(windows: SampledTable, digests: SampledTable, row, at, key, digest) -> Iterator[tuple]:
+    """What the tables have of these rows: row, its first copied token, number of tokens (None: the whole row), and its
+    position there."""
+    found = windows.find(key)
+    for index, first, span, _, earlier in find_stretches(row, at, found, found >= 0).T:
+        yield index, first, span, earlier
+    found = digests.find(digest)
+    for index in (found >= 0).nonzero()[0]:
+        yield index, None, None, found[index]
 
 
 class Ledger:
-    """Fingerprints of what was consumed. Fed on the main process, once a step, with the rows of all ranks.
+    """Fingerprints of what was consumed. Fed on the main process, once a step, with those of all ranks.
 
-    `max_windows`, `max_rows`: entries kept of each kind. Every number, array and table is state.
+    `rates`: at which they are kept at first. `max_windows`, `max_rows`: entries kept of each kind. Every number, array
+    and table is state.
     """
 
-    def __init__(self, max_windows: int = MAX_WINDOWS, max_rows: int = MAX_ROWS):
-        self.tables = {"windows": SampledTable(max_windows, EVERY), "digests": SampledTable(max_rows)}
-        self.tables |= {"eval_windows": SampledTable(max_windows), "eval_digests": SampledTable(max_rows)}
-        self.tables["tails"] = SampledTable(max_rows)  # the last window of each row and document
+    def __init__(self, rates: Rates = Rates(), max_windows: int = MAX_WINDOWS, max_rows: int = MAX_ROWS):  # noqa: B008
+        windows, rows = (max_windows, rates.windows), (max_rows, rates.rows)
+        of_train = {"windows": windows, "digests": rows, "tails": rows}  # tails: last windows of rows and documents
+        limits = of_train | {"eval_windows": (max_windows,), "eval_digests": (max_rows,)}
+        self.tables = {name: SampledTable(*limit) for name, limit in limits.items()}
         self.rows = _RowTable(np.zeros(0, np.int64), np.zeros((0, 5), np.int32))
         self.tokens = self.micro_steps = self.passes = self._pass_start = self._near = 0
         self.resumed_at, self._was_repeating = -1, 0
@@ -176,64 +120,49 @@ class Ledger:
         arrays = sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
         return arrays + self.rows.num_bytes + sum(table.num_bytes for table in self.tables.values())
 
-    def observe_train(
-        self, rows: Sequence[np.ndarray], places: Sequence[Sequence[int]], eos_ids: tuple[int, ...] = ()
-    ) -> int:
-        """`rows`: token ids without padding, 1-D, in reading order, all of one step; `places`: PLACE of each;
-        `eos_ids`: what ends a document. Returns how many of the tokens are copies, shared text included."""
-        assert len(rows) == len(places), "one place for each row"
-        where = np.array([place for row, place in zip(rows, places, strict=True) if len(row)], np.int64)
-        rows = [row for row in rows if len(row)]
-        if not rows:
+    def observe_train(self, parts: Sequence[Fingerprints | None]) -> int:
+        """`parts`: of the ranks, in their order. Returns how many of the tokens are copies, shared text included."""
+        parts = [part for part in parts if part is not None]
+        if not parts:
             return 0
-        hashed = hash_rows(rows)
-        position = self.tokens + hashed.start
-        kept = self.tables["windows"].keeps(hashed.key)
-        row, at = hashed.row[kept], hashed.at[kept] + self.tokens
-        num_windows = np.bincount(row, minlength=len(rows))
-        digested = self.tables["digests"].keeps(hashed.digest)
-        judged = digested | (num_windows > 0)
-        if not self.rows.has_room(judged.sum()):
+        seen = join(parts).thinned(self.tables["windows"].every, self.tables["digests"].every)
+        position, at = self.tokens + seen.start, self.tokens + seen.at
+        if not self.rows.has_room(len(position)):
             self._drop_rows()
-        micro_steps, micro_step = np.unique(where[:, 0] << 32 | where[:, 2], return_inverse=True)
-        self.rows.append(position[judged], np.column_stack([where, self.micro_steps + micro_step])[judged])
-        self.micro_steps += len(micro_steps)
+        self.rows.append(position, np.column_stack([seen.place, self.micro_steps + seen.place[:, 2]]))
 
-        earlier = self._first_seen("windows", hashed.key[kept], at)
+        earlier = self._first_seen("windows", seen.key, at)
         earlier_row = position.copy()
-        earlier_row[digested] = self._first_seen("digests", hashed.digest[digested], position[digested])
-        is_whole, matched = earlier_row < position, earlier < position[row]
-        units = cut_into_documents(np.concatenate(rows), hashed.start, eos_ids)
-        are_new = self._are_new(hashed, units)
+        whole = seen.digested
+        earlier_row[whole] = self._first_seen("digests", seen.digest[whole], position[whole])
+        are_new = self._are_new(seen)
+        is_whole, matched = earlier_row < position, earlier < position[seen.row]
         copied = 0
         if is_whole.any() or matched.any():
-            stretches = find_stretches(row, at, earlier, matched & ~is_whole[row])
-            kinds = self._kinds(stretches, hashed, units, are_new)
-            copied = self._add_copies(rows, hashed, earlier_row, num_windows, stretches, kinds)
-        self.tokens += int(hashed.length.sum())
-        self._recent = np.concatenate([self._recent, np.column_stack([position, hashed.length])[judged]])
-        self._forget()
+            stretches = find_stretches(seen.row, at, earlier, matched & ~is_whole[seen.row])
+            copied = self._add_copies(seen, earlier_row, stretches, self._kinds(stretches, seen, are_new))
+        self.tokens += seen.tokens
+        self.micro_steps += int(seen.place[:, 2].max(initial=-1)) + 1
+        self._forget(np.column_stack([position, seen.length]))
         if self.resumed_at >= 0:
             self._follow_resume()
         if len(self.eval_rows):
-            self._match_eval(rows, hashed, int(where[0, 0]))
+            self._match_others(seen)
         return copied
 
-    def _are_new(self, hashed: Hashed, units) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each row, and each of `units`, ends with a window that is known to be new."""
-        start, stop = np.append(hashed.start, units[0]), np.append(hashed.stop, units[1])
-        is_new, long = np.zeros(len(start), bool), np.flatnonzero(stop - start >= WINDOW)
-        keys = hashed.key[np.searchsorted(hashed.at, stop[long] - WINDOW)]
-        kept = self.tables["tails"].keeps(keys)
-        end = self.tokens + stop[long[kept]]
-        is_new[long[kept]] = self._first_seen("tails", keys[kept], end) == end
-        return is_new[: len(hashed.start)], is_new[len(hashed.start) :]
+    def _are_new(self, seen: Fingerprints) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each row, and each document, ends with a window that is known to be new."""
+        kept = self.tables["tails"].keeps(seen.tail_key)
+        end, is_new = self.tokens + seen.tail_stop[kept], np.zeros(len(kept) + 1, bool)  # the last: for -1
+        is_new[:-1][kept] = self._first_seen("tails", seen.tail_key[kept], end) == end
+        return is_new[seen.row_tail], is_new[seen.document_tail]
 
-    def _kinds(self, stretches, hashed: Hashed, units, are_new) -> np.ndarray:
+    def _kinds(self, stretches, seen: Fingerprints, are_new) -> np.ndarray:
         row, at, *others = stretches
         at, begin = at - self.tokens, self.rows.starts(others[-1])
-        is_same_place, every = at - hashed.start[row] == others[-1] - begin, self.tables["windows"].every
-        return mark_shared(np.stack([row, at, *others]), hashed, units, are_new, is_same_place, every)
+        is_same_place, every = at - seen.start[row] == others[-1] - begin, self.tables["windows"].every
+        rows, documents = (seen.start, seen.start + seen.length), (seen.document_start, seen.document_stop)
+        return mark_shared(np.stack([row, at, *others]), rows, documents, are_new, is_same_place, every)
 
     def _first_seen(self, name: str, keys: np.ndarray, position: np.ndarray) -> np.ndarray:
         """The position of each key's first occurrence in this pass: its own if it is new."""
@@ -252,20 +181,19 @@ class Ledger:
         used = np.unique(self.rows.find(np.concatenate(known)))
         self.rows = _RowTable(*(array[used] for array in self.rows.arrays))
 
-    def _add_copies(self, rows, hashed: Hashed, earlier_row, num_windows, stretches: np.ndarray, kinds) -> int:
+    def _add_copies(self, seen: Fingerprints, earlier_row, stretches: np.ndarray, kinds) -> int:
         """Rows that came before as a whole, and stretches of other rows. Returns their tokens."""
-        position, length = self.tokens + hashed.start, hashed.length
+        position, length = self.tokens + seen.start, seen.length
         whole = (earlier_row < position).nonzero()[0]
         apart = (position - earlier_row)[whole]
         of_rows = [whole, length[whole], length[whole], apart, np.ones_like(whole), earlier_row[whole]]
         of_rows.append(np.full_like(whole, COUNTS))
         row, at, span, windows, earlier = stretches
+        num_windows = np.bincount(seen.row, minlength=len(length))
         tokens = length[row] * windows // np.maximum(num_windows[row], 1)
         of_stretches = [row, tokens, span, at - earlier, np.zeros_like(row), earlier, kinds]
         row, tokens, span, *others = np.hstack([of_rows, of_stretches])
-        shares = {index: novelty(rows[index]) for index in set(row.tolist())}
-        surprise = span * np.array([shares[index] for index in row.tolist()])
-        copies = np.column_stack([position[row], tokens, surprise, *others]).astype(np.int64)
+        copies = np.column_stack([position[row], tokens, span * seen.novelty[row], *others]).astype(np.int64)
         self._copies = np.concatenate([self._copies, copies[copies[:, 3] < self._near] if self.passes else copies])
         return int(tokens.sum())
 
@@ -273,11 +201,13 @@ class Ledger:
         """Between each copy and the earlier row."""
         return self.rows.places(copies[:, 0])[:, 4] - self.rows.places(copies[:, 5])[:, 4]
 
-    def _forget(self) -> None:
-        """Keep the newest RECENT_ROWS rows, more where they are short."""
+    def _forget(self, newest: np.ndarray) -> None:
+        """Keep the newest RECENT_ROWS rows, more where they are short, and all of the step's, `newest`."""
+        self._recent = np.concatenate([self._recent, newest])
         tokens_after, rows_after = np.cumsum(self._recent[::-1, 1])[::-1], np.arange(len(self._recent), 0, -1)
-        self._recent = self._recent[(rows_after <= RECENT_ROWS) | (tokens_after <= RECENT_TOKENS)]
-        if len(self._copies):
+        is_recent = (rows_after <= RECENT_ROWS) | (tokens_after <= RECENT_TOKENS)
+        self._recent = self._recent[is_recent | (rows_after <= len(newest))]
+        if len(self._copies) and len(self._recent):
             self._copies = self._copies[self._copies[:, 0] >= self._recent[0, 0]]
 
     def recent(self, nats_per_token: float, since: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -345,30 +275,52 @@ class Ledger:
         hashed = hash_rows(rows)
         start, zeros = self.eval_tokens + hashed.start, np.zeros_like(hashed.start)
         known.add(hashed.digest, start)
-        kept = windows.keeps(hashed.key).nonzero()[0]
-        unique, first = np.unique(hashed.key[kept], return_index=True)
-        windows.add(unique, self.eval_tokens + hashed.at[kept[first]])
-        self.eval_rows = np.concatenate([self.eval_rows, np.column_stack([start, hashed.length, zeros, zeros])])
-        self._eval_hits = np.append(self._eval_hits, np.zeros(hashed.length.sum(), np.int32))
+        _, at, keys = hashed.windows(windows.every)
+        unique, first = np.unique(keys, return_index=True)
+        windows.add(unique, self.eval_tokens + at[first])
+        length = hashed.stop - hashed.start
+        self.eval_rows = np.concatenate([self.eval_rows, np.column_stack([start, length, zeros, zeros])])
+        self._eval_hits = np.append(self._eval_hits, np.zeros(length.sum(), np.int32))
         self._match_train(rows, hashed, len(self.eval_rows) - len(rows))
 
+    def match_own(self, rows: Sequence[np.ndarray], step: int) -> None:
+        """Train rows of the main process itself, of one step: all windows against the eval rows, and whole."""
+        rows = [row for row in rows if len(row)]
+        if not len(self.eval_rows) or not rows:
+            return
+        hashed = hash_rows(rows)
+        own = *hashed.windows(self.tables["eval_windows"].every), hashed.digest
+        for index, _, span, at in find_copies(self.tables["eval_windows"], self.tables["eval_digests"], *own):
+            length = span or len(rows[index])
+            self._hit(at, length, int(length * novelty(rows[index])), step)
+
+    def _match_others(self, seen: Fingerprints) -> None:
+        """Those of other ranks, of which only the kept windows are known."""
+        is_other = seen.place[:, 1] > 0
+        kept = self.tables["eval_windows"].keeps(seen.key) & is_other[seen.row]
+        others = seen.row[kept], seen.at[kept], seen.key[kept], np.where(is_other, seen.digest, -1)
+        for index, _, span, at in find_copies(self.tables["eval_windows"], self.tables["eval_digests"], *others):
+            length = span or seen.length[index]
+            self._hit(at, length, int(length * seen.novelty[index]), seen.place[index, 0], self._beyond)
+
     def _match_train(self, rows, hashed: Hashed, first_row: int) -> None:
-        """New eval rows against the train rows before them, of which only the kept windows are known: a copy goes on
-        beyond them by `every` tokens on either side in the mean, so that much is added, up to half a window."""
-        more = min(self.tables["windows"].every, WINDOW // 2)
-        for index, start, span, earlier in _matches(self.tables, hashed, "windows", "digests"):
-            step, surprise = int(self.rows.places(earlier)[0]), int(span * novelty(rows[index]))
-            self._hit(first_row + index, max(start - more, 0), start + span + more, surprise, step)
+        """New eval rows against the train rows before them, of which only the kept windows are known."""
+        own = *hashed.windows(self.tables["windows"].every), hashed.digest
+        for index, at, span, earlier in find_copies(self.tables["windows"], self.tables["digests"], *own):
+            length, begin = span or len(rows[index]), hashed.start[index] if at is None else at
+            position, surprise = self.eval_rows[first_row, 0] + begin, int(length * novelty(rows[index]))
+            self._hit(position, length, surprise, self.rows.places(earlier)[0], self._beyond)
 
-    def _match_eval(self, rows, hashed: Hashed, step: int) -> None:
-        """Train rows against all windows of the eval rows, at any alignment, and whole."""
-        for index, _, span, at in _matches(self.tables, hashed, "eval_windows", "eval_digests"):
-            eval_row = int(np.searchsorted(self.eval_rows[:, 0], at, side="right")) - 1
-            start = at - self.eval_rows[eval_row, 0]
-            self._hit(eval_row, start, start + span, int(span * novelty(rows[index])), step)
+    @property
+    def _beyond(self) -> int:
+        """Tokens by which a copy goes on beyond its kept windows on either side in the mean, half a window at most."""
+        return min(self.tables["windows"].every, WINDOW // 2)
 
-    def _hit(self, eval_row: int, start: int, stop: int, surprise: int, step: int) -> None:
-        """Tokens `start` to `stop` of an eval row were in training."""
+    def _hit(self, position: int, length: int, surprise: int, step: int, beyond: int = 0) -> None:
+        """So many tokens of the eval rows, from `position` on, were in training, and `beyond` more on either side."""
+        eval_row = int(np.searchsorted(self.eval_rows[:, 0], position, side="right")) - 1
+        start = position - self.eval_rows[eval_row, 0]
+        start, stop = max(start - beyond, 0), start + length + beyond
         first, length = self.eval_rows[eval_row, :2]
         hits = self._eval_hits[first : first + length]
         np.maximum(hits[start:stop], surprise, out=hits[start:stop])
@@ -388,13 +340,16 @@ class Ledger:
         return state
 
     @classmethod
-    def from_state(cls, state: dict[str, np.ndarray]) -> "Ledger":
-        ledger = cls()
+    def from_state(cls, state: dict[str, np.ndarray], rates: Rates = Rates()) -> "Ledger":  # noqa: B008
+        """`rates`: of the run that goes on, whose steps may be of another size."""
+        ledger = cls(rates)
         for name, value in list(vars(ledger).items()):
             if isinstance(value, (int, np.ndarray)):
                 setattr(ledger, name, int(state[name]) if isinstance(value, int) else np.array(state[name]))
-        for name in ledger.tables:
-            ledger.tables[name] = SampledTable(*map(int, state[f"{name}.sampling"]))
-            ledger.tables[name].add(state[f"{name}.keys"], state[f"{name}.positions"])
+        for name, table in ledger.tables.items():
+            limit, every = map(int, state[f"{name}.sampling"])
+            ledger.tables[name] = table = SampledTable(limit, max(every, table.every))
+            kept = table.keeps(state[f"{name}.keys"])
+            table.add(state[f"{name}.keys"][kept], state[f"{name}.positions"][kept])
         ledger.rows = _RowTable(state["rows.position"], state["rows.place"])
         return ledger

@@ -34,11 +34,14 @@ class PaddingIsTarget(Guard):
     def probe(self, batch) -> Iterator[Verdict]:
         yield self.judge(**self.count(batch.seen_tokens()), check=PROBE) or self.clear(check=PROBE)
 
+    def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> dict[str, int]:
+        counts = [self.count(seen) for seen in tokens]
+        return {name: sum(count[name] for count in counts) for name in self.state}
+
     def observe(self, step) -> Iterator[Verdict]:
-        for _, _, seen in step.tokens:
-            for name, count in self.count(seen).items():
-                self.state[name] += count
-        if step.tokens:
+        for counts in step.of_ranks(self):
+            self.state = {name: self.state[name] + count for name, count in counts.items()}
+        if step.of_ranks(self):
             yield self.judge(**self.state) or self.clear()
 
     @classmethod

@@ -9,10 +9,11 @@ import numpy as np
 from transformers import Trainer
 
 from recipe.guards import ledger, sandbox
-from recipe.guards.batches import scored_part, send_tokens
+from recipe.guards.batches import SeenTokens, scored_part, send_tokens
 from recipe.guards.copies import least_tokens
+from recipe.guards.fingerprints import PLACE, Fingerprints, Rates, fingerprint
 from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable, Skip, Verdict
-from recipe.guards.ledger import PLACE, Ledger
+from recipe.guards.ledger import Ledger
 
 logger = logging.getLogger("recipe.guards")
 
@@ -29,14 +30,14 @@ class Repetition(Guard):
         rows: from step 1 on where the eval set can be indexed (its first 1,024 rows, read for at most 2 seconds), else
         from the first evaluation on, for training before and after it.
     Measured (repeated_data): windows of 64 tokens of all ranks at any alignment, one in 16 kept (fewer from 67M tokens
-        on), and whole rows, without masked prompts. Of the last 512 rows or 131,072 tokens, a tenth copied is
-        information, a quarter a warning: two workers that read the same give half, a stream that begins again all,
-        natural corpora 0.8 to 7 % (RealNews 19 %). Also a warning: whole packed rows that come twice within 16
-        micro-steps, 8 of them or more, 2 % of the tokens, over half of the stretch; at any distance 4 %, where a token
-        tells 1.0 nats or more. After a declared pass only copies from within a tenth of a pass count: 30 %. The
-        evidence names step, rank and micro-step of both copies. Shared text (system prompts, several answers to one
-        prompt, templates) does not count: it begins where it began earlier, at the same place of its row or after an
-        EOS, and its row or document ends in a new way; or 5 recent rows have it beside new text.
+        on, and of steps of more than 65,536), and whole rows, without masked prompts. Of the last 512 rows or 131,072
+        tokens, a tenth copied is information, a quarter a warning: two workers that read the same give half, a stream
+        that begins again all, natural corpora 0.8 to 7 % (RealNews 19 %). Also a warning: whole packed rows that come
+        twice within 16 micro-steps, 8 of them or more, 2 % of the tokens, over half of the stretch; at any distance 4
+        %, where a token tells 1.0 nats or more. After a declared pass only copies from within a tenth of a pass count:
+        30 %. The evidence names step, rank and micro-step of both copies. Shared text (system prompts, several answers
+        to one prompt, templates) does not count: it begins where it began earlier, at the same place of its row or
+        after an EOS, and its row or document ends in a new way; or 5 recent rows have it beside new text.
     Measured (resume_replay): half or more of the tokens since the resume are copies, and were not before it.
     Measured (train_eval_overlap): eval rows of which more than half was in training, at any alignment. 2 rows and 2 %
         of them are a warning, 20 % an error: natural corpora hold near-copies of 0.7 to 5 % (RealNews 14 %). Sets with
@@ -80,7 +81,8 @@ class Repetition(Guard):
     OVERLAP_ROWS, OVERLAP_WARN, OVERLAP_ERROR = 2, 0.02, 0.20
 
     def setup(self, run) -> None:
-        self.ledger, self.num_workers = Ledger(), run.args.dataloader_num_workers
+        self.rates, self.rank = Rates.of(*run.step_size), run.rank
+        self.ledger, self.num_workers = Ledger(self.rates), run.args.dataloader_num_workers
         self.eos_ids, self.guess = run.eos_token_ids, math.log(run.vocab_size or 256)
         self.novel = np.zeros(2)  # nats and tokens of what was no copy
 
@@ -103,14 +105,20 @@ class Repetition(Guard):
             except Exception as error:  # such as columns that Trainer would have dropped
                 logger.debug("eval rows are known when they are evaluated: %s: %s", type(error).__name__, error)
 
-    def observe(self, step) -> Iterator[Verdict]:
-        if not step.tokens:
-            return
-        learned = [(scored_part(ids, flags), (step.number, *place)) for *place, ids, flags in step.pieces]
-        learned = [(part, place) for part, place in learned if len(part)]
+    def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> Fingerprints | None:
+        pieces = [(micro, *piece) for micro, seen in enumerate(tokens) for piece in enumerate(seen.pieces)]
+        learned = [(scored_part(*piece), (step, self.rank, micro, number)) for micro, number, piece in pieces]
         rows, places = [part for part, _ in learned], [place for _, place in learned]
-        copied = self.ledger.observe_train(rows, places, self.eos_ids)
-        nats = self._measure(step.ngrams.loss, 1 - copied / max(1, sum(map(len, rows))))
+        if self.rank == 0:
+            self.ledger.match_own(rows, step)
+        return fingerprint(rows, places, self.eos_ids, self.rates)
+
+    def observe(self, step) -> Iterator[Verdict]:
+        if not (parts := step.of_ranks(self)):
+            return
+        copied = self.ledger.observe_train(parts)
+        new_share = 1 - copied / max(1, sum(part.tokens for part in parts))
+        nats = self._measure(step.ngrams.loss if step.ngrams is not None else None, new_share)
         finding = self.judge_repetition(self.ledger, nats, self.num_workers)
         if finding is not None:
             yield finding
@@ -143,7 +151,7 @@ class Repetition(Guard):
         return {**self.ledger.state(), "novel": self.novel}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
-        self.ledger, self.novel = Ledger.from_state(state), np.array(state["novel"])
+        self.ledger, self.novel = Ledger.from_state(state, self.rates), np.array(state["novel"])
 
     def on_resume(self, step: int) -> None:
         self.ledger.mark_resume()

@@ -22,19 +22,32 @@ class Run:
     a resume. `given_facts`: what the user told the callback. `own_step`: a `training_step` that the trainer's
     instance holds itself, None where its class's is used. `pinned`: a `sandbox.PinnedBatch`. `objective`: an
     `objective.Objective`, None where it is not known. `is_restored`: the checkpoint's state of the guards was read.
+    `step_size`: tokens and rows of a step of all ranks, padding too, by the main process's first micro-batch, whose
+    rows and positions are `micro_batch`.
     """
 
-    def __init__(self, trainer: Trainer, model: torch.nn.Module, inputs, given_facts: dict, tokens_seen: int | None):
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: torch.nn.Module,
+        inputs,
+        given_facts: dict,
+        tokens_seen: int | None,
+        micro_batch: tuple[int, int] = (0, 0),
+    ):
         self.trainer, self.args, self.model, self.inputs = trainer, trainer.args, model, inputs
         self.optimizer = trainer.optimizer
         self.step: int = trainer.state.global_step
         self.max_steps: int = trainer.state.max_steps
         self.world_size: int = self.args.world_size
+        self.rank: int = self.args.process_index
         self.is_main: bool = trainer.state.is_world_process_zero
         self.own_step = None
         self.pinned = None
         self.objective = None
         self.is_restored = False
+        num_rows = micro_batch[0] * self.args.gradient_accumulation_steps * self.world_size
+        self.step_size = num_rows * micro_batch[1], num_rows
         self.facts = {**reference_facts(trainer, model, inputs), **given_facts}
         # Resumed where no records lie: the steps before had the same size.
         self.tokens_seen = self.step * self.facts["tokens_per_step"] if tokens_seen is None else tokens_seen

@@ -2,21 +2,22 @@
 
 import contextlib
 import logging
-import pickle
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from recipe.guards import sandbox
+from recipe.guards.batches import SeenTokens
 from recipe.guards.guard import SEVERITIES, CannotJudge, Clear, Finding, Guard, NotApplicable, Skip, Verdict, checked
 from recipe.guards.objective import Objective
 from recipe.guards.reporter import Reporter
 from recipe.guards.run import Run
-from recipe.guards.taps import Evaluation, LocalStep, Step
+from recipe.guards.step import Evaluation, Step
+from recipe.guards.taps import LocalStep
 from recipe.plain_json import dumps
 
 logger = logging.getLogger("recipe.guards")
@@ -31,7 +32,7 @@ def severity_first(verdict: Verdict) -> int:
 
 class Runner:
     """The active guards of one training on this rank. `failed`: guard -> exception and where, on any rank. `seconds`:
-    guard -> time spent in it on this rank."""
+    guard -> time spent in it on this rank; `seconds_beside`: on the thread beside the training."""
 
     def __init__(self, guards: Iterable[type[Guard]], reporter: Reporter):
         self.reporter = reporter
@@ -39,11 +40,13 @@ class Runner:
         self.failed: dict[str, str] = {}
         self.probed_at = -1  # step before which a probe ran last
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.seconds_beside: defaultdict[str, float] = defaultdict(float)
+        self._called: dict[str, list[Guard]] = {}  # by hook; a training calls some of them hundreds of times a step
         for guard in [guard for guard in guards if not set(guard.ids) <= reporter.disabled]:
             try:
                 self.guards.append(guard())
             except Exception as error:
-                self.fail(guard.__name__, _say(error), guard.ids)
+                self.fail(guard.__name__, say(error), guard.ids)
 
     @property
     def taps(self) -> set[str]:
@@ -63,7 +66,7 @@ class Runner:
                 guard.setup(run)
         except CannotJudge as reason:
             self.reporter.give_up(guard.ids, reason)
-            self.guards.remove(guard)
+            self._remove(guard)
 
     def inspect(self, run: Run) -> None:
         self._take("inspect", run, run.step, run.tokens_seen)
@@ -71,7 +74,7 @@ class Runner:
     def probe(self, run: Run, inputs, num_items_in_batch, step: int, tokens_seen: int, is_first: bool) -> None:
         """Every probe, or those that explain symptoms, worst finding first."""
         self.probed_at = step
-        guards = [g for g in self.guards if _overrides(g, "probe") and (is_first or g.explains_symptoms)]
+        guards = [g for g in self.guards if overrides(g, "probe") and (is_first or g.explains_symptoms)]
         verdicts = self._probe_all(guards, run, inputs, num_items_in_batch, is_first)
         self.reporter.take(verdicts, step, tokens_seen)
         self.reporter.explain_waiting([v.id for v in verdicts if isinstance(v, Clear)], self.evidence())
@@ -115,7 +118,7 @@ class Runner:
         reason = NotApplicable(f"the objective is {run.objective.words}")
         for guard in [guard for guard in self.guards if guard.needs_next_token]:
             self.reporter.give_up(guard.ids, reason)
-            self.guards.remove(guard)
+            self._remove(guard)
             _close(guard)
         if run.is_main:
             logger.info("%s: guards of next-token losses are not applicable", reason)
@@ -148,26 +151,25 @@ class Runner:
     # --- one step on this rank
 
     def _local_guards(self, run: Run, hook: str) -> list[Guard]:
-        return [g for g in self.guards if _overrides(g, hook) and (run.is_main or g.on_every_rank)]
+        if hook not in self._called:
+            guards = [guard for guard in self.guards if overrides(guard, hook)]
+            self._called[hook] = [guard for guard in guards if run.is_main or guard.on_every_rank]
+        return self._called[hook]
 
-    def before_micro_step(self, run: Run) -> None:
-        for guard in self._local_guards(run, "before_micro_step"):
+    def _remove(self, guard: Guard) -> None:
+        self.guards.remove(guard)
+        self._called.clear()
+
+    def call(self, hook: str, run: Run, *given) -> None:
+        """`before_micro_step`, `before_step` or `after_step`."""
+        for guard in self._local_guards(run, hook):
             with self._isolated(guard):
-                guard.before_micro_step(run)
+                getattr(guard, hook)(*given)
 
     def after_micro_step(self, run: Run, loss, step: int, tokens_seen: int) -> None:
         for guard in self._local_guards(run, "after_micro_step"):
-            self.reporter.take(self._collect(guard, guard.after_micro_step, run, loss), step, tokens_seen)
-
-    def before_step(self, run: Run, local: LocalStep) -> None:
-        for guard in self._local_guards(run, "before_step"):
-            with self._isolated(guard):
-                guard.before_step(local)
-
-    def after_step(self, run: Run, local: LocalStep) -> None:
-        for guard in self._local_guards(run, "after_step"):
-            with self._isolated(guard):
-                guard.after_step(local)
+            if verdicts := self._collect(guard, guard.after_micro_step, run, loss):
+                self.reporter.take(verdicts, step, tokens_seen)
 
     def measure(self, run: Run, local: LocalStep) -> dict:
         payloads = {}
@@ -176,36 +178,44 @@ class Runner:
                 payloads[type(guard).__name__] = guard.measure(local)
         return payloads
 
-    def leave_out_unsendable(self, payloads: dict, run: Run) -> dict:
-        """Of what `measure` gave, as plain values: an exchange that fails on one rank would end all of them."""
-        for guard in [guard for guard in self.guards if type(guard).__name__ in payloads and run.world_size > 1]:
-            with self._isolated(guard):
-                pickle.dumps(payloads[type(guard).__name__])
-        return {name: payload for name, payload in payloads.items() if name not in self.failed}
+    # --- on the thread beside the training: guard -> fault, for `fail` on the training's own thread
 
-    # --- on the main process
+    def measure_tokens(self, step: int, tokens: list[SeenTokens], payloads: dict) -> dict[str, str]:
+        """Adds to `payloads`, by guard."""
+        faults: dict[str, str] = {}
+        for guard in [guard for guard in list(self.guards) if overrides(guard, "measure_tokens")]:
+            with self._isolated(guard, faults):
+                payloads[type(guard).__name__] = guard.measure_tokens(step, tokens)
+        return faults
 
-    def observe(self, step: Step) -> None:
-        self._take("observe", step, step.number, step.tokens_seen)
+    def observe(self, step: Step, off: Container[str], faults: dict[str, str]) -> list[Verdict]:
+        """On the main process. `off`: guards that failed on some rank. Adds to `faults`."""
+        verdicts: list[Verdict] = []
+        for guard in [guard for guard in list(self.guards) if overrides(guard, "observe")]:
+            if type(guard).__name__ not in off:
+                verdicts += self._collect(guard, guard.observe, step, faults=faults)
+        return verdicts
+
+    # --- on the main process, between two steps
 
     def observe_eval(self, evaluation: Evaluation) -> None:
         self._take("observe_eval", evaluation, evaluation.step, evaluation.tokens_seen)
 
-    def begin_pass(self, tokens_in_pass: int | None) -> None:
-        for guard in list(self.guards):
-            with self._isolated(guard):
+    def begin_pass(self, tokens_in_pass: int | None, faults: dict[str, str] | None = None) -> None:
+        for guard in [guard for guard in list(self.guards) if overrides(guard, "begin_pass")]:
+            with self._isolated(guard, faults):
                 guard.begin_pass(tokens_in_pass)
 
     def _take(self, method: str, given, step: int, tokens_seen: int) -> None:
         verdicts: list[Verdict] = []
-        for guard in [guard for guard in self.guards if _overrides(guard, method)]:
+        for guard in [guard for guard in list(self.guards) if overrides(guard, method)]:
             verdicts += self._collect(guard, getattr(guard, method), given)
         self.reporter.take(verdicts, step, tokens_seen)
 
-    def _collect(self, guard: Guard, method: Callable, *given) -> list[Verdict]:
+    def _collect(self, guard: Guard, method: Callable, *given, faults: dict | None = None) -> list[Verdict]:
         """What it yields, up to where it stops."""
         verdicts: list[Verdict] = []
-        with self._isolated(guard):
+        with self._isolated(guard, faults):
             try:
                 for verdict in method(*given):
                     verdicts.append(checked(verdict))
@@ -215,8 +225,8 @@ class Runner:
 
     # --- isolation
 
-    def _isolated(self, guard: Guard) -> "_Isolation":
-        return _Isolation(self, guard)
+    def _isolated(self, guard: Guard, faults: dict[str, str] | None = None) -> "_Isolation":
+        return _Isolation(self, guard, faults)
 
     def fail(self, name: str, what: str, ids: Iterable[str] = ()) -> None:
         """Disable one guard, on this rank or because another rank's failed. `ids`: of one that could not be made."""
@@ -224,7 +234,7 @@ class Runner:
             return
         self.failed[name] = what
         for guard in [guard for guard in self.guards if type(guard).__name__ == name]:
-            self.guards.remove(guard)
+            self._remove(guard)
             _close(guard)
             ids = guard.ids
         if ids and self.reporter.is_main:
@@ -265,30 +275,35 @@ class Runner:
                 problems.append(f"{name} ({type(error).__name__}: {error})")
                 _close(guard)
                 self.guards[self.guards.index(guard)] = fresh = type(guard)()
+                self._called.clear()
                 self._setup(fresh, run)
         return problems
 
 
 class _Isolation:
-    """An exception inside disables the guard; time is counted. Hooks of a guard keep theirs in `failure`."""
+    """An exception inside disables the guard; time is counted. Hooks of a guard keep theirs in `failure`. `faults`: on
+    the thread beside the training, which notes the exception there and leaves the guard as it is."""
 
-    def __init__(self, runner: Runner, guard: Guard):
-        self.runner, self.guard = runner, guard
+    def __init__(self, runner: Runner, guard: Guard, faults: dict[str, str] | None):
+        self.runner, self.guard, self.faults = runner, guard, faults
 
     def __enter__(self):
         self._begin = time.perf_counter()
 
     def __exit__(self, kind, error, trace) -> bool:
-        name = type(self.guard).__name__
-        self.runner.seconds[name] += time.perf_counter() - self._begin
+        name, seconds = type(self.guard).__name__, time.perf_counter() - self._begin
+        (self.runner.seconds if self.faults is None else self.runner.seconds_beside)[name] += seconds
         error = error or self.guard.failure
         if error is None or isinstance(error, CannotJudge) or not isinstance(error, Exception):
             return False
-        self.runner.fail(name, _say(error))
+        if self.faults is None:
+            self.runner.fail(name, say(error))
+        else:
+            self.faults.setdefault(name, say(error))
         return True
 
 
-def _say(error: Exception) -> str:
+def say(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
 
@@ -299,5 +314,5 @@ def _close(guard: Guard) -> None:
         guard.close()
 
 
-def _overrides(guard: Guard, method: str) -> bool:
+def overrides(guard: Guard, method: str) -> bool:
     return getattr(type(guard), method) is not getattr(Guard, method)

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from transformers import Trainer
 
-from recipe.guards.batches import IGNORE_INDEX, SeenTokens, flags_of, input_ids_of
+from recipe.guards.batches import IGNORE_INDEX, SeenTokens, input_ids_of, send_tokens
 from recipe.guards.guard import CannotJudge
 from recipe.guards.head import LossTargets
 from recipe.guards.objective import Objective, find_objective
@@ -62,10 +62,7 @@ class Batch:
 
     def seen_tokens(self, all_rows: bool = False) -> SeenTokens:
         """`inputs`, or the whole micro-batch, as the tokens tap gives them."""
-        inputs = self.all_inputs if all_rows else self.inputs
-        names = ("input_ids", "labels", "attention_mask", "position_ids")
-        flags = flags_of(*map(inputs.get, names), self.run.pad_token_id)
-        return SeenTokens(inputs["input_ids"].cpu().numpy(), flags.cpu().numpy())
+        return send_tokens(self.all_inputs if all_rows else self.inputs, self.run.pad_token_id).read()
 
     def loss_of(self, inputs: dict | None = None) -> Callable[[], torch.Tensor]:
         """The trainer's own loss of these inputs, in the trainer's precision."""

@@ -1,7 +1,13 @@
 """The guards on one training of one Trainer: sets them up, carries each step to the main process, keeps their state.
 
+A step's tensors are copied to the host while the next step runs. A worker thread reads them, hashes and counts the
+tokens, gathers on the main process what the ranks have kept, and has the guards judge it; the training's own thread
+takes the verdicts when the next step ends, and reports them. So nothing is ever left out because the machine is slow,
+and the training waits only where the worker takes longer than a step.
+
 Every rank takes part in every exchange, also one on which the guards have failed: an exchange is never inside code
-that may raise.
+that may raise. What the main process decides (to stop, a guard that is off) is sent with the next step's exchange, and
+at saves, evaluations and the end at once, so that all ranks act at the same step.
 """
 
 import functools
@@ -14,18 +20,20 @@ from pathlib import Path
 import torch
 from transformers import Trainer
 
+from recipe.guards.batches import shape_of
 from recipe.guards.checkpoint import part_of_ranks, read_session, restore, warn_damaged, write_session
-from recipe.guards.finite import not_finite
 from recipe.guards.guard import CannotJudge, Finding, Guard
 from recipe.guards.ngrams import TRAINED_BEFORE
 from recipe.guards.ranks import Ranks
-from recipe.guards.records import StepRecord, append_line
+from recipe.guards.records import StepRecord
 from recipe.guards.reporter import Reporter
 from recipe.guards.run import Run
 from recipe.guards.runner import Runner
 from recipe.guards.sandbox import PinnedBatch
-from recipe.guards.taps import Evaluation, LocalStep, PendingStep, Step, Taps, norm_of
+from recipe.guards.step import Evaluation
+from recipe.guards.taps import LocalStep, PendingStep, Taps
 from recipe.guards.trackers import Trackers
+from recipe.guards.worker import Exchanged, Worker, decided, exchange, take_news, why
 
 logger = logging.getLogger("recipe.guards")
 
@@ -35,8 +43,6 @@ PROBE_AGAIN = 20
 # Steps between the probes of guards that probe at saves too. Chosen: such a probe costs the forward pass of some
 # thousand tokens, a hundredth of that many steps of the demo.
 PROBE_EVERY = 64
-# Steps kept for windows, of which references name their own. Chosen, not measured.
-HISTORY = 1000
 SECOND_PASS = "a second pass over the data has begun"
 
 
@@ -69,7 +75,8 @@ def survives(method: Callable) -> Callable:
 class Session:
     """`history`: a record a step, oldest first. `failure`: why the guards are off, None while they are in force; a
     rank that fails takes part in the exchanges until the others know of it (`is_over`). `run`, `runner`, `taps`: None
-    before the first micro-batch. `last_end`: of a step, or of what does not count as training time."""
+    before the first micro-batch. `last_end`: of a step, or of what does not count as training time. `stop_asked`: by
+    this rank or one that told it so; `is_stopping`, `stopped_by`: all ranks know of it, and by which finding."""
 
     def __init__(self, trainer: Trainer, options: Options, reporter: Reporter, ranks: Ranks, output_dir: Path):
         self.trainer, self.options, self.reporter, self.ranks = trainer, options, reporter, ranks
@@ -77,16 +84,17 @@ class Session:
         self.history: list[StepRecord] = []
         self.tokens_seen, self.passes, self.learning_rate_sum = 0, 1, 0.0
         self.failure: str | None = None
-        self.is_over = self.stop_asked = False  # over: every rank knows of the failure
+        self.is_over = self.stop_asked = self.is_stopping = False  # over: every rank knows of the failure
+        self.stopped_by: Finding | None = None
         self.trackers = Trackers(trainer, self.is_main, len(reporter.findings))
         self.run: Run | None = None
         self.runner: Runner | None = None
         self.taps: Taps | None = None
         self.local = LocalStep(step=trainer.state.global_step)
         self._announced: set[str] = set()  # sources whose second pass has begun
-        self._passes: list[tuple[str, int | None, str]] = []  # noticed on this rank, not sent yet
+        self.passes_to_send: list[tuple[str, int | None, str]] = []  # noticed on this rank, not sent yet
         self._is_due = self._is_closed = False  # due: a step has ended and is not judged yet
-        self._pending: PendingStep | None = None
+        self._worker = Worker()
         self.last_end = time.perf_counter()
 
     @property
@@ -105,7 +113,7 @@ class Session:
             if self.options.only_check:
                 raise
             logger.error("the guards failed and are off; the training goes on without them", exc_info=error)
-            self.failure = f"the guards failed with {type(error).__name__}: {error}"
+            self.failure = why(error)
             return None
 
     # --- before the first step
@@ -114,8 +122,8 @@ class Session:
         """Sets the guards up, restores them, and runs the probes. `own_step`: see `Run`."""
         saved = read_session(checkpoint) if checkpoint is not None and self.is_main else None
         names = {guard.__name__ for guard in self.options.guards if guard.on_every_rank}
-        shared = self.ranks.broadcast(saved and part_of_ranks(saved, names))
-        self._prepare(inputs, num_items_in_batch, own_step, saved or shared, checkpoint)
+        shared, micro_batch = self.ranks.broadcast((saved and part_of_ranks(saved, names), shape_of(inputs)))
+        self._prepare(inputs, num_items_in_batch, own_step, saved or shared, checkpoint, micro_batch)
         unreported, self.reporter.unreported = self.reporter.unreported, []
         ranks = self.ranks.gather((unreported, self.failure))
         if self.is_main:
@@ -127,11 +135,11 @@ class Session:
         self.reporter.log_start(is_off=self.is_over)
 
     @survives
-    def _prepare(self, inputs, num_items_in_batch, own_step, saved, checkpoint: Path | None) -> None:
+    def _prepare(self, inputs, num_items_in_batch, own_step, saved, checkpoint: Path | None, micro_batch) -> None:
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         tokens_seen = self.history[-1]["tokens_seen"] if self.history else None
-        run = Run(trainer, model, inputs, self.options.facts, tokens_seen)
+        run = Run(trainer, model, inputs, self.options.facts, tokens_seen, micro_batch)
         run.own_step, run.pinned = own_step, PinnedBatch(run)
         run.find_reference(self.options.trajectory)
         self.tokens_seen, self.run = run.tokens_seen, run
@@ -153,6 +161,7 @@ class Session:
         self._probe(inputs, num_items_in_batch, is_first=True)
 
     def _probe(self, inputs, num_items_in_batch, is_first: bool) -> None:
+        self._worker.wait()  # it is with the guards
         self.runner.probe(self.run, inputs, num_items_in_batch, self.local.step, self.tokens_seen, is_first)
 
     # --- micro-batches
@@ -164,8 +173,9 @@ class Session:
         if self.runner.probed_at != self.local.step and (self.reporter.waiting or self.local.step == PROBE_AGAIN):
             self._probe(inputs, num_items_in_batch, is_first=False)
         elif self.local.step % PROBE_EVERY == 0:
+            self._worker.wait()
             self.runner.probe_at_save(self.run, self.local.step, self.tokens_seen)
-        self.runner.before_micro_step(self.run)
+        self.runner.call("before_micro_step", self.run, self.run)
         return self.taps.begin_micro_step(self.local, inputs)
 
     @survives
@@ -180,16 +190,19 @@ class Session:
     def before_step(self, learning_rates: list, scheduled_rates: list) -> None:
         self.local.learning_rates, self.local.scheduled_rates = learning_rates, scheduled_rates
         self.taps.before_step(self.local)
-        self.runner.before_step(self.run, self.local)
+        self.runner.call("before_step", self.run, self.local)
 
     @survives
     def after_step(self) -> None:
         self.taps.after_step(self.local)
-        self.runner.after_step(self.run, self.local)
+        self.runner.call("after_step", self.run, self.local)
 
     def end_step(self, step: int) -> None:
+        if self._is_closed:
+            return
         self._is_due = True
-        self._pending = self._send(step) if self.local.losses and self.is_watching else None
+        pending = self._send(step) if self.local.losses and self.is_watching else None
+        self._worker.submit(exchange, self, pending, take_news(self), decided(self))
         self.local = self.local.next(step, self.trainer.args.gradient_accumulation_steps)
 
     @survives
@@ -198,76 +211,69 @@ class Session:
         num_tokens = self.local.num_tokens * self.run.world_size
         self.tokens_seen += num_tokens
         before, self.last_end = self.last_end, time.perf_counter()
-        record = {
-            "step": step,
-            "tokens_seen": self.tokens_seen,
-            "learning_rate": self.local.learning_rate,
-            "tokens_per_second": num_tokens / (self.last_end - before),
-        }
+        record = {"step": step, "tokens_seen": self.tokens_seen, "learning_rate": self.local.learning_rate}
+        record["tokens_per_second"] = num_tokens / (self.last_end - before)
         return PendingStep(record, self.local, self.runner.measure(self.run, self.local))
 
-    def flush(self, stopped_by: Finding | None) -> Finding | None:
-        """Read the step before, send it to the main process and judge it there. Afterwards every rank knows whether to
-        stop (`stop_asked`) and because of which finding, which is returned."""
+    def flush(self, is_final: bool = True) -> Finding | None:
+        """Take the step before from the worker; the main process judges it. Afterwards every rank has the same
+        `is_stopping`, `stopped_by` (returned) and `is_over`. `is_final`: all ranks know what was decided now."""
         if not self._is_due:
-            return stopped_by
+            return self.stopped_by
         self._is_due = False
-        pending, self._pending = self._pending, None
-        payload = (self._read(pending) if pending is not None else None) or {}
-        unreported, self.reporter.unreported = self.reporter.unreported, []
-        failed = dict(self.runner.failed) if self.runner is not None else {}
-        payload["passes"], self._passes = self._passes, []
-        payload |= {"findings": unreported, "stop": self.stop_asked, "failed": failed, "failure": self.failure}
-        ranks = self.ranks.gather(payload)
+        found: Exchanged = self._worker.result()
+        self.attempt(_raise, found.fault)
+        self._fail(found.faults)
         if self.is_main:
-            self._judge(pending, ranks)
-            self.stop_asked |= any(payload["stop"] for payload in ranks)
-            self.failure = next((payload["failure"] for payload in ranks if payload["failure"]), self.failure)
-        failed = dict(self.runner.failed) if self.runner is not None else {}
-        answer = self.ranks.broadcast((self.stop_asked, stopped_by, failed, self.failure))
-        self.stop_asked, stopped_by, failed, self.failure = answer
-        self.is_over = self.failure is not None
-        for name, what in failed.items() if self.runner is not None else ():
-            self.runner.fail(name, what)
+            self._report(found)
+            self.stop_asked |= any(payload["stop"] for payload in found.ranks)
+            self.failure = next((p["failure"] for p in found.ranks if p["failure"]), self.failure)
+        is_at_once = is_final or self.ranks.world_size == 1
+        answer = self.ranks.broadcast(decided(self)) if is_at_once else found.answer
+        self.is_stopping, stopped_by, failed, failure = answer
+        self.stopped_by = stopped_by or self.stopped_by
+        self.is_over, self.failure = failure is not None, failure or self.failure
+        self._fail(failed)
         self.trackers.send_findings(self.reporter.findings)
-        return stopped_by
+        return self.stopped_by
+
+    def _fail(self, faults: dict[str, str]) -> None:
+        for name in faults if self.runner is not None else ():
+            self.runner.fail(name, faults[name])
 
     @survives
-    def _read(self, pending: PendingStep) -> dict:
-        values = with_documents(pending.read(), pending.local, self.options.documents_of)
-        return {**values, "payloads": self.runner.leave_out_unsendable(values["payloads"], self.run)}
-
-    @survives
-    def _judge(self, pending: PendingStep | None, ranks: list[dict]) -> None:
-        self.reporter.report_others([payload["findings"] for payload in ranks])
-        for announced in [announced for payload in ranks for announced in payload["passes"]]:
-            self.announce_pass(*announced)
-        for rank, payload in enumerate(ranks[1:], 1):
-            for name, what in payload["failed"].items():
-                self.runner.fail(name, f"{what} on rank {rank}")
-        if pending is None or any("loss" not in payload for payload in ranks):
-            return
-        loss = sum(payload["loss"] for payload in ranks) / len(ranks)
-        record: StepRecord = {**pending.record, "loss": loss, "grad_norm": norm_of(ranks)}
-        self.history = [*self.history[1 - HISTORY :], record]
-        self.learning_rate_sum += record["learning_rate"]
-        step = Step.gather(self.run, self.taps, record, self.history, self.passes, pending.local, ranks)
-        self.runner.observe(step)
-        append_line(self.output_dir / "steps.jsonl", record)
+    def _report(self, found: Exchanged) -> None:
+        self.reporter.report_others([payload["findings"] for payload in found.ranks])
+        for message in found.messages:
+            logger.info("%s", message)
+        for rank, payload in enumerate(found.ranks[1:], 1):
+            self._fail({name: f"{what} on rank {rank}" for name, what in payload["failed"].items()})
+        if (step := found.step) is not None:
+            self.history = step.history
+            self.learning_rate_sum += step.record["learning_rate"]
+            self.reporter.take(found.verdicts, step.number, step.tokens_seen)
 
     def announce_pass(self, source: str, tokens_in_pass: int | None, message: str) -> None:
         """On other ranks than the main process: to be sent there with the step."""
         if not self.is_main:
-            self._passes.append((source, tokens_in_pass, message))
-        elif source not in self._announced:
-            self._announced.add(source)
+            self.passes_to_send.append((source, tokens_in_pass, message))
+            return
+        self._worker.wait()
+        if self.note_pass(source, tokens_in_pass):
             logger.info("%s", message)
-            self.begin_pass(tokens_in_pass)
 
-    def begin_pass(self, tokens_in_pass: int | None) -> None:
+    def note_pass(self, source: str, tokens_in_pass: int | None, faults: dict | None = None) -> bool:
+        """Whether it is new. `faults`: see `Runner`; on the worker's thread."""
+        if is_new := source not in self._announced:
+            self._announced.add(source)
+            self.begin_pass(tokens_in_pass, faults)
+        return is_new
+
+    def begin_pass(self, tokens_in_pass: int | None, faults: dict | None = None) -> None:
+        """While no step is with the worker, or on its thread."""
         self.passes += 1
         if self.is_watching:
-            self.runner.begin_pass(tokens_in_pass)
+            self.runner.begin_pass(tokens_in_pass, faults)
             if self.taps.ngrams is not None:
                 self.taps.ngrams.model.stop(SECOND_PASS)
 
@@ -304,18 +310,23 @@ class Session:
     # --- state
 
     def save(self, checkpoint: Path) -> None:
-        """On every rank. Raises `OSError` where the disk fails: this costs the checkpoint, not the guards."""
+        """On every rank, after `flush`. Raises `OSError` where the disk fails: that costs the state, no more."""
         state = self.attempt(state_of, self)
         if state is not None and checkpoint.is_dir():
             write_session(checkpoint, *state)
 
     def close(self) -> None:
         self._is_closed = True
-        if self.runner is not None:
-            self.runner.close()
-        if self.taps is not None:
-            self.taps.close()
-        self.ranks.close()
+        is_busy = self._worker.close(is_waiting=self.ranks.world_size == 1)
+        for part in filter(None, (self.runner, self.taps)):
+            part.close()
+        if not is_busy:
+            self.ranks.close()
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def state_of(session: Session) -> tuple[dict, dict, dict] | None:
@@ -328,10 +339,3 @@ def state_of(session: Session) -> tuple[dict, dict, dict] | None:
     own = {name: getattr(session, name) for name in ("passes", "learning_rate_sum")}
     own |= {"step": session.local.step, "reporter": session.reporter.save(), "guards": numbers}
     return own, arrays, {**session.taps.save(), "pinned": session.run.pinned.save()}
-
-
-def with_documents(values: dict, local: LocalStep, documents_of: Callable | None) -> dict:
-    """Those of the micro-batches that are not finite."""
-    bad = not_finite(values["losses"], values["grad_norm"]) if documents_of is not None else []
-    names = [name for number in bad for name in documents_of(local.first_micro_batch + number)]
-    return {**values, "documents": list(dict.fromkeys(names))}

@@ -42,7 +42,7 @@ class SlowPath(Guard):
     MIN_RECOMPILED = 2
 
     def setup(self, run) -> None:
-        self.graphs: int | None = None  # of this process: not saved
+        self.is_compiled, self.graphs = run.is_compiled, None  # graphs: of this process, not saved
 
     def probe(self, batch) -> Iterator[Verdict]:
         if not batch.is_first:
@@ -74,13 +74,17 @@ class SlowPath(Guard):
         has_choice = device.type == "cuda" or not called.dropout
         return self.judge_attention(*time_attention(called.shapes[0], batch.run.dtype, device), has_choice)
 
-    def observe(self, step) -> Iterator[Verdict]:
-        if not step.run.is_compiled or step.number < self.COMPILED_BY:
-            return
+    def measure(self, local) -> tuple[int, int] | None:
+        """Graphs compiled since the first call that counts, and breaks in them."""
+        if not self.is_compiled or local.step + 1 < self.COMPILED_BY:
+            return None
         graphs = count_graphs()
         self.graphs = graphs if self.graphs is None else self.graphs
-        finding = self.judge_compiled(graphs - self.graphs, count_graph_breaks())
-        yield finding or self.clear()
+        return graphs - self.graphs, count_graph_breaks()
+
+    def observe(self, step) -> Iterator[Verdict]:
+        if (counts := step.payload(self)) is not None:
+            yield self.judge_compiled(*counts) or self.clear()
 
     @classmethod
     def judge_precision(cls, dtype: torch.dtype, seconds: float, seconds_fp32: float) -> Finding | None:

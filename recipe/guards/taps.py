@@ -1,7 +1,7 @@
-"""What is recorded on each rank, without waiting for the device, and what guards are given of it.
+"""What is recorded on each rank, without waiting for the device.
 
 TAPS:
-    tokens       ids and flags of every micro-batch, `Step.tokens`
+    tokens       every micro-batch's tokens, for `Guard.measure_tokens`, and counts of their labels, `Step.labels`
     head         which targets a few positions were scored on, `Step.head`
     gradients    what micro-batches added to the gradient of one parameter or two, `Step.gradients`
     ngrams       n-gram models of the tokens, on the main process, `Step.ngrams`
@@ -9,31 +9,45 @@ TAPS:
 Losses, learning rates, gradient norm and `num_items_in_batch` are always recorded.
 """
 
-import math
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from recipe.guards.batches import SCORED, AsyncCopy, PendingTokens, SeenTokens, input_ids_of, scored_part, send_tokens
+from recipe.guards.batches import (
+    AsyncCopy,
+    PendingTokens,
+    SeenTokens,
+    input_ids_of,
+    scored_part,
+    send_tokens,
+)
 from recipe.guards.gradients import GradientNorms, GradientTap
-from recipe.guards.guard import CannotJudge, Guard
+from recipe.guards.guard import CannotJudge
 from recipe.guards.head import HeadTap, SampledRows
-from recipe.guards.ngrams import NgramTap
-from recipe.guards.records import StepRecord
+from recipe.guards.ngrams import NgramRows, NgramTap, choose_every, choose_rows
 from recipe.guards.run import Run
 
 TAPS = ("tokens", "head", "gradients", "ngrams", "evaluation")
 # Steps; sampling the head's gradient costs half a per cent of the demo's step (measured by
 # `python -m tests.benchmarks guards`).
 SAMPLE_EVERY = 2
+# Micro-batches of a step. Of more, one is sampled in its turn, and all of them when all have had theirs. Chosen: each
+# takes some 80 operations on the device, whose calls the training waits for.
+MAX_SAMPLED = 8
 # And every 100th after the last. Chosen, not measured: ranks that begin apart are found at once, later drift in time.
 CHECKED_STEPS = (1, 10, 100)
 Rates = list[tuple[float | None, float | None]]
+
+
+def is_sampled(step: int, micro_step: int, num_micro_batches: int) -> bool:
+    """Whether a micro-batch is, in the step after `step` of them."""
+    turn, rest = divmod(step, SAMPLE_EVERY)
+    of_all = num_micro_batches <= MAX_SAMPLED or turn % num_micro_batches == 0
+    return not rest and (of_all or micro_step == turn % num_micro_batches)
 
 
 def is_checked(step: int) -> bool:
@@ -47,8 +61,8 @@ def is_checked(step: int) -> bool:
 @dataclass
 class LocalStep:
     """One optimizer step on this rank. `step`: optimizer steps before it; `first_micro_batch`: micro-batches of this
-    training. `learning_rates`: `(lr, initial_lr)` of each
-    parameter group; `scheduled_rates`: what the scheduler says they are. `grad_norm`: before clipping, None where
+    training. `head`: with the number of its micro-batch. `learning_rates`: `(lr, initial_lr)` of each parameter group;
+    `scheduled_rates`: what the scheduler says they are. `grad_norm`: before clipping, None where
     nothing is clipped; `clipped_norm`: of all gradients after clipping, where it was measured. `was_saved`: or
     evaluated, since the step before. `weights_before`, `weights_after`: see `updates.sample_once`."""
 
@@ -56,7 +70,7 @@ class LocalStep:
     first_micro_batch: int = 0
     losses: list[torch.Tensor] = field(default_factory=list)
     tokens: list[PendingTokens] = field(default_factory=list)
-    head: list[SampledRows] = field(default_factory=list)
+    head: list[tuple[int, SampledRows]] = field(default_factory=list)
     num_items: Any = None
     grad_norm: torch.Tensor | float | None = None
     clipped_norm: torch.Tensor | None = None
@@ -84,43 +98,54 @@ class PendingStep:
         self.record, self.local = record, local
         self._payloads = {name: _send(value) for name, value in payloads.items()}
         self._num_items = _send(local.num_items)
-        losses = [loss.float().reshape(()) for loss in local.losses]
-        total = losses[0]
-        for loss in losses[1:]:  # in the order and precision in which Trainer adds them
-            total = total + loss
-        norms = [_on_device(norm, total) for norm in (local.grad_norm, local.clipped_norm)]
-        gradients = [gradient.to(total.device) for gradient in local.gradients if gradient is not None]
-        self._values = AsyncCopy(torch.cat([torch.stack([total, *norms, *losses]), *gradients]))
+        first = local.losses[0]
+        norms = [_on_device(norm, first) for norm in (local.grad_norm, local.clipped_norm) if norm is not None]
+        numbers = torch.stack([*norms, *(loss.reshape(()) for loss in local.losses)]).float()
+        gradients = [gradient.to(first.device) for gradient in local.gradients if gradient is not None]
+        self._values = AsyncCopy(torch.cat([numbers, *gradients]) if gradients else numbers)
+
+    @property
+    def step(self) -> int:
+        return self.record["step"]
+
+    def read_tokens(self) -> list[SeenTokens]:
+        return [tokens.read() for tokens in self.local.tokens]
 
     def read(self) -> dict:
         """What this rank sends to the main process, as plain values."""
-        loss, norm, clipped_norm, *values = self._values.read().tolist()
-        losses, norms = values[: len(self.local.losses)], iter(values[len(self.local.losses) :])
+        values = self._values.read()
+        numbers = iter(values.tolist())
+        grad_norm, clipped_norm = (
+            None if norm is None else next(numbers) for norm in (self.local.grad_norm, self.local.clipped_norm)
+        )
+        losses = [next(numbers) for _ in self.local.losses]
         return {
-            "loss": loss,
-            "grad_norm": norm if self.local.grad_norm is not None else None,
+            # In the order and precision in which Trainer adds them.
+            "loss": added(losses),
+            "grad_norm": grad_norm,
             "norm_is_of_part": isinstance(self.local.grad_norm, DTensor)
             and self.local.grad_norm.placements[0].is_partial(),
-            "clipped_norm": clipped_norm if self.local.clipped_norm is not None else None,
+            "clipped_norm": clipped_norm,
             "losses": losses,
-            "gradients": [None if g is None else [next(norms) for _ in g] for g in self.local.gradients],
-            "tokens": [tokens.read() for tokens in self.local.tokens],
-            "head": [sampled.read() for sampled in self.local.head],
+            "gradients": [None if g is None else [next(numbers) for _ in g] for g in self.local.gradients],
+            "head": [(micro_step, sampled.read()) for micro_step, sampled in self.local.head],
             "num_items": _read(self._num_items),
             "payloads": {name: _read(value) for name, value in self._payloads.items()},
         }
 
 
-def _on_device(norm: torch.Tensor | float | None, like: torch.Tensor) -> torch.Tensor:
-    """A scalar beside `like`, NaN for None, without waiting for the device or for other ranks."""
+def added(losses: list[float]) -> float:
+    """One after another, in fp32."""
+    with np.errstate(all="ignore"):  # some may be infinite
+        return float(np.cumsum(losses, dtype=np.float32)[-1])
+
+
+def _on_device(norm: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    """A scalar beside `like`, without waiting for the device or for other ranks."""
     if isinstance(norm, torch.Tensor):
         norm = norm.to_local() if isinstance(norm, DTensor) else norm
         return norm.to(like.device, torch.float32).reshape(())
-    return torch.full((), math.nan if norm is None else norm, dtype=torch.float32, device=like.device)
-
-
-def _is_of_part(norm) -> bool:
-    return isinstance(norm, DTensor) and norm.placements[0].is_partial()
+    return torch.full((), norm, dtype=torch.float32, device=like.device)
 
 
 def _send(value):
@@ -138,118 +163,6 @@ def _read(value):
     if isinstance(value, dict):
         return {key: _read(each) for key, each in value.items()}
     return [_read(each) for each in value] if isinstance(value, list) else value
-
-
-# --- on the main process
-
-
-def norm_of(ranks: list[dict]) -> float | None:
-    """The gradient's norm before clipping. Under FSDP2 each rank knows that of its part, and the parts add up.
-    `ranks`: what `PendingStep.read` gave on each."""
-    norms = [payload["grad_norm"] for payload in ranks]
-    if None in norms or not ranks[0]["norm_is_of_part"]:
-        return norms[0]
-    return math.hypot(*norms)
-
-
-@dataclass
-class Step:
-    """One step of all ranks. `tokens`, `head`: `(rank, micro_step, ...)`. `losses`: of each micro-batch, rank after
-    rank. `gradients`, `clipped_norm`, `num_items`: of the main process. `history`: the last steps' records, this one's
-    the last. `passes`: over the data, 1 in the first. `documents`: of micro-batches that are not finite, where the
-    callback can name them. `payloads`: by guard, one entry for each rank."""
-
-    run: Run
-    record: StepRecord
-    history: list[StepRecord]
-    passes: int
-    losses: list[float]
-    learning_rates: Rates
-    scheduled_rates: list[float | None]
-    tokens: list[tuple[int, int, SeenTokens]]
-    head: list[tuple[int, int, dict]]
-    gradients: list[GradientNorms]
-    clipped_norm: float | None
-    num_items: float | None
-    was_saved: bool
-    documents: list[str]
-    payloads: dict[str, list[Any]]
-    ngrams: NgramTap | None
-
-    @classmethod
-    def gather(cls, run, taps: "Taps", record, history, passes: int, local: LocalStep, ranks: list[dict]) -> "Step":
-        """`ranks`: what `PendingStep.read` gave on each. Feeds the n-gram model."""
-        first, names = ranks[0], {name for payload in ranks for name in payload["payloads"]}
-        step = cls(
-            run=run,
-            record=record,
-            history=history,
-            passes=passes,
-            losses=[loss for payload in ranks for loss in payload["losses"]],
-            learning_rates=local.learning_rates,
-            scheduled_rates=local.scheduled_rates,
-            tokens=[(rank, micro, seen) for rank, p in enumerate(ranks) for micro, seen in enumerate(p["tokens"])],
-            head=[(rank, micro, rows) for rank, p in enumerate(ranks) for micro, rows in enumerate(p["head"])],
-            gradients=taps.name_gradients(first["gradients"]),
-            clipped_norm=first["clipped_norm"],
-            num_items=first["num_items"],
-            was_saved=local.was_saved,
-            documents=[name for payload in ranks for name in payload.get("documents", [])],
-            payloads={name: [payload["payloads"].get(name) for payload in ranks] for name in names},
-            ngrams=taps.ngrams,
-        )
-        if taps.ngrams is not None:
-            rows, flags = [piece[3] for piece in step.pieces], [piece[4] & SCORED != 0 for piece in step.pieces]
-            taps.ngrams.observe(rows, flags, record["loss"])
-            if (found := taps.ngrams.loss) is not None:
-                record["floor"], record["ceiling"] = found.floor, found.unigram
-        return step
-
-    @property
-    def number(self) -> int:
-        return self.record["step"]
-
-    @property
-    def tokens_seen(self) -> int:
-        return self.record["tokens_seen"]
-
-    def columns(self, count: int, *names: str) -> list[list]:
-        """The last `count` records' values, a list for each name."""
-        return [[record[name] for record in self.history[-count:]] for name in names]
-
-    def payload(self, guard: Guard) -> Any:
-        """What the guard's `measure` gave on the main process; None where it gave nothing."""
-        return self.payloads.get(type(guard).__name__, [None])[0]
-
-    @cached_property
-    def scored(self) -> list[int] | None:
-        """Targets of each micro-batch, in the order of `losses`; None where not all tokens are known."""
-        counts = [seen.num_scored for _, _, seen in self.tokens]
-        return counts if len(counts) == len(self.losses) else None
-
-    @cached_property
-    def pieces(self) -> list[tuple[int, int, int, np.ndarray, np.ndarray]]:
-        """Rank, micro-step, number, ids and flags of each stretch of text."""
-        return [
-            (rank, micro_step, number, ids, flags)
-            for rank, micro_step, seen in self.tokens
-            for number, (ids, flags) in enumerate(seen.pieces)
-        ]
-
-
-@dataclass
-class Evaluation:
-    """One evaluation. `ranks`: what `EvaluationTap.take` gave on each. `metrics`: what it reported. `repeated`: two
-    losses of the pinned batch, empty where none is pinned."""
-
-    run: Run
-    step: int
-    tokens_seen: int
-    metrics: dict[str, float]
-    ranks: list[dict]
-    history: list[StepRecord]
-    passes: int
-    repeated: list[float]
 
 
 # --- the taps
@@ -293,7 +206,8 @@ class Taps:
         self.head: HeadTap | None = None
         self.gradients: list[GradientTap] = []
         self.evaluation = EvaluationTap() if "evaluation" in names else None
-        self.ngrams = NgramTap(run.vocab_size) if "ngrams" in names and run.is_main and run.has_tokens else None
+        self.has_ngrams = "ngrams" in names and run.has_tokens
+        self.ngrams = NgramTap(run.vocab_size) if self.has_ngrams and run.is_main else None
         if "head" in names and run.has_tokens and not run.is_compiled:
             with suppress(CannotJudge):  # the probe of the targets says so
                 self.head = HeadTap(run.model)
@@ -304,11 +218,11 @@ class Taps:
 
     def begin_micro_step(self, local: LocalStep, inputs) -> PendingTokens | None:
         """Before the forward pass of a micro-batch of the training, not of those of probes."""
-        is_sampled = local.step % SAMPLE_EVERY == 0
-        if self.head is not None and is_sampled:
+        is_chosen = is_sampled(local.step, len(local.losses), self.run.args.gradient_accumulation_steps)
+        if self.head is not None and is_chosen:
             self.head.begin(input_ids_of(inputs))
         for tap in self.gradients:
-            tap.is_listening = is_sampled or not tap.of_matrices
+            tap.is_listening = is_chosen or not tap.of_matrices
         return send_tokens(inputs, self.run.pad_token_id) if self.reads_tokens else None
 
     def end_micro_step(self, local: LocalStep, inputs, tokens: PendingTokens | None) -> None:
@@ -320,7 +234,12 @@ class Taps:
         if tokens is not None:
             local.tokens.append(tokens)
         if self.head is not None and (sampled := self.head.take()) is not None:
-            local.head.append(sampled)
+            local.head.append((len(local.losses) - 1, sampled))
+
+    def choose_rows(self, step: int, tokens: list[SeenTokens]) -> NgramRows | None:
+        """What the n-gram model on the main process is given of this rank's step."""
+        every, ranks = choose_every(self.run.step_size[0]), (self.run.rank, self.run.world_size)
+        return choose_rows(tokens, every, step, *ranks) if self.has_ngrams else None
 
     def begin_prediction(self, inputs) -> PendingTokens | None:
         return self.evaluation.begin(inputs) if self.evaluation is not None else None

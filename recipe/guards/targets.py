@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from recipe.guards.batches import IGNORE_INDEX, LABEL_IS_NEXT, LABEL_IS_TOKEN, SeenTokens
+from recipe.guards.batches import IGNORE_INDEX, LabelCounts
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
 from recipe.guards.head import MIN_POSITIONS, POSITIONS, LossTargets, count_hits
 from recipe.guards.labels import (
@@ -17,6 +17,7 @@ from recipe.guards.labels import (
     judge_last_position,
     judge_prompts,
     judge_softmax,
+    name_labels,
     share_off,
 )
 from recipe.guards.objective import most, shifts_of
@@ -51,7 +52,8 @@ class LossTarget(Guard):
     """The loss is not computed on the next token.
 
     When: before step 1, at step 20 and when a loss curve has to be explained. During training the labels of all rows
-        at every step, and at every second one 18 positions in up to 4 rows of each micro-batch.
+        at every step, and at every second one 18 positions in up to 4 rows of each micro-batch (of more than 8, of one
+        by turns, and of all once all have had their turn).
     Measured: what the loss is, by changing up to 8 labels a row, else tokens, at the same logits: the gradient there
         moves where a changed one is the target, and with what sign. Most targets so found at token i or i+2 are an
         error in any loss (preferences, mixtures, several heads). The gradient of a cross entropy is `w (p -
@@ -246,15 +248,17 @@ class LossTarget(Guard):
         if not step.run.is_next_token:
             return
         self.max_elsewhere = 1.0 if are_noisy(step) else self.MAX_ELSEWHERE_SAMPLED
-        checks = {"head": (step.head, self._judge_head), "labels": (step.tokens, self._judge_labels)}
-        for check, (given, judge) in checks.items():
-            found = [(finding, rank, micro_step) for rank, micro_step, each in given for finding in judge(each)]
-            for finding, rank, micro_step in found:
-                finding.evidence.update(rank=rank, micro_step=micro_step)
-            if given:
-                yield from self._verdicts([finding for finding, *_ in found], check)
-        if step.tokens and self.state["labels_are"] in ("own", "next"):
-            yield self._judge_change(step) or self.clear("wrong_loss_target", "change")
+        found = [(finding, rank, micro) for rank, micro, each in step.head for finding in self._judge_head(each)]
+        for finding, rank, micro_step in found:
+            finding.evidence.update(rank=rank, micro_step=micro_step)
+        if step.head:
+            yield from self._verdicts([finding for finding, *_ in found], "head")
+        if step.targets:
+            known = self.state["labels_are"]
+            self.state["labels_are"] = known or name_labels(step, self.LABELS_TO_LEARN, self.LABEL_CLEAR)
+            yield from self._verdicts(list(self.judge_labels(self.state["labels_are"], step.labels)), "labels")
+            if self.state["labels_are"] in ("own", "next"):
+                yield self._judge_change(step) or self.clear("wrong_loss_target", "change")
 
     def _judge_head(self, sampled: dict) -> list[Finding]:
         place = sampled["first_position"] + POSITIONS // 2
@@ -270,32 +274,26 @@ class LossTarget(Guard):
         self.state["changes"] = count_changes(*self.state["changes"], off)
         return judge_change(self.wrong_target, *self.state["changes"], off, step.number, labels_are)
 
-    def _judge_labels(self, seen: SeenTokens) -> Iterator[Finding]:
-        kinds = [(seen.flags & flag != 0) & seen.scored for flag in (LABEL_IS_TOKEN, LABEL_IS_NEXT)]
-        counts = [each.sum(axis=1) for each in (seen.scored, *kinds)]
-        count, own, following = (int(each.sum()) for each in counts)
-        if self.state["labels_are"] is None and count >= self.LABELS_TO_LEARN:
-            most, name = (own, "own") if own >= following else (following, "next")
-            self.state["labels_are"] = name if most > self.LABEL_CLEAR * count else "neither"
-        return self.judge_labels(self.state["labels_are"], *counts)
-
     @classmethod
-    def judge_labels(cls, labels_are: str | None, count, own, following) -> Iterator[Finding]:
-        """Of each row whose labels are not as in most rows. `count` `[rows]`: scored labels; `own`, `following`: those
-        that are the token itself, or the next."""
+    def judge_labels(cls, labels_are: str | None, labels: LabelCounts) -> Iterator[Finding]:
+        """Of each row whose labels are not as in most rows."""
         if labels_are in (None, "neither"):
             return
-        right, other = (own, following) if labels_are == "own" else (following, own)
+        count, right, other = labels.scored, labels.own, labels.following
+        if labels_are == "next":
+            right, other = other, right
         shifted = "double_label_shift" if labels_are == "own" else "missing_label_shift"
-        for row in np.flatnonzero((count >= MIN_POSITIONS) & (right < cls.LABEL_MAJORITY * count)).tolist():
+        for at in np.flatnonzero((count >= MIN_POSITIONS) & (right < cls.LABEL_MAJORITY * count)).tolist():
+            place = {name: int(getattr(labels, name)[at]) for name in ("row", "rank", "micro_step")}
+            fit = f"{right[at]} of {count[at]} fit"
             yield cls.finding(
                 "error",
-                id=shifted if other[row] > cls.LABEL_MAJORITY * count[row] else "wrong_loss_target",
-                found=f"labels of row {row} differ from others ({right[row]} of {count[row]} fit)",
+                id=shifted if other[at] > cls.LABEL_MAJORITY * count[at] else "wrong_loss_target",
+                found=f"labels of row {place['row']} differ from others ({fit})",
                 expected=f"{labels_are} tokens",
                 causes=("labels shifted or shuffled",),
                 action="print this row's input_ids beside its labels",
-                evidence={"row": row, "fit": int(right[row])},
+                evidence={**place, "fit": int(right[at])},
             )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from recipe.guards.batches import SeenTokens
 from recipe.guards.guard import PROBE, STEP, CannotJudge, Finding, Guard, Verdict
 from recipe.guards.ngrams import NO_VOCABULARY
 from recipe.guards.run import tokenizer_sizes_of
@@ -52,12 +53,17 @@ class TokenRange(Guard):
         if finding is None and (finding := self.judge_kinds(occurring([ids], self.rows))):
             yield finding  # the steps look for more
 
+    def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> tuple[int, int, np.ndarray]:
+        lowest = min((int(seen.ids.min()) for seen in tokens), default=0)
+        highest = max((int(seen.ids.max()) for seen in tokens), default=0)
+        return lowest, highest, np.packbits(occurring([seen.ids for seen in tokens], self.rows))
+
     def observe(self, step) -> Iterator[Verdict]:
-        for _, _, seen in step.tokens:
-            self.state["lowest"] = min(self.state["lowest"], int(seen.ids.min()))
-            self.state["highest"] = max(self.state["highest"], int(seen.ids.max()))
-        if step.tokens:
-            self.state["occur"] |= occurring([seen.ids for *_, seen in step.tokens], self.rows)
+        for lowest, highest, occur in step.of_ranks(self):
+            self.state["lowest"] = min(self.state["lowest"], lowest)
+            self.state["highest"] = max(self.state["highest"], highest)
+            self.state["occur"] |= np.unpackbits(occur, count=self.rows).view(bool)
+        if step.of_ranks(self):
             finding = self.judge(self.state["lowest"], self.state["highest"], self.rows)
             yield finding or self.judge_kinds(self.state["occur"]) or self.clear()
 

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import logging
 import os
 import resource
 import statistics
@@ -14,18 +15,18 @@ import torch
 from transformers import TrainerCallback
 
 from recipe.__main__ import resolve
+from recipe.guards import worker
 from recipe.guards.callback import RegressionCallback
-from recipe.guards.ngrams import NgramTap
-from recipe.guards.runner import Runner
 from recipe.guards.session import PreflightDone
 from recipe.guards.taps import Taps
 from recipe.train import assemble, open_run
+from tests.benchmarks import guard_rate
 
 PARTS = {
-    "n-gram model (learn and score)": (NgramTap, "observe"),
+    "beside: reading, hashing, counting": (worker, "read"),
+    "beside: judging, on the main process": (worker, "observe"),
     "taps, before a micro-batch": (Taps, "begin_micro_step"),
     "taps, after a micro-batch": (Taps, "end_micro_step"),
-    "guards, one step on the main process": (Runner, "observe"),
     "end of step in all": (RegressionCallback, "on_step_end"),
 }
 # What `recipe.guards.attach.Wrapping` wraps, of the Trainer and of its accelerator.
@@ -69,7 +70,8 @@ def steps(folder: str, config: str, count: int, block: int, warm: int, **keys) -
         "off": statistics.median(seconds[False]),
         "ratios": ratios,
         "parts": {name: value / watched for name, value in spent.items()}
-        | {f"guard {name}": value / watched for name, value in run.guards.session.runner.seconds.items()},
+        | {f"guard {name}": value / watched for name, value in run.guards.session.runner.seconds.items()}
+        | {f"beside: {name}": value / watched for name, value in run.guards.session.runner.seconds_beside.items()},
         "findings": [finding.id for finding in run.guards.findings],
     }
 
@@ -154,6 +156,16 @@ def training(folder: str, config: str, **keys) -> dict:
     before, started = peak_megabytes(), time.perf_counter()
     run.trainer.train()
     return {"step": (time.perf_counter() - started) / 2, "megabytes": [before, peak_megabytes()]}
+
+
+def rate(folder: str, world_size: int) -> dict:
+    logging.disable(logging.WARNING)
+    return guard_rate.measure(folder, world_size)
+
+
+def operations(folder: str) -> float:
+    logging.disable(logging.WARNING)
+    return guard_rate.device_operations(folder)
 
 
 def peak_megabytes() -> float:
