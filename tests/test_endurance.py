@@ -18,7 +18,7 @@ TINY = {"block_size": 16, "per_device_train_batch_size": 1, "eval_strategy": "no
 def test_a_step_leaves_nothing_behind(write_config, tmp_path, monkeypatch):
     """Blocks of Python's allocator between steps 100 and 200, with short histories. It was 2.4 a step, of windows that
     are not full yet; an entry of the log kept for each step is 7, a pair of arrays 5."""
-    monkeypatch.setattr("recipe.guards.session.HISTORY", 16)
+    monkeypatch.setattr("recipe.guards.worker.HISTORY", 16)
     monkeypatch.setattr("recipe.trainer.LOGGED", 16)
     monkeypatch.setattr("recipe.data.packing.FIRST_TOKENIZE_BYTES", 1)
     monkeypatch.setattr("recipe.data.packing.TOKENIZE_BYTES", 1)
