@@ -105,6 +105,17 @@ def test_the_tests_for_a_device_ran(out):
     assert len(tests) >= 7 and {test["outcome"] for test in tests.values()} <= {"passed", "skipped"}
 
 
+def test_muon_is_compared(out):
+    values = values_of(out, "muon")
+    assert values["iteration"]["fp32"]["off by"] == 0 and values["iteration"]["bf16"]["off by"] < 0.1
+    assert values["torch's own"]["off by"] < 0.1 and values["resume"]["resumed"]["is bit-equal"]
+    assert all(milliseconds > 0 for milliseconds in values["step"].values())
+
+
+def test_memory_is_planned(out):
+    assert all(found["planned, GB"] > 0 for found in values_of(out, "memory").values())
+
+
 def test_the_curve_is_kept(out):
     curve = values_of(out, "schedule")["run"]["curve"]
     assert [record["step"] for record in curve] == list(range(1, len(curve) + 1)) and len(curve) >= 5

@@ -33,6 +33,8 @@ from transformers import (
 
 from recipe.guards import RegressionCallback
 from recipe.guards.session import Session, survives
+from recipe.guards.step import Step
+from recipe.guards.taps import PendingStep
 from recipe.results import verdict
 
 ROWS, LENGTH, STATES, EOS = 4, 64, 64, 256
@@ -505,15 +507,24 @@ def test_a_model_without_tokens_trains(tmp_path):
     assert "without input_ids" in guards.not_applicable["missing_label_shift"]
 
 
-@pytest.mark.parametrize("method", ["_prepare", "before_micro_step", "_send", "_read", "_judge"])
-def test_a_fault_of_the_guards_does_not_end_the_training(tmp_path, monkeypatch, caplog, method):
+@pytest.mark.parametrize(
+    "owner, method",
+    [
+        (Session, "_prepare"),
+        (Session, "before_micro_step"),
+        (Session, "_send"),
+        (PendingStep, "read"),
+        (Step, "gather"),
+    ],
+)
+def test_a_fault_of_the_guards_does_not_end_the_training(tmp_path, monkeypatch, caplog, owner, method):
     alone = make_trainer(tmp_path / "alone", steps=6)
     alone.train()
 
     def fails(*args, **kwargs):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(Session, method, survives(fails))
+    monkeypatch.setattr(owner, method, survives(fails) if owner is Session else fails)
     watched = make_trainer(tmp_path / "watched", steps=6)
     guards = watch(watched)
     assert watched.state.global_step == 6

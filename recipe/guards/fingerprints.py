@@ -47,6 +47,10 @@ class Hashed(NamedTuple):
         row, at = row[inside], at[inside]
         return row, at, self.keys[at]
 
+    def all_of_rows(self, every: int) -> tuple[np.ndarray, ...]:
+        """Those windows, and of the rows: digest, start and length."""
+        return *self.windows(every), self.digest, self.start, self.stop - self.start
+
     def tails(self, length: np.ndarray, stop: np.ndarray, every: int) -> tuple[np.ndarray, np.ndarray]:
         """Of stretches of rows: the number of each one's last window among those that are kept, or -1; their ends."""
         long = np.flatnonzero(length >= WINDOW)

@@ -79,15 +79,25 @@ class _RowTable:
         return self._position[self.find(position)]
 
 
-def find_copies(windows: SampledTable, digests: SampledTable, row, at, key, digest) -> Iterator[tuple]:
-    """What the tables have of these rows: row, its first copied token, number of tokens (None: the whole row), and its
-    position there."""
+def find_copies(
+    windows: SampledTable, digests: SampledTable, row, at, key, digest, start, length
+) -> Iterator[tuple[int, int, int, int]]:
+    """What the tables have of these rows: row, its first copied token, number of tokens, and their position there.
+    `row`, `at`, `key`: of windows; `digest`, `start`, `length`: of the rows."""
     found = windows.find(key)
     for index, first, span, _, earlier in find_stretches(row, at, found, found >= 0).T:
         yield index, first, span, earlier
-    found = digests.find(digest)
-    for index in (found >= 0).nonzero()[0]:
-        yield index, None, None, found[index]
+    whole = digests.find(digest)
+    yield from ((index, start[index], length[index], whole[index]) for index in (whole >= 0).nonzero()[0])
+
+
+def kinds_of(stretches, seen: Fingerprints, are_new, earlier_rows: _RowTable, tokens: int, every: int) -> np.ndarray:
+    """See `copies.mark_shared`. `tokens`: before this step."""
+    row, at, *others = stretches
+    at, begin = at - tokens, earlier_rows.starts(others[-1])
+    is_same_place = at - seen.start[row] == others[-1] - begin
+    rows, documents = (seen.start, seen.start + seen.length), (seen.document_start, seen.document_stop)
+    return mark_shared(np.stack([row, at, *others]), rows, documents, are_new, is_same_place, every)
 
 
 class Ledger:
@@ -140,7 +150,8 @@ class Ledger:
         copied = 0
         if is_whole.any() or matched.any():
             stretches = find_stretches(seen.row, at, earlier, matched & ~is_whole[seen.row])
-            copied = self._add_copies(seen, earlier_row, stretches, self._kinds(stretches, seen, are_new))
+            kinds = kinds_of(stretches, seen, are_new, self.rows, self.tokens, self.tables["windows"].every)
+            copied = self._add_copies(seen, earlier_row, stretches, kinds)
         self.tokens += seen.tokens
         self.micro_steps += int(seen.place[:, 2].max(initial=-1)) + 1
         self._forget(np.column_stack([position, seen.length]))
@@ -156,13 +167,6 @@ class Ledger:
         end, is_new = self.tokens + seen.tail_stop[kept], np.zeros(len(kept) + 1, bool)  # the last: for -1
         is_new[:-1][kept] = self._first_seen("tails", seen.tail_key[kept], end) == end
         return is_new[seen.row_tail], is_new[seen.document_tail]
-
-    def _kinds(self, stretches, seen: Fingerprints, are_new) -> np.ndarray:
-        row, at, *others = stretches
-        at, begin = at - self.tokens, self.rows.starts(others[-1])
-        is_same_place, every = at - seen.start[row] == others[-1] - begin, self.tables["windows"].every
-        rows, documents = (seen.start, seen.start + seen.length), (seen.document_start, seen.document_stop)
-        return mark_shared(np.stack([row, at, *others]), rows, documents, are_new, is_same_place, every)
 
     def _first_seen(self, name: str, keys: np.ndarray, position: np.ndarray) -> np.ndarray:
         """The position of each key's first occurrence in this pass: its own if it is new."""
@@ -189,8 +193,7 @@ class Ledger:
         of_rows = [whole, length[whole], length[whole], apart, np.ones_like(whole), earlier_row[whole]]
         of_rows.append(np.full_like(whole, COUNTS))
         row, at, span, windows, earlier = stretches
-        num_windows = np.bincount(seen.row, minlength=len(length))
-        tokens = length[row] * windows // np.maximum(num_windows[row], 1)
+        tokens = length[row] * windows // np.maximum(np.bincount(seen.row, minlength=len(length))[row], 1)
         of_stretches = [row, tokens, span, at - earlier, np.zeros_like(row), earlier, kinds]
         row, tokens, span, *others = np.hstack([of_rows, of_stretches])
         copies = np.column_stack([position[row], tokens, span * seen.novelty[row], *others]).astype(np.int64)
@@ -288,38 +291,32 @@ class Ledger:
         rows = [row for row in rows if len(row)]
         if not len(self.eval_rows) or not rows:
             return
-        hashed = hash_rows(rows)
-        own = *hashed.windows(self.tables["eval_windows"].every), hashed.digest
+        own = hash_rows(rows).all_of_rows(self.tables["eval_windows"].every)
         for index, _, span, at in find_copies(self.tables["eval_windows"], self.tables["eval_digests"], *own):
-            length = span or len(rows[index])
-            self._hit(at, length, int(length * novelty(rows[index])), step)
+            self._hit(at, span, int(span * novelty(rows[index])), step)
 
     def _match_others(self, seen: Fingerprints) -> None:
         """Those of other ranks, of which only the kept windows are known."""
         is_other = seen.place[:, 1] > 0
         kept = self.tables["eval_windows"].keeps(seen.key) & is_other[seen.row]
         others = seen.row[kept], seen.at[kept], seen.key[kept], np.where(is_other, seen.digest, -1)
+        others += seen.start, seen.length
         for index, _, span, at in find_copies(self.tables["eval_windows"], self.tables["eval_digests"], *others):
-            length = span or seen.length[index]
-            self._hit(at, length, int(length * seen.novelty[index]), seen.place[index, 0], self._beyond)
+            self._hit(at, span, int(span * seen.novelty[index]), seen.place[index, 0], is_sampled=True)
 
     def _match_train(self, rows, hashed: Hashed, first_row: int) -> None:
         """New eval rows against the train rows before them, of which only the kept windows are known."""
-        own = *hashed.windows(self.tables["windows"].every), hashed.digest
+        own, first = hashed.all_of_rows(self.tables["windows"].every), self.eval_rows[first_row, 0]
         for index, at, span, earlier in find_copies(self.tables["windows"], self.tables["digests"], *own):
-            length, begin = span or len(rows[index]), hashed.start[index] if at is None else at
-            position, surprise = self.eval_rows[first_row, 0] + begin, int(length * novelty(rows[index]))
-            self._hit(position, length, surprise, self.rows.places(earlier)[0], self._beyond)
+            step = self.rows.places(earlier)[0]
+            self._hit(first + at, span, int(span * novelty(rows[index])), step, is_sampled=True)
 
-    @property
-    def _beyond(self) -> int:
-        """Tokens by which a copy goes on beyond its kept windows on either side in the mean, half a window at most."""
-        return min(self.tables["windows"].every, WINDOW // 2)
-
-    def _hit(self, position: int, length: int, surprise: int, step: int, beyond: int = 0) -> None:
-        """So many tokens of the eval rows, from `position` on, were in training, and `beyond` more on either side."""
+    def _hit(self, position: int, length: int, surprise: int, step: int, is_sampled: bool = False) -> None:
+        """So many tokens of the eval rows, from `position` on, were in training. `is_sampled`: known by kept windows,
+        beyond which a copy goes on by `every` tokens on either side in the mean; half a window at most is added."""
         eval_row = int(np.searchsorted(self.eval_rows[:, 0], position, side="right")) - 1
         start = position - self.eval_rows[eval_row, 0]
+        beyond = min(self.tables["windows"].every, WINDOW // 2) if is_sampled else 0
         start, stop = max(start - beyond, 0), start + length + beyond
         first, length = self.eval_rows[eval_row, :2]
         hits = self._eval_hits[first : first + length]

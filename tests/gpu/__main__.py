@@ -28,6 +28,8 @@ PARTS = {
     "guards": (100, 30),
     "correctness": (90, 20),
     "assertions": (70, 20),
+    "memory": (40, 15),
+    "muon": (50, 15),
     "schedule": (120, 40),
 }
 MINUTES = 8.0

@@ -92,14 +92,15 @@ def record() -> dict:
 # --- resuming
 
 
-def resume(scale: Scale, folder: Path, is_compiled: bool) -> dict:
+def resume(scale: Scale, folder: Path, is_compiled: bool, **others) -> dict:
     """The recipe, guards on, saved at half of its steps and resumed there; beside it the same run twice without a
-    break, which tells what resuming changes from what changes anyway."""
+    break, which tells what resuming changes from what changes anyway. `others`: keys of the config."""
     if is_compiled and (reason := why_not_compile()):
         return {"not run": reason}
     steps = 4 if scale.is_tiny else 6
     keys = {"max_steps": steps, "warmup_steps": 2, "save_strategy": "steps", "save_steps": steps // 2}
     keys |= {"torch_compile": str(is_compiled).lower(), "lr_scheduler_type": "linear", "lr_scheduler_kwargs": "{}"}
+    keys |= others
     if not scale.is_tiny:
         keys |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     sizes = {} if scale.is_tiny else {"num_hidden_layers": LAYERS}

@@ -28,6 +28,8 @@ def rows_of(out: dict) -> list[dict]:
         "guards": guards,
         "correctness": correctness,
         "assertions": assertions,
+        "memory": memory,
+        "muon": muon,
         "schedule": schedule,
     }
     rows = []
@@ -140,14 +142,18 @@ def correctness(values: dict) -> list[tuple]:
         rows += [(f"largest difference, {name}", losses[name]) for name in ("fp32 / CPU", "bf16 / fp32")]
         if losses["weights"] > 1e-3:
             rows.append(("initial weights", f"differ from the CPU's (sums differ by {losses['weights']:.3g})"))
-    for name in ("resume, eager", "resume, compiled"):
-        for what in ("resumed", "run again"):
-            if what in (found := values.get(name, {})):
-                equal = found[what]["is bit-equal"]
-                off = f"loss differs by {found[what]['loss']:.1e}, a weight by {found[what]['weights']:.1e}"
-                rows.append((f"{name}: {what}", "bit-equal" if equal else off))
-                alarms = found[what]["guards' failure"] or ", ".join(found[what]["alarms"])
-                rows += [(f"{name}: {what}, guards", alarms)] if alarms else []
+    return [*rows, *resumed(values, "resume, eager"), *resumed(values, "resume, compiled")]
+
+
+def resumed(values: dict, name: str) -> list[tuple]:
+    rows = []
+    for what in ("resumed", "run again"):
+        if what in (found := values.get(name, {})):
+            equal = found[what]["is bit-equal"]
+            off = f"loss differs by {found[what]['loss']:.1e}, a weight by {found[what]['weights']:.1e}"
+            rows.append((f"{name}: {what}", "bit-equal" if equal else off))
+            alarms = found[what]["guards' failure"] or ", ".join(found[what]["alarms"])
+            rows += [(f"{name}: {what}, guards", alarms)] if alarms else []
     return rows
 
 
@@ -158,6 +164,26 @@ def assertions(values: dict) -> list[tuple]:
     }
     rows = [("tests", ", ".join(f"{count} {word}" for word, count in counts.items() if count))] if tests else []
     return rows + [(name, test["reason"]) for name, test in tests.items() if test["outcome"] == "failed"]
+
+
+def memory(values: dict) -> list[tuple]:
+    parts = {optim: found for optim, found in values.items() if "planned, GB" in found}
+    return [(f"{optim}: {what}", figure) for optim, found in parts.items() for what, figure in found.items()]
+
+
+def muon(values: dict) -> list[tuple]:
+    found, rows = values.get("iteration", {}), []
+    for name in ("fp32", "bf16"):
+        if name in found:
+            low, high = found[name]["singular values"]
+            rows.append((f"iteration in {name} / fp32 of a CPU, off by", found[name]["off by"]))
+            rows.append((f"iteration in {name}: singular values", f"{low:.3f} to {high:.3f}"))
+    if "precision" in found:
+        rows.append(("iterates in", found["precision"]))
+    if "off by" in (other := values.get("torch's own", {})):
+        rows.append(("one step / torch.optim.Muon, off by", other["off by"]))
+    rows += [(f"optimizer step, {name}: ms", took) for name, took in values.get("step", {}).items() if name != "error"]
+    return [*rows, *resumed(values, "resume")]
 
 
 def schedule(values: dict) -> list[tuple]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from recipe.arguments import parse_config
+from recipe.arguments import Config, parse_config
 from recipe.model import CAUSAL_SDPA, hardware_defaults, load_model_config
 from recipe.train import Assembled, assemble, open_run
 from tests.gpu.tokens import ROOT, load_ids, write_source
@@ -88,7 +88,13 @@ def batch_of(scale: Scale, rows: int, length: int, first: int = 0) -> torch.Tens
 
 
 def build_run(scale: Scale, folder: Path, sizes: dict | None = None, **keys) -> Assembled:
-    """What `python -m recipe train recipe/configs/llama_180m.json` assembles, with another source and `keys`.
+    """What `python -m recipe train recipe/configs/llama_180m.json` assembles, with the changes of `parse_run`."""
+    config = parse_run(scale, folder, sizes, **keys)
+    return assemble(config, open_run(config))
+
+
+def parse_run(scale: Scale, folder: Path, sizes: dict | None = None, **keys) -> Config:
+    """The config `recipe/configs/llama_180m.json` with another source and `keys`.
 
     `sizes` are of the model. `folder` gets the source, the model's JSON and the run.
     """
@@ -118,8 +124,7 @@ def build_run(scale: Scale, folder: Path, sizes: dict | None = None, **keys) -> 
     if not scale.is_cuda:
         values["use_cpu"] = "true"
     words = [word for name, value in {**values, **keys}.items() for word in (f"--{name}", str(value))]
-    parsed = parse_config(FLAGSHIP, words, hardware_defaults() if scale.is_cuda else {"use_cpu": True})
-    return assemble(parsed, open_run(parsed))
+    return parse_config(FLAGSHIP, words, hardware_defaults() if scale.is_cuda else {"use_cpu": True})
 
 
 def let_go(model: torch.nn.Module) -> None:
