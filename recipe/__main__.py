@@ -164,12 +164,14 @@ def resolve(path: str, overrides: list[str]) -> "Config":
     """The configuration, with what is best on this machine where it leaves that open."""
     from recipe.arguments import parse_config
     from recipe.model import bf16_pays_on_cpu, hardware_defaults, read_model_config
+    from recipe.plan import compiling_pays_on_cpu
 
     config = parse_config(path, overrides, hardware_defaults())
     sources = config.model.model_config, config.model.model_name_or_path
     is_here = any(map(os.path.exists, filter(None, sources)))  # asks no hub
-    if config.training.use_cpu and is_here and bf16_pays_on_cpu(read_model_config(*sources)):
-        config = parse_config(path, overrides, hardware_defaults() | {"bf16": True})
+    if config.training.use_cpu and is_here and bf16_pays_on_cpu(model := read_model_config(*sources)):
+        fast = {"bf16": True, "torch_compile": compiling_pays_on_cpu(config, model)}
+        config = parse_config(path, overrides, hardware_defaults() | fast)
     return config
 
 

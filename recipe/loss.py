@@ -16,8 +16,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 IGNORE_INDEX = -100
-# Of a chunk's float32 logits. A CPU's fits into its cache; a GPU needs large products. Chosen, see docs/model.md.
-CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
+# Positions of a chunk. Each chunk adds to the head's gradient, which costs as much as the products of a few hundred
+# positions. Measured on a CPU, chosen for a GPU: docs/model.md.
+CHUNK = {"cpu": 512, "cuda": 2048}
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -30,7 +31,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         rows, head = hidden.to(dtype), weight.to(dtype)
-        size = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * len(weight)))
+        size = CHUNK.get(device, CHUNK["cuda"])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         of_rows, of_head = [], torch.zeros_like(weight)
         for part, target in zip(rows.split(size), targets.split(size), strict=True):

@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from recipe.arguments import Config
-from recipe.loss import CHUNK_BYTES
+from recipe.loss import CHUNK
 from recipe.memory import (
     GB,
     StepMemory,
@@ -24,7 +24,7 @@ from recipe.memory import (
     show_count,
     step_memory,
 )
-from recipe.model import choose_attention, flops_per_token, read_model_config
+from recipe.model import choose_attention, flops_per_token, read_model_config, why_not_compile
 
 # GPU memory in GB; dense matrix-product rates in TFLOP/s of bf16, or of fp16 where there is no bf16; from the vendor's
 # data sheets.
@@ -40,6 +40,7 @@ GPUS = {
 }
 GPU_MFU = 0.40  # assumed: no run of the recipe on a GPU has been measured yet
 CPU_MFU = 0.45  # of the fp32 matrix-product rate: the demo reached 46 % (6 N) on two cores with AVX2
+COMPILING_PAYS_AFTER = 1200  # seconds of training on a CPU: twice what repays a minute at 0.9 of the time
 USABLE = 0.9  # of a GPU's memory: the rest is for the CUDA context and fragmentation
 WIDTH = 110
 TOKENS_PER_PARAMETER = 20  # compute-optimal, Chinchilla (arXiv 2203.15556)
@@ -105,6 +106,15 @@ def tokens_per_second(model: PretrainedConfig, block_size: int, precision: str, 
     return matrix_rate(device, precision) * (CPU_MFU if device.type == "cpu" else GPU_MFU) / flops
 
 
+def compiling_pays_on_cpu(config: Config, model: PretrainedConfig) -> bool:
+    """Whether a compiled bf16 run of this length ends sooner on this CPU: it takes about a tenth less for each token,
+    once half a minute has been spent on compiling for training and as much for evaluation."""
+    if why_not_compile() is not None:
+        return False
+    speed = tokens_per_second(model, config.data.block_size, "bf16", config.training.device)
+    return config.max_steps * config.tokens_per_step > COMPILING_PAYS_AFTER * speed
+
+
 class StepSizes:
     """Memory of one step in one precision for any number of rows.
 
@@ -126,8 +136,7 @@ class StepSizes:
             "is_checkpointing": bool(training.activation_checkpointing),
         }
         # From the rows on that fill a chunk of the loss: more of them need no more logits
-        logits = 4 * model.get_text_config().vocab_size * config.data.block_size
-        self._first = math.ceil(CHUNK_BYTES["cpu"] / logits)
+        self._first = math.ceil(CHUNK["cpu"] / config.data.block_size)
         self._one, self._two = (self._measure(model, self._first + more) for more in (0, 1))
         shallow = with_layers(model, 1) or model
         self.evaluation = evaluation_memory(shallow, rows=training.per_device_eval_batch_size, **self._shared)

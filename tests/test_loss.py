@@ -23,7 +23,7 @@ def make_model(seed: int = 0) -> LlamaForCausalLM:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Of 5 positions: the last of 64 is shorter."""
-    monkeypatch.setitem(recipe_loss.CHUNK_BYTES, "cpu", 5 * 4 * VOCAB)
+    monkeypatch.setitem(recipe_loss.CHUNK, "cpu", 5)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from recipe.arguments import parse_config
 from recipe.errors import UserError
 from recipe.memory import check_fits, count_parameters, meta_model, optimizer_bytes, step_memory
 from recipe.model import flops_per_token
-from recipe.plan import extrapolate, format_plan, make_plan, with_layers
+from recipe.plan import compiling_pays_on_cpu, extrapolate, format_plan, make_plan, with_layers
 
 CONFIGS = Path(__file__).resolve().parent.parent / "recipe" / "configs"
 DEMO = CONFIGS / "llama_3m_model.json"
@@ -123,3 +123,11 @@ def test_rows_that_do_not_fit_are_divided(monkeypatch):
     assert own["rows"] == 64 and own["accumulation"] == 2
     monkeypatch.setattr("recipe.plan.free_memory", lambda device: 1e7)
     assert make_plan(parse_config(CONFIGS / "cpu_demo.json", overrides))["devices"][0]["rows"] is None
+
+
+@pytest.mark.parametrize(("speed", "missing", "pays"), [(1000, None, False), (100, None, True), (100, "g++", False)])
+def test_a_long_run_on_a_cpu_is_compiled(monkeypatch, speed, missing, pays):
+    monkeypatch.setattr("recipe.plan.tokens_per_second", lambda *_: speed)
+    monkeypatch.setattr("recipe.plan.why_not_compile", lambda: missing)
+    config = parse_config(str(CONFIGS / "cpu_demo.json"), [], {"use_cpu": True})
+    assert compiling_pays_on_cpu(config, TINY) is pays  # 573,440 tokens

@@ -81,7 +81,7 @@ def rows_of(axis: str, found: dict[str, dict]) -> list[dict]:
 # --- the plot
 
 
-WIDTH, HEIGHT, LEFT, TOP, LOW = 210, 190, 42, 26, 150
+WIDTH, HEIGHT, LEFT, TOP, LOW = 210, 190, 54, 26, 150
 
 
 def draw(found: dict[str, dict[str, dict]]) -> str:
@@ -94,7 +94,7 @@ def draw(found: dict[str, dict[str, dict]]) -> str:
 
     ticks = "".join(
         f'<path d="M{LEFT} {height(10**e):.1f}H{WIDTH * len(found)}" stroke="#ddd"/>'
-        f'<text x="{LEFT - 4}" y="{height(10**e) + 4:.1f}" text-anchor="end">{10**e:g}</text>'
+        f'<text x="{LEFT - 4}" y="{height(10**e) + 4:.1f}" text-anchor="end">{10**e:,}</text>'
         for e in range(low, high + 1)
     )
     panels = []

@@ -20,7 +20,7 @@ from tests.benchmarks.measure_throughput import MODELS
 from tests.benchmarks.results import Result, format_section, processor, write_section
 
 # Of each model: steps in a process, of which the first are not counted, and processes of each arm.
-STEPS = {"demo": (40, 10, 2), "13.8M": (8, 2, 1), "180M": (3, 1, 1)}
+STEPS = {"demo": (40, 10, 1), "13.8M": (8, 2, 1), "180M": (4, 1, 1)}
 
 
 class Arm(NamedTuple):
@@ -36,9 +36,11 @@ def arms_of(model: str, is_quick: bool) -> Iterator[Arm]:
     yield Arm("recipe", measure.recipe, {"has_guards": True, "switches": {}})
     yield Arm("recipe without guards", measure.recipe, {"has_guards": False, "switches": {}})
     if has_fast_bf16_cpu():  # the one that the recipe did not choose
-        other = {"bf16": "true" if model == "demo" else "false"}
-        name = f"recipe without guards, {'bf16' if model == 'demo' else 'fp32'}"
-        yield Arm(name, measure.recipe, {"has_guards": False, "switches": other})
+        yield recipe_with({"bf16": "true" if model == "demo" else "false"})
+    if is_compiled:  # as the recipe compiles a long run on a CPU (`plan.compiling_pays_on_cpu`)
+        yield recipe_with({"bf16": "true" if has_fast_bf16_cpu() else "false", "torch_compile": "true"})
+    if is_compiled and model != "demo":  # with stock Trainer's optimizer
+        yield recipe_with({"torch_compile": "true", "optim": "adamw_torch_fused"})
     yield Arm("stock Trainer", measure.stock, {"switches": {}})
     bf16 = {"bf16": True} if has_fast_bf16_cpu() else {}
     compiled = {"torch_compile": True} if is_compiled else {}
@@ -48,6 +50,11 @@ def arms_of(model: str, is_quick: bool) -> Iterator[Arm]:
     if model == "demo" or not bf16:
         bf16 = {}
     yield Arm(f"bare loop, {', '.join(bf16 | compiled) or 'eager'}", measure.bare, {"switches": bf16 | compiled})
+
+
+def recipe_with(switches: dict) -> Arm:
+    name = ", ".join(["recipe without guards", *(f"{key} {value}" for key, value in switches.items())])
+    return Arm(name, measure.recipe, {"has_guards": False, "switches": switches})
 
 
 def measure_model(model: str, steps: int, warm: int, rounds: int, is_quick: bool = False) -> dict[str, list[dict]]:
