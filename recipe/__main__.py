@@ -6,11 +6,9 @@ import contextlib
 import difflib
 import itertools
 import logging
-import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,13 +22,14 @@ from recipe.errors import (
     is_lost_peer,
     message_of,
 )
+from recipe.options import add, number, port, positive
 from recipe.plain_json import dumps
 from recipe.read_config import read_config
 from recipe.rundir import ended_on_purpose_before, write_exit
 from recipe.threads import choose_waiting
 
 if TYPE_CHECKING:
-    from recipe.arguments import Config
+    pass
 
 USAGE = """usage: python -m recipe COMMAND ...
 
@@ -115,7 +114,7 @@ def plan(arguments: list[str]) -> int:
 
 def verify_data(arguments: list[str]) -> int:
     parser = _config_parser("verify-data")
-    parser.add_argument("--num_batches", type=_positive, default=100)
+    parser.add_argument("--num_batches", type=positive, default=100)
     parser.add_argument("--workers", dest="dataloader_num_workers")
     options, config = _parse(parser, arguments)
     from recipe import verify
@@ -157,28 +156,9 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str], reads_data: bo
     configure_transformers_logging()
     if getattr(options, "dataloader_num_workers", None) is not None:
         overrides += ["--dataloader_num_workers", options.dataloader_num_workers]
+    from recipe.resolve import resolve
+
     return options, resolve(options.config, overrides)
-
-
-def resolve(path: str, overrides: list[str]) -> "Config":
-    """The configuration, with what is best on this machine where it leaves that open."""
-    from recipe.arguments import parse_config
-    from recipe.model import bf16_pays_on_cpu, hardware_defaults, read_model_config
-    from recipe.plan import compiling_pays_on_cpu
-
-    config = parse_config(path, overrides, hardware_defaults())
-    sources = config.model.model_config, config.model.model_name_or_path
-    is_here = any(map(os.path.exists, filter(None, sources)))  # asks no hub
-    if config.training.use_cpu and is_here and bf16_pays_on_cpu(model := read_model_config(*sources)):
-        fast = {"bf16": True, "torch_compile": compiling_pays_on_cpu(config, model)}
-        config = parse_config(path, overrides, hardware_defaults() | fast)
-    return config
-
-
-def _positive(word: str) -> int:
-    if not word.isdigit() or int(word) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {word}")
-    return int(word)
 
 
 def new(arguments: list[str]) -> int:
@@ -187,17 +167,13 @@ def new(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("recipe new", description="Write a starting config; never overwrites.")
     parser.add_argument("file", type=Path, metavar="FILE.json")
     parser.add_argument("--size", choices=SIZES, default="3m", help="parameters of the model (default: %(default)s)")
-    _add(parser, "train_tokens", _number(1e5, 1e13), None, "tokens of the run; default: 20 for each parameter")
+    add(parser, "train_tokens", number(1e5, 1e13), None, "tokens of the run; default: 20 for each parameter")
     options = parser.parse_args(arguments)
     print(write_config(options.file, options.size, options.train_tokens), flush=True)
+    from recipe.resolve import resolve
+
     print(how_long(resolve(str(options.file), [])))
     return GOOD
-
-
-def _port(word: str) -> int:
-    if not word.isdigit() or not 1024 <= int(word) < 1 << 16:
-        raise argparse.ArgumentTypeError(f"must be a port from 1024 on, got {word}; RUN_DIR comes first")
-    return int(word)
 
 
 def report(arguments: list[str]) -> int:
@@ -206,7 +182,7 @@ def report(arguments: list[str]) -> int:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--bundle", action="store_true", help="pack what is needed to debug a finding, without data")
     kinds.add_argument(
-        "--watch", nargs="?", type=_port, const=PORT, metavar="PORT", help="serve the page on this machine"
+        "--watch", nargs="?", type=port, const=PORT, metavar="PORT", help="serve the page on this machine"
     )
     options = parser.parse_args(arguments)
     from recipe.bundle import write_bundle
@@ -228,11 +204,11 @@ def generate(arguments: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help=MODEL)
     parser.add_argument("prompt", help="the text to continue; may be empty")
-    _add(parser, "num_samples", _positive, 1, "continuations, with the seeds from --seed on")
-    _add(parser, "max_new_tokens", _positive, 128, "length of each, at most")
-    _add(parser, "temperature", _number(0, 100), 0.7, "of the probabilities; 0: always the most likely token")
-    _add(parser, "top_p", _number(1e-6, 1), 0.95, "among the most likely tokens that have this probability together")
-    _add(parser, "seed", _number(0, 2**31, int), 42, "of the random choices")
+    add(parser, "num_samples", positive, 1, "continuations, with the seeds from --seed on")
+    add(parser, "max_new_tokens", positive, 128, "length of each, at most")
+    add(parser, "temperature", number(0, 100), 0.7, "of the probabilities; 0: always the most likely token")
+    add(parser, "top_p", number(1e-6, 1), 0.95, "among the most likely tokens that have this probability together")
+    add(parser, "seed", number(0, 2**31, int), 42, "of the random choices")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end, and no stream")
     options = parser.parse_args(arguments)
     from recipe.generate import Sampling, generate_samples
@@ -257,13 +233,13 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument(
         "sources", nargs="*", metavar="SOURCE", help="as `source` of a config; none: the run's hold-out"
     )
-    _add(parser, "text_column", str, None, "column or key of the text; default: that of the run, or text")
-    _add(parser, "block_size", _positive, None, "tokens in a block; default: that of the run")
-    _add(parser, "batch_size", _positive, 8, "blocks that are scored at once")
-    _add(parser, "max_tokens", _positive, 1_000_000, "of each source, at most")
-    _add(parser, "tasks", str, None, "names of lm-evaluation-harness, with commas between")
-    _add(parser, "include_path", Path, None, "folder with task files of your own")
-    _add(parser, "limit", _positive, None, "examples of each task, at most")
+    add(parser, "text_column", str, None, "column or key of the text; default: that of the run, or text")
+    add(parser, "block_size", positive, None, "tokens in a block; default: that of the run")
+    add(parser, "batch_size", positive, 8, "blocks that are scored at once")
+    add(parser, "max_tokens", positive, 1_000_000, "of each source, at most")
+    add(parser, "tasks", str, None, "names of lm-evaluation-harness, with commas between")
+    add(parser, "include_path", Path, None, "folder with task files of your own")
+    add(parser, "limit", positive, None, "examples of each task, at most")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     options = parser.parse_args(arguments)
     from recipe.evaluate import format_evaluation, run_evaluation
@@ -281,7 +257,7 @@ def compare(arguments: list[str]) -> int:
         description="What differs between runs; none of them changes.",
     )
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="the first is the baseline")
-    _add(parser, "out", Path, Path("compare.html"), "the page to write")
+    add(parser, "out", Path, Path("compare.html"), "the page to write")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the summary")
     options = parser.parse_args(arguments)
     from recipe.compare import compare_runs, format_comparison, write_page
@@ -290,25 +266,6 @@ def compare(arguments: list[str]) -> int:
     page = write_page(comparison, options.out)
     print(dumps(comparison.result | {"page": str(page)}) if options.json else format_comparison(comparison, page))
     return GOOD
-
-
-def _add(parser: argparse.ArgumentParser, name: str, kind: Callable, default, text: str) -> None:
-    shown = "" if default is None else " (default: %(default)s)"
-    parser.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=text + shown)
-
-
-def _number(low: float, high: float, kind: Callable = float) -> Callable[[str], float]:
-    def read(word: str) -> float:
-        try:
-            value = kind(word)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what} from {low:g} to {high:g}, got {word}")
-        return value
-
-    return read
 
 
 def explain(arguments: list[str]) -> int:

@@ -60,7 +60,7 @@ def has_own_loss_function(model) -> bool:
 
 def cache_no_texts(tokenizer: Tokenizer) -> None:
     """Where texts are not split into words, its cache of 10,000 entries holds whole texts of up to 255 characters, up
-    to 120 MiB of those of 140. They seldom come again."""
+    to 120 MiB of those of 140. They seldom repeat."""
     splitter = tokenizer.pre_tokenizer
     is_split = splitter is not None and len(splitter.pre_tokenize_str("two words")) > 1
     if isinstance(tokenizer.model, (BPE, Unigram)) and not is_split:

@@ -44,16 +44,7 @@ class Outcome:
     is_main: bool
 
 
-def describe_run(
-    config: Config, output_dir: Path, data: Data, model, checkpoint: Path | None, lineage: list[dict]
-) -> None:
-    """Log what will run, and store it in `run.json`."""
-    training = config.training
-    kernels = describe_kernels(model, training)
-    if not training.should_save:
-        return
-    total = training.max_steps * config.tokens_per_step
-    logger.info("configuration %s\n%s", config.path, format_config(config))
+def say_sources(data: Data) -> None:
     for part in data.loader.dataset.parts:
         source = part.source
         share = part.weight / sum(data.loader.dataset.weights)
@@ -65,6 +56,19 @@ def describe_run(
             f"source {source.name}: {documents}, {source.num_bytes / 1e6:.2g} MB, fingerprint "
             f"{source.fingerprint[:16]}{rows} | held out: {describe_hold_out(part)}"
         )
+
+
+def describe_run(
+    config: Config, output_dir: Path, data: Data, model, checkpoint: Path | None, lineage: list[dict]
+) -> None:
+    """Log what will run, and store it in `run.json`."""
+    training = config.training
+    kernels = describe_kernels(model, training)
+    if not training.should_save:
+        return
+    total = training.max_steps * config.tokens_per_step
+    logger.info("configuration %s\n%s", config.path, format_config(config))
+    say_sources(data)
     lanes = counted(data.loader.dataset.num_lanes, "lane")
     logger.info(f"eval: {counted(len(data.eval_rows), 'row')} of {config.data.block_size:,} tokens | {lanes}")
     logger.info(

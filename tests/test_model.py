@@ -15,12 +15,12 @@ from transformers import modeling_flash_attention_utils as flash
 from transformers.masking_utils import create_causal_mask
 
 from recipe import model as model_module
-from recipe.__main__ import resolve
 from recipe.data.collator import DataCollatorForPackedRows
 from recipe.data.fitting import HOLD_OUT_DOCUMENTS, HOLD_OUT_START
 from recipe.data.packing import LaneState, Row
 from recipe.errors import UserError
 from recipe.model import agree_on_tf32, build_model, check_fit, count_flops_per_token, load_model_config
+from recipe.resolve import resolve
 
 CONFIGS = Path(model_module.__file__).parent / "configs"
 

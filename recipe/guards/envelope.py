@@ -60,7 +60,9 @@ class LossBelowEnvelope(Guard):
         losses, floors = self.state["losses"], self.state["floors"]
         if step.ngrams.loss is not None and step.ngrams.floor is not None:
             if step.ngrams.loss.tokens < self.MIN_SCORED * step.ngrams.num_rows:
-                raise CannotJudge(f"fewer than {self.MIN_SCORED} tokens of a row are scored, which tell of a task")
+                raise CannotJudge(
+                    f"fewer than {self.MIN_SCORED} tokens of a row are scored (answers to a task, perhaps)"
+                )
             losses.append(step.record["loss"])
             floors.append(step.ngrams.floor)
             del losses[: -self.WINDOW], floors[: -self.WINDOW]

@@ -5,7 +5,7 @@ in each call. All are prequential (a token is scored, then learned), so nothing 
 Interpolation is Witten and Bell's: P_k(w | c) = (n(cw) + t(c) P_{k-1}(w)) / (n(c) + t(c)), P_0 = 1 / vocabulary, where
 n(c) counts how often c was followed and t(c) by how many different tokens. A row begins with a mark of its own.
 
-Best of the orders, not the 5-gram: where the source is of low order, a 5-gram believes its single sightings and stays
+Best of the orders, not the 5-gram: where the source is of low order, a 5-gram trusts what it saw once and stays
 above what a model reaches. Smallest (model - floor) in windows of 10 steps, healthy Llamas of 0.3M to 0.7M parameters,
 300 or 400 steps of 1,024 or 2,048 tokens, learning rates 1e-3 to 1e-2, in brackets against the 5-gram alone:
 

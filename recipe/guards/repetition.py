@@ -55,7 +55,7 @@ class Repetition(Guard):
     ids = {
         REPEATED: "The model was given text that it had already seen in this pass.",
         OVERLAP: "Text of the hold-out is in the training data.",
-        REPLAYED: "After resuming, data came again: its position was not restored.",
+        REPLAYED: "After resuming, data was read again: its position was not restored.",
     }
     taps = ("tokens", "ngrams", "evaluation")
     of_one_resume = (REPLAYED,)

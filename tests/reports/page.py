@@ -7,10 +7,11 @@ guards once judged wrongly, run on a tiny model. `python -m tests.reports` runs 
 `--only NAME` runs some. The programs are in `tests/reports/`. Each models what a thread describes with another model
 and other text, so a row says what the guards do with that mechanism, not with the reporter's own training.
 
-**Said** is what the guards said: severity, id, step (0: before step 1), what was found. *Beside* the program stands a
+**Said** is what the guards said: severity, id, step (0: before step 1), what was found. *Beside* is a
 second run. Where the report is of a fault, it is the same training without the fault, and must be silent. Where the
 report is of a healthy training, the program must be silent, and the second run is the same training with a learning
-rate that goes negative, so that silence is not for want of judging. Ids that name the fault were noted before the run.
+rate that goes negative, which must be named, so that silence means that it judged. Ids that name the fault were
+noted before the run.
 
 - **right**: the first warning or error has an id that names the fault, and the healthy run has none
 - **named otherwise**: the first warning or error has another id
