@@ -71,7 +71,8 @@ class SeenTokens:
 class LabelCounts(NamedTuple):
     """Of each row of a step's micro-batches, int64 `[rows]`, for the main process, where the tokens do not come.
     `rank`, `micro_step`, `row`: where it is. `positions`: of it. `scored`: its targets; those among them whose label
-    is the token itself, `own`, or the next, `following`. `first_own`: 1 where its first label is its first token."""
+    is the token itself, `own`, or the next, `following`. `first_own`: 1 where its first label is its first token.
+    `hidden`: of most targets are neither, those that stand behind one and the same token, such as a mask's; else 0."""
 
     rank: np.ndarray
     micro_step: np.ndarray
@@ -81,6 +82,7 @@ class LabelCounts(NamedTuple):
     own: np.ndarray
     following: np.ndarray
     first_own: np.ndarray
+    hidden: np.ndarray
 
     @classmethod
     def of(cls, tokens: Sequence[SeenTokens], rank: int = 0) -> "LabelCounts":
@@ -91,7 +93,11 @@ class LabelCounts(NamedTuple):
             first_own = (seen.flags[:, :1] & LABEL_IS_TOKEN != 0).sum(axis=1)
             count, positions = seen.ids.shape
             place = np.stack(np.broadcast_arrays(rank, micro_step, np.arange(count), positions))
-            parts.append(np.vstack([place, seen.scored.sum(axis=1), own, following, first_own]))
+            scored, hidden = seen.scored.sum(axis=1), np.zeros(count, np.int64)
+            for row in np.flatnonzero(2 * (own + following) < scored):
+                is_other = seen.scored[row] & (seen.flags[row] & (LABEL_IS_TOKEN | LABEL_IS_NEXT) == 0)
+                hidden[row] = np.unique(seen.ids[row, is_other], return_counts=True)[1].max()
+            parts.append(np.vstack([place, scored, own, following, first_own, hidden]))
         return cls(*np.hstack(parts))
 
     @classmethod

@@ -27,8 +27,8 @@ ZERO_SUM, CLEAR_SUM = 1e-4, 1e-3
 # Times that the head's weights are larger, to see how the gradient follows; share of its variance that is left; least
 # probability of a token that is looked at. Derived: fp32 leaves 1e-12; a Brier score leaves 1e-4.
 SHARPER, LINEAR, LEAST_SHARE = 4.0, 1e-9, 1e-6
-# Of the labels, and of the rows of a micro-batch. Chosen, not measured: a majority.
-MOST = 0.5
+# Of the labels, and of the rows of a micro-batch. Chosen, not measured: a majority; and a clear one.
+MOST, MOST_ROWS = 0.5, 0.75
 
 Make = Callable[..., Finding]
 
@@ -118,15 +118,17 @@ def judge_change(
 
 
 def name_labels(step, least: int, clear: float) -> str | None:
-    """What the labels of a `step.Step` are, the `own` tokens, the `next` or `neither`, by the share `clear` of its
-    first micro-batch with `least` of them; None where there is none."""
+    """What the labels of a `step.Step` are, the `own` tokens, the `next` or `neither`, by its first micro-batch with
+    `least` of them: by the share `clear` of all, or of those of each row in MOST_ROWS. None where there is none."""
     place = next((place for place, count in step.targets.items() if count >= least), None)
     if place is None:
         return None
     here = (step.labels.rank == place[0]) & (step.labels.micro_step == place[1])
-    own, following = (int(each[here].sum()) for each in (step.labels.own, step.labels.following))
-    most, name = (own, "own") if own >= following else (following, "next")
-    return name if most > clear * step.targets[place] else "neither"
+    for name, fit in (("own", step.labels.own[here]), ("next", step.labels.following[here])):
+        scored = step.labels.scored[here]
+        if fit.sum() > clear * scored.sum() or (fit > clear * scored).sum() >= MOST_ROWS * (scored > 0).sum():
+            return name
+    return "neither"
 
 
 def share_off(step, labels_are: str) -> float | None:

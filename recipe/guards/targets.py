@@ -61,9 +61,11 @@ class LossTarget(Guard):
         next two all differ, at least 8 in a row. A row is at fault with more than half of its targets at token i or
         i+2, or a tenth elsewhere (half in the samples during training). If the loss follows labels that differ from
         the tokens in less than half of the places, it is information (token dropout). Before step 1 also a warning if
-        over 1 % of the positions with a label are not scored (information for a loss of your own), or if the last
-        position of most rows is; an error if the loss of an untrained model is minus a cross entropy. Labels: once 64
-        have shown what they are in this run (90 % the token itself, or the next), a row with less than half. A warning
+        over 1 % of the positions with a label are not scored (information for a loss of your own, unless it scores 8
+        whose label is masked, and at most 1 % of the others), or if the last position of most rows is; an error if the
+        loss of an untrained model is minus a cross entropy. Labels: once 64 have shown what they are in this run (90 %
+        the token itself, or the next, of a whole micro-batch or of each of 75 % of its rows), a row with less than
+        half, unless half of it stands behind one token (a mask). A warning
         where 4 steps or more had at most 1 % other labels, and then 16 in a row have over 5 %: from some step on
         tokens or labels are changed on the way. A warning before step 1 where a loss that follows no label is linear
         in the probabilities, and where the answer of every row of the first micro-batch (4 at least) begins with a
@@ -228,18 +230,21 @@ class LossTarget(Guard):
         scored = found.targets != IGNORE_INDEX
         if labels.shape != scored.shape or not scored.any() or float(found.losses[scored].mean()) < cls.SURE:
             return None
-        meant = labels[:, 1:] != IGNORE_INDEX
-        silent, count = int((found.is_silent[:, :-1] & meant).sum()), int(meant.sum())
-        if silent <= cls.MAX_UNSCORED * count:
+        meant, silent, scored = labels[:, 1:] != IGNORE_INDEX, found.is_silent[:, :-1], scored[:, :-1]
+        dropped, count, others = (int(each.sum()) for each in (silent & meant, meant, scored & ~meant))
+        if dropped <= cls.MAX_UNSCORED * count:
             return None
+        is_inverted = others >= MIN_POSITIONS and count - dropped <= cls.MAX_UNSCORED * count
+        what = f"{dropped} of {count} labels dropped (and {others} masked ones scored)"
+        causes = ("a wrong mask (inside the loss)", "logits or labels cut before the loss")
         return cls.finding(
-            "info" if is_own_loss else "warning",
+            "info" if is_own_loss and not is_inverted else "warning",
             id="wrong_loss_target",
-            found=f"{silent} of {count} positions with a label are not scored",
-            expected="all of them",
-            causes=("a wrong mask (inside the loss)", "logits or labels cut before the loss"),
+            found=what if is_inverted else f"{dropped} of {count} positions with a label are not scored",
+            expected="the labels" if is_inverted else "all of them",
+            causes=("the loss has its mask inverted", *causes) if is_inverted else causes,
             action="if it is on purpose, set their labels to -100; else count what your loss function averages over",
-            evidence={"unscored": silent, "positions": count},
+            evidence={"unscored": dropped, "positions": count, "masked_but_scored": others},
         )
 
     # --- during training
@@ -283,7 +288,8 @@ class LossTarget(Guard):
         if labels_are == "next":
             right, other = other, right
         shifted = "double_label_shift" if labels_are == "own" else "missing_label_shift"
-        for at in np.flatnonzero((count >= MIN_POSITIONS) & (right < cls.LABEL_MAJORITY * count)).tolist():
+        is_off = (right < cls.LABEL_MAJORITY * count) & (labels.hidden < cls.LABEL_MAJORITY * count)
+        for at in np.flatnonzero((count >= MIN_POSITIONS) & is_off).tolist():
             place = {name: int(getattr(labels, name)[at]) for name in ("row", "rank", "micro_step")}
             fit = f"{right[at]} of {count[at]} fit"
             yield cls.finding(
