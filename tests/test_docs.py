@@ -95,6 +95,7 @@ IN_WORDS = {
     "LossTarget.MIN_LOSSES",
     "LossTarget.SURE",
     "OptimizerOff.ROUNDING",
+    "PaddingIsTarget.MOST",
     "Repetition.ALIGNED_SPREAD",
     "Repetition.WARN_SHARE",
     "SlowPath.MIN_WEIGHTS",

@@ -303,8 +303,7 @@ SHUFFLED = np.random.default_rng(1).permuted(TEXT[:2], axis=1)
 )
 def test_a_few_rows_whose_labels_are_shuffled(ids, labels, found):
     counts = LabelCounts.of([seen(ids, labels)])
-    step = SimpleNamespace(labels=counts, targets=counts.by_micro_batch())
-    named = name_labels(step, LossTarget.LABELS_TO_LEARN, LossTarget.LABEL_CLEAR)
+    named = name_labels(counts, LossTarget.LABELS_TO_LEARN, LossTarget.LABEL_CLEAR)
     assert len(list(LossTarget.judge_labels(named, counts))) == found
 
 

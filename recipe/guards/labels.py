@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sized
 
 import torch
 
-from recipe.guards.batches import IGNORE_INDEX, SeenTokens
+from recipe.guards.batches import IGNORE_INDEX, LabelCounts, SeenTokens
 from recipe.guards.guard import PROBE, CannotJudge, Finding
 from recipe.guards.head import MIN_POSITIONS, LossTargets, head_of
 from recipe.guards.recording import record
@@ -117,15 +117,15 @@ def judge_change(
     )
 
 
-def name_labels(step, least: int, clear: float) -> str | None:
-    """What the labels of a `step.Step` are, the `own` tokens, the `next` or `neither`, by its first micro-batch with
-    `least` of them: by the share `clear` of all, or of those of each row in MOST_ROWS. None where there is none."""
-    place = next((place for place, count in step.targets.items() if count >= least), None)
+def name_labels(labels: LabelCounts, least: int, clear: float) -> str | None:
+    """What the labels are, the `own` tokens, the `next` or `neither`, by the first micro-batch with `least` of them:
+    by the share `clear` of all, or of those of each row in MOST_ROWS. None where there is none."""
+    place = next((place for place, count in labels.by_micro_batch().items() if count >= least), None)
     if place is None:
         return None
-    here = (step.labels.rank == place[0]) & (step.labels.micro_step == place[1])
-    for name, fit in (("own", step.labels.own[here]), ("next", step.labels.following[here])):
-        scored = step.labels.scored[here]
+    here = (labels.rank == place[0]) & (labels.micro_step == place[1])
+    for name, fit in (("own", labels.own[here]), ("next", labels.following[here])):
+        scored = labels.scored[here]
         if fit.sum() > clear * scored.sum() or (fit > clear * scored).sum() >= MOST_ROWS * (scored > 0).sum():
             return name
     return "neither"

@@ -148,6 +148,9 @@ class LossTarget(Guard):
         ):
             findings = [finding]
         yield from self._verdicts(findings, PROBE)
+        if objective.is_next_token and batch.is_first:
+            labels = LabelCounts.of([batch.seen_tokens(all_rows=True)])
+            yield from self._verdicts(self._judge_rows_of(labels), "labels")
 
     def _judge_head_call(self, batch, head: HeadCall, is_known: bool) -> Finding | None:
         """`is_known`: what was changed has shown the shift, so that too few clear positions are no reason."""
@@ -259,11 +262,14 @@ class LossTarget(Guard):
         if step.head:
             yield from self._verdicts([finding for finding, *_ in found], "head")
         if step.targets:
-            known = self.state["labels_are"]
-            self.state["labels_are"] = known or name_labels(step, self.LABELS_TO_LEARN, self.LABEL_CLEAR)
-            yield from self._verdicts(list(self.judge_labels(self.state["labels_are"], step.labels)), "labels")
+            yield from self._verdicts(self._judge_rows_of(step.labels), "labels")
             if self.state["labels_are"] in ("own", "next"):
                 yield self._judge_change(step) or self.clear("wrong_loss_target", "change")
+
+    def _judge_rows_of(self, labels: LabelCounts) -> list[Finding]:
+        known = self.state["labels_are"] or name_labels(labels, self.LABELS_TO_LEARN, self.LABEL_CLEAR)
+        self.state["labels_are"] = known
+        return list(self.judge_labels(known, labels))
 
     def _judge_head(self, sampled: dict) -> list[Finding]:
         place = sampled["first_position"] + POSITIONS // 2
