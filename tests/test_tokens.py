@@ -1,10 +1,12 @@
 """The guards that count tokens, on counts and on rows made by hand."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from recipe.guards.batches import SCORED, VALID, SeenTokens, send_tokens
 from recipe.guards.double_bos import DoubleBos, count_bos
@@ -135,10 +137,11 @@ WORDS = "The answer is short, and number {} ends here".format
     ("end", "is_found"),
     [
         (lambda row: "</s>", True),
-        (lambda row: "<|endoftext|> and the next document", True),  # packed
+        (lambda row: "<|endoftext|>", True),
+        (lambda row: "; `</s>` is what a text ends with", False),  # a text about such tokens
         (lambda row: "<|im_end|>\n" if row % 2 else "", True),
         (lambda row: "", False),
-        (lambda row: "</s>" if row % 4 == 0 else "", False),  # a text about such tokens, now and then
+        (lambda row: "</s>" if row % 5 == 0 else "", False),
         (lambda row: "<s> <|user|> </div> </span>", False),
     ],
 )
@@ -149,9 +152,18 @@ def test_an_end_that_the_tokenizer_spells(tokenizer, end, is_found, spaces):
     rows = tokenizer(texts, split_special_tokens=True)["input_ids"]
     found = [list(guard.observe(step_of(seen([row])))) for row in rows]
     assert (found[-1][0] != guard.clear()) == is_found and found[6] == [guard.clear()]
-    assert not is_found or "its string in" in found[-1][0].found
+    assert not is_found or "its string ends" in found[-1][0].found
     verdict(guard, seen([[5, 256]], scored=True))
     assert guard.judge(**guard.state) is None  # EOS is there, and the text only tells of it
+
+
+@pytest.mark.parametrize("name", ["llama-4k", "llama-32k"])
+def test_tokenizers_of_the_recipe_spell_what_stands_in_a_text(name):
+    """TRL appends the string of EOS to each text."""
+    known = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "tokenizer" / name)
+    guard = set_up(EosNeverTarget, eos_token_ids=(known.eos_token_id,), tokenizer=known)
+    assert guard.is_spelled(np.array(known("It ends.</s>")["input_ids"]))
+    assert not guard.is_spelled(np.array(known("It ends.</s>", split_special_tokens=False)["input_ids"]))
 
 
 @pytest.mark.parametrize(

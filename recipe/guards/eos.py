@@ -10,9 +10,10 @@ from recipe.guards.batches import SeenTokens
 from recipe.guards.guard import CannotJudge, Finding, Guard, Verdict
 from recipe.guards.run import text_tokenizer_of
 
-# What well-known tokenizers call the end of a document or turn, and what tokens hold in the place of a space.
+# What well-known tokenizers call the end of a document or turn; what tokens hold in the place of white space; a byte.
 ENDS = r"<(\||｜)?(/s|eos|eot|eot_id|im_end|endoftext|end_of_text|end_of_turn)(\||｜)?>"
-SPACES = re.compile(r"[▁Ġ\s]|##|</w>")
+SPACES = re.compile(r"[▁ĠĊ\s]|##|</w>")
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class EosNeverTarget(Guard):
@@ -21,13 +22,14 @@ class EosNeverTarget(Guard):
     When: before step 1 on the first micro-batch, then at every step.
     Measured: all tokens so far, of all ids that model and tokenizer call EOS. In the text 32 times, after a row's
         first token, and never a target is a warning. Not in 1,000,000 tokens is information. A warning where it is not
-        there and 8 of the first 64 rows on each rank, and 12.5 % of those seen so far, hold the string of the
-        tokenizer's EOS, or another well-known end such as `<|endoftext|>`, in ordinary tokens (of the last 4,096 of
-        the row); without a tokenizer, where 90 % of 32 texts or more that end before the padding end in the same 3
-        tokens, not all of them equal.
+        there and 8 of the first 64 rows on each rank, and 25 % of those seen so far, end with the string of the
+        tokenizer's EOS, or another well-known end such as `<|endoftext|>`, in ordinary tokens (32 at most); without a
+        tokenizer, where 90 % of 32 texts or more that end before the padding end in the same 3 tokens, not all of them
+        equal.
     Try: a pad token of its own for the tokenizer, since collators mask it; appending EOS to every document. Where it
         is spelled out: appending its id, or a tokenizer that knows the string.
-    Cannot see: which documents lack it; models and tokenizers that name no EOS.
+    Cannot see: which documents lack it; an end that is spelled inside of packed rows; models and tokenizers that name
+        no EOS.
     """
 
     ids = {"eos_never_target": "The end of a document is never a target, so the model cannot learn to stop."}
@@ -35,9 +37,9 @@ class EosNeverTarget(Guard):
     taps = ("tokens",)
     MIN_SEEN = 32  # documents that ended without EOS as target, before it is reported. Chosen, not measured
     ABSENT_TOKENS = 1_000_000  # longer than one document of any usual corpus, a hundred times over. Not measured
-    # Rows that are looked at for the string of an end, and tokens of each; rows that hold it, and their share: texts
-    # about such tokens are few, and long documents end in few rows. Chosen, not measured.
-    ROWS, ROW_TOKENS, MIN_SPELLED, SPELLED_SHARE = 64, 4096, 8, 1 / 8
+    # Rows that are looked at for the string of an end, and the last tokens of each; rows that end with it, and their
+    # share: many of a text about such tokens hold it, and few end there. Chosen, not measured.
+    ROWS, ROW_TOKENS, MIN_SPELLED, SPELLED_SHARE = 64, 32, 8, 1 / 4
     # Last tokens of a text, and the share of the texts that end alike. Derived: `</s>` is three tokens or more where
     # no tokenizer knows it; a template's own end token and a newline are two. Chosen, not measured.
     LAST, ALIKE = 3, 0.9
@@ -73,13 +75,14 @@ class EosNeverTarget(Guard):
         return counts | {"rows": len(rows), "spelled": spelled, "ends": ended}
 
     def is_spelled(self, ids: np.ndarray) -> bool:
-        """Whether the row holds the string of an end in ordinary tokens."""
+        """Whether the row ends with the string of an end, in ordinary tokens."""
         tokenizer, end, size = self.tokenizer, self.tokenizer.eos_token or "", len(self.tokenizer)
         known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         ordinary = [i for i in ids[-self.ROW_TOKENS :].tolist() if 0 <= i < size and i not in known]
-        text = SPACES.sub("", "".join(filter(None, tokenizer.convert_ids_to_tokens(ordinary))))
+        text = "".join(filter(None, tokenizer.convert_ids_to_tokens(ordinary)))
+        text = SPACES.sub("", BYTE.sub(lambda match: chr(int(match[1], 16)), text))
         own = f"|{re.escape(end)}" if re.fullmatch(r"[<\[]\S+[>\]]", end) else ""
-        return re.search(ENDS + own, text, re.IGNORECASE) is not None
+        return re.search(f"({ENDS}{own})$", text, re.IGNORECASE) is not None
 
     def observe(self, step) -> Iterator[Verdict]:
         self.state = self.add(self.state, *step.of_ranks(self))
@@ -91,7 +94,7 @@ class EosNeverTarget(Guard):
         cls, tokens: int, in_text: int, scored: int, rows: int = 0, spelled: int = 0, ends: Sequence = ()
     ) -> Finding | None:
         """EOS is among the `scored` targets, and `in_text` after a row's first token. `rows`: that were looked at, of
-        which `spelled` hold the string of an end. `ends`: last tokens of texts."""
+        which `spelled` end with the string of an end. `ends`: last tokens of texts."""
         causes = ("it is spelled out (in ordinary tokens)",)
         action = "append tokenizer.eos_token_id to each document, or take a tokenizer that knows the string"
         severity, is_absent = "warning", scored == in_text == 0
@@ -101,7 +104,7 @@ class EosNeverTarget(Guard):
             causes = ("pad_token is eos_token (so EOS is masked)", "EOS is only in masked prompts")
             action = "give the tokenizer a pad token of its own"
         elif is_absent and spelled >= max(cls.MIN_SPELLED, cls.SPELLED_SHARE * rows):
-            found = f"no EOS, but its string in {spelled} of {rows} rows"
+            found = f"no EOS, but its string ends {spelled} of {rows} rows"
         elif is_absent and len(set(last)) > 1 and alike >= cls.ALIKE * len(ends) and len(ends) >= cls.MIN_SEEN:
             found = f"no EOS; {alike} of {len(ends)} texts end alike (in {', '.join(map(str, last))})"
         elif is_absent and tokens >= cls.ABSENT_TOKENS:
