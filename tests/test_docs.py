@@ -93,7 +93,6 @@ IN_WORDS = {
     "LossTarget.MAX_ELSEWHERE",
     "LossTarget.MAX_ELSEWHERE_SAMPLED",
     "LossTarget.MIN_LOSSES",
-    "LossTarget.SURE",
     "OptimizerOff.ROUNDING",
     "PaddingIsTarget.MOST",
     "Repetition.ALIGNED_SPREAD",

@@ -13,7 +13,14 @@ from recipe.guards.batches import IGNORE_INDEX, LabelCounts, SeenTokens, flags_o
 from recipe.guards.guard import CannotJudge, Finding
 from recipe.guards.head import LossTargets, targets_from_gradient
 from recipe.guards.initial_loss import InitialLoss
-from recipe.guards.labels import judge_last_position, judge_linear, judge_prompts, judge_sums, name_labels
+from recipe.guards.labels import (
+    judge_last_position,
+    judge_linear,
+    judge_prompts,
+    judge_sums,
+    judge_unscored,
+    name_labels,
+)
 from recipe.guards.recording import record, recover_loss_targets
 from recipe.guards.targets import LossTarget, add_loss
 
@@ -68,16 +75,16 @@ def scored_but(silent: slice, loss: float = 3.0) -> LossTargets:
 
 
 def test_labels_that_the_loss_leaves_out_are_found():
-    finding = LossTarget.judge_unscored(scored_but(slice(0, 12)), IDS)
+    finding = judge_unscored(LossTarget().wrong_target, scored_but(slice(0, 12)), IDS)
     assert (finding.id, finding.severity) == ("wrong_loss_target", "warning")
     assert "24 of 46 positions" in finding.found
 
 
 def test_masked_positions_that_are_not_scored_are_no_fault():
-    assert LossTarget.judge_unscored(scored_but(slice(0, 0)), IDS) is None
+    assert judge_unscored(LossTarget().wrong_target, scored_but(slice(0, 0)), IDS) is None
     masked = IDS.clone()
     masked[:, :13] = IGNORE_INDEX
-    assert LossTarget.judge_unscored(scored_but(slice(0, 12)), masked) is None
+    assert judge_unscored(LossTarget().wrong_target, scored_but(slice(0, 12)), masked) is None
 
 
 def test_an_inverted_mask_of_an_own_loss_is_found():
@@ -86,11 +93,11 @@ def test_an_inverted_mask_of_an_own_loss_is_found():
     labels[:, 13:] = IGNORE_INDEX  # scored are the positions before them, 0 to 11
 
     def severity(silent: slice) -> str:
-        return LossTarget.judge_unscored(scored_but(silent), labels, is_own_loss=True).severity
+        return judge_unscored(LossTarget().wrong_target, scored_but(silent), labels, is_own_loss=True).severity
 
     assert severity(slice(0, 12)) == "warning"
     assert severity(slice(0, 9)) == "info"
-    assert LossTarget.judge_unscored(scored_but(slice(12, 23)), labels, is_own_loss=True) is None
+    assert judge_unscored(LossTarget().wrong_target, scored_but(slice(12, 23)), labels, is_own_loss=True) is None
 
 
 def test_a_last_position_that_is_scored_is_found():
@@ -104,7 +111,7 @@ def test_a_last_position_that_is_scored_is_found():
 
 
 def test_a_model_that_is_sure_is_not_judged():
-    assert LossTarget.judge_unscored(scored_but(slice(0, 12), loss=0.01), IDS) is None
+    assert judge_unscored(LossTarget().wrong_target, scored_but(slice(0, 12), loss=0.01), IDS) is None
 
 
 def test_targets_of_another_row():

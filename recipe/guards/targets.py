@@ -8,7 +8,7 @@ import torch
 
 from recipe.guards.batches import IGNORE_INDEX, LabelCounts
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
-from recipe.guards.head import MIN_POSITIONS, POSITIONS, LossTargets, count_hits
+from recipe.guards.head import MIN_POSITIONS, POSITIONS, count_hits
 from recipe.guards.labels import (
     are_noisy,
     count_changes,
@@ -17,6 +17,7 @@ from recipe.guards.labels import (
     judge_last_position,
     judge_prompts,
     judge_softmax,
+    judge_unscored,
     name_labels,
     share_off,
 )
@@ -96,12 +97,6 @@ class LossTarget(Guard):
     MAX_ELSEWHERE, MAX_ELSEWHERE_SAMPLED = 0.1, 0.5
     # Of the scored targets, equal to the labels of the next position. Chosen, not measured: all but ties by chance.
     FOLLOWED = 0.95
-    # Of the positions with a label. Chosen, not measured: a wrong mask in the loss takes a large part, one at the ends
-    # of four shards 2.4 % of 128 positions (zoo); a model's own loss leaves out none.
-    MAX_UNSCORED = 0.01
-    # Nats, mean over the scored positions. A gradient is zero too where softmax rounds to 1, at a loss of 1e-7.
-    # Chosen, not measured: a model that is so sure at a tenth of its positions has a mean far below.
-    SURE = 0.1
     # Scored labels, and the share that says what labels are in this run; then the share of a row's labels. Chosen, not
     # measured: of 64 a share of 0.9 is known to 0.04; label noise and denoising objectives stay far from half.
     LABELS_TO_LEARN, LABEL_CLEAR, LABEL_MAJORITY = 64, 0.9, 0.5
@@ -162,7 +157,7 @@ class LossTarget(Guard):
             if not is_known:
                 raise
             return None
-        finding = finding or self.judge_unscored(found, labels, batch.has_own_loss)
+        finding = finding or judge_unscored(self.wrong_target, found, labels, batch.has_own_loss)
         return finding or judge_last_position(self.wrong_target, ids, found, labels)
 
     @classmethod
@@ -225,30 +220,6 @@ class LossTarget(Guard):
                 evidence = {"row": row, **dict(zip(COUNTS, hits, strict=True))}
                 return cls.finding("error", found, "token i+1", causes, action, evidence, id=name)
         return None
-
-    @classmethod
-    def judge_unscored(cls, found: LossTargets, labels: torch.Tensor, is_own_loss: bool = False) -> Finding | None:
-        """Positions whose next label is a token are meant to be scored; a loss of the user's own may leave some out.
-        Positions that are sure of their target are silent too, so None where the model is."""
-        scored = found.targets != IGNORE_INDEX
-        if labels.shape != scored.shape or not scored.any() or float(found.losses[scored].mean()) < cls.SURE:
-            return None
-        meant, silent, scored = labels[:, 1:] != IGNORE_INDEX, found.is_silent[:, :-1], scored[:, :-1]
-        dropped, count, others = (int(each.sum()) for each in (silent & meant, meant, scored & ~meant))
-        if dropped <= cls.MAX_UNSCORED * count:
-            return None
-        is_inverted = others >= MIN_POSITIONS and count - dropped <= cls.MAX_UNSCORED * count
-        what = f"{dropped} of {count} labels dropped (and {others} masked ones scored)"
-        causes = ("a wrong mask (inside the loss)", "logits or labels cut before the loss")
-        return cls.finding(
-            "info" if is_own_loss and not is_inverted else "warning",
-            id="wrong_loss_target",
-            found=what if is_inverted else f"{dropped} of {count} positions with a label are not scored",
-            expected="the labels" if is_inverted else "all of them",
-            causes=("the loss has its mask inverted", *causes) if is_inverted else causes,
-            action="if it is on purpose, set their labels to -100; else count what your loss function averages over",
-            evidence={"unscored": dropped, "positions": count, "masked_but_scored": others},
-        )
 
     # --- during training
 
