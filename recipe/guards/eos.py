@@ -52,8 +52,12 @@ class EosNeverTarget(Guard):
         self.state = {"tokens": 0, "in_text": 0, "scored": 0, "rows": 0, "spelled": 0, "ends": []}
 
     def probe(self, batch) -> Iterator[Verdict]:
+        before = self.looked_at
         yield from filter(None, [self.judge(**self.count(batch.seen_tokens(all_rows=True)))])
-        self.looked_at = 0  # the steps count these rows, too
+        self.looked_at = before  # the steps count these rows, too
+
+    def on_resume(self, step: int) -> None:
+        self.looked_at = self.ROWS
 
     def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> dict:
         return self.add(*map(self.count, tokens))
