@@ -48,7 +48,14 @@ def batch_of(model, compute_loss, inputs=BATCH, is_new=True, world_size=1):
     objective = find_objective(again, base, inputs, run)
     own = {"loss_of": lambda: lambda: compute_loss(model, inputs), "seen_tokens": lambda all_rows: seen_tokens(inputs)}
     return SimpleNamespace(
-        objective=objective, recording=base, inputs=inputs, run=run, has_own_loss=True, model=model, **own
+        is_first=False,
+        objective=objective,
+        recording=base,
+        inputs=inputs,
+        run=run,
+        has_own_loss=True,
+        model=model,
+        **own,
     )
 
 

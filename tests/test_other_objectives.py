@@ -14,6 +14,7 @@ from tests.test_guards_on_runs import alarms, as_rows, make_model, make_trainer,
 
 STEPS = 12
 NEED_NEXT_TOKEN = {"init_loss_off", "loss_below_envelope", "loss_diverged", "eos_never_target", "padding_is_target"}
+NEED_NEXT_TOKEN |= {"padding_attended", "lossy_tokenizer"}
 GO_ON = {"loss_not_finite", "learning_rate_off", "frozen_parameters", "token_out_of_range"}
 
 

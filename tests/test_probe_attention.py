@@ -459,7 +459,7 @@ def test_a_mask_that_compute_loss_makes_is_the_one_that_is_probed(tiny_model):
 
     def probe(inputs, **given):
         batch = SimpleNamespace(
-            run=SimpleNamespace(objective=None),
+            run=SimpleNamespace(objective=None, pad_token_id=None),
             twin=SimpleNamespace(compute_loss_context_manager=nullcontext),
             model=tiny_model,
             inputs={"input_ids": ids, "labels": ids} | inputs,

@@ -13,7 +13,14 @@ from recipe.guards.batches import IGNORE_INDEX, LabelCounts, SeenTokens, flags_o
 from recipe.guards.guard import CannotJudge, Finding
 from recipe.guards.head import LossTargets, targets_from_gradient
 from recipe.guards.initial_loss import InitialLoss
-from recipe.guards.labels import judge_last_position, judge_linear, judge_prompts, judge_sums
+from recipe.guards.labels import (
+    judge_last_position,
+    judge_linear,
+    judge_prompts,
+    judge_sums,
+    judge_unscored,
+    name_labels,
+)
 from recipe.guards.recording import record, recover_loss_targets
 from recipe.guards.targets import LossTarget, add_loss
 
@@ -68,16 +75,29 @@ def scored_but(silent: slice, loss: float = 3.0) -> LossTargets:
 
 
 def test_labels_that_the_loss_leaves_out_are_found():
-    finding = LossTarget.judge_unscored(scored_but(slice(0, 12)), IDS)
+    finding = judge_unscored(LossTarget().wrong_target, scored_but(slice(0, 12)), IDS)
     assert (finding.id, finding.severity) == ("wrong_loss_target", "warning")
     assert "24 of 46 positions" in finding.found
 
 
 def test_masked_positions_that_are_not_scored_are_no_fault():
-    assert LossTarget.judge_unscored(scored_but(slice(0, 0)), IDS) is None
+    assert judge_unscored(LossTarget().wrong_target, scored_but(slice(0, 0)), IDS) is None
     masked = IDS.clone()
     masked[:, :13] = IGNORE_INDEX
-    assert LossTarget.judge_unscored(scored_but(slice(0, 12)), masked) is None
+    assert judge_unscored(LossTarget().wrong_target, scored_but(slice(0, 12)), masked) is None
+
+
+def test_an_inverted_mask_of_an_own_loss_is_found():
+    """Own losses may leave positions out, and score others: not all of the one and none of the other."""
+    labels = IDS.clone()
+    labels[:, 13:] = IGNORE_INDEX  # scored are the positions before them, 0 to 11
+
+    def severity(silent: slice) -> str:
+        return judge_unscored(LossTarget().wrong_target, scored_but(silent), labels, is_own_loss=True).severity
+
+    assert severity(slice(0, 12)) == "warning"
+    assert severity(slice(0, 9)) == "info"
+    assert judge_unscored(LossTarget().wrong_target, scored_but(slice(12, 23)), labels, is_own_loss=True) is None
 
 
 def test_a_last_position_that_is_scored_is_found():
@@ -91,7 +111,7 @@ def test_a_last_position_that_is_scored_is_found():
 
 
 def test_a_model_that_is_sure_is_not_judged():
-    assert LossTarget.judge_unscored(scored_but(slice(0, 12), loss=0.01), IDS) is None
+    assert judge_unscored(LossTarget().wrong_target, scored_but(slice(0, 12), loss=0.01), IDS) is None
 
 
 def test_targets_of_another_row():
@@ -241,7 +261,8 @@ def loss_of_next(model, **changes):
 def test_a_first_loss_without_targets_cannot_be_judged(tiny_model):
     recording = record(tiny_model, lambda: -loss_of_next(tiny_model))
     run = SimpleNamespace(step=0, is_new_model=True, is_next_token=True, trainer=None, model=tiny_model)
-    batch = SimpleNamespace(targets=lambda: recording.only().targets, recording=recording, run=run, inputs={})
+    known = {"targets": lambda: recording.only().targets, "recording": recording, "num_items_in_batch": None}
+    batch = SimpleNamespace(run=run, inputs={}, **known)
     with pytest.raises(CannotJudge, match="no target"):
         list(InitialLoss().probe(batch))
 
@@ -261,7 +282,7 @@ def test_sampled_rows_are_judged_by_most_of_their_positions():
 def test_a_row_whose_labels_are_not_as_in_most_rows():
     count, own, following = np.array([20, 20, 20, 7]), np.array([20, 9, 1, 0]), np.array([1, 2, 19, 7])
     rank, micro_step, row, more = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]), np.arange(4), np.zeros(4)
-    labels = LabelCounts(rank, micro_step, row, more, count, own, following, more)
+    labels = LabelCounts(rank, micro_step, row, more, count, own, following, more, more)
     found = list(LossTarget.judge_labels("own", labels))
     assert [(finding.id, finding.evidence) for finding in found] == [
         ("wrong_loss_target", {"row": 1, "rank": 0, "micro_step": 1, "fit": 9}),
@@ -271,6 +292,26 @@ def test_a_row_whose_labels_are_not_as_in_most_rows():
     found = list(LossTarget.judge_labels("next", labels))
     assert [finding.id for finding in found] == ["wrong_loss_target", "missing_label_shift"]
     assert not list(LossTarget.judge_labels("neither", labels))
+
+
+TEXT = np.random.default_rng(0).integers(4, 60, (8, 101))
+SHUFFLED = np.random.default_rng(1).permuted(TEXT[:2], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "found"),
+    [
+        (TEXT, np.concatenate([SHUFFLED, TEXT[2:]]), 2),
+        (TEXT, np.concatenate([TEXT[:7], TEXT[:1]]), 1),
+        (np.where(np.arange(8)[:, None] < 2, 3, TEXT), TEXT, 0),  # two rows hide their tokens behind a mask's
+        (np.where(np.arange(101) % 2, TEXT, TEXT[::-1]), TEXT, 0),  # half of the tokens are noise
+        (np.concatenate([TEXT[7:], TEXT[:7]]), TEXT, 0),  # all rows: the probe says it
+    ],
+)
+def test_a_few_rows_whose_labels_are_shuffled(ids, labels, found):
+    counts = LabelCounts.of([seen(ids, labels)])
+    named = name_labels(counts, LossTarget.LABELS_TO_LEARN, LossTarget.LABEL_CLEAR)
+    assert len(list(LossTarget.judge_labels(named, counts))) == found
 
 
 def seen(ids: np.ndarray, labels: np.ndarray) -> SeenTokens:
@@ -356,6 +397,25 @@ def with_z_loss(reduce):
         return F.cross_entropy(logits.transpose(1, 2), labels) + 1e-3 * reduce(logits.logsumexp(-1).square())
 
     return loss_of
+
+
+@pytest.mark.parametrize("num_items", [None, 60, 4 * 48, 2 * 48])
+def test_a_mean_over_masked_positions_is_found(num_items):
+    """60 of 4 x 48 positions are scored."""
+
+    def found(divisor):
+        def loss_of(logits, labels, _):
+            losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+            return (losses * (torch.arange(48) < 15)).sum() / divisor
+
+        return InitialLoss.judge_divisor(targets_of(loss_of), num_items)
+
+    for divisor in (4 * 48, 4 * 47):
+        finding = found(divisor)
+        assert finding is None if num_items == divisor else f"60 targets divided by {divisor}" in finding.found
+    assert found(60) is found(2 * 48) is found(1) is None
+    dense = targets_of(lambda logits, labels, _: F.cross_entropy(logits.transpose(1, 2), labels))
+    assert InitialLoss.judge_divisor(dense, num_items) is None
 
 
 def test_a_softmax_over_positions_is_found():

@@ -1,10 +1,12 @@
 """The guards that count tokens, on counts and on rows made by hand."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from recipe.guards.batches import SCORED, VALID, SeenTokens, send_tokens
 from recipe.guards.double_bos import DoubleBos, count_bos
@@ -46,7 +48,9 @@ def test_ids_outside_of_the_embedding():
 
 def test_padding_among_the_targets():
     def judge(**changes):
-        return PaddingIsTarget.judge(**{"targets": 9_000, "padding": 0, "rows": 0, "filled": 0, **changes})
+        return PaddingIsTarget.judge(
+            **{"targets": 9_000, "padding": 0, "hidden": 0, "rows": 0, "filled": 0, **changes}
+        )
 
     assert judge() is judge(targets=0) is judge(targets=2_000) is None
     assert judge(padding=99) is None
@@ -87,12 +91,13 @@ def test_ids_are_kept_in_mind():
 
 def test_scored_padding_and_rows_of_one_token_are_counted():
     guard, length = set_up(PaddingIsTarget), PaddingIsTarget.FILLED_TOKENS
+    known = {"padding": 0, "hidden": 0}
     scored = np.arange(length) > 0
     text = np.arange(length) % 7
     verdict(guard, seen([text, [5] * length], scored=scored), seen([[5] * length], scored=scored & (text < 6)))
-    assert guard.state == {"targets": 3 * (length - 1) - 9, "padding": 0, "rows": 3, "filled": 1}
+    assert guard.state == {"targets": 3 * (length - 1) - 9, "rows": 3, "filled": 1, **known}
     verdict(guard, seen([text], valid=text < 6, scored=scored), seen([[5] * 8], scored=True))
-    assert guard.state == {"targets": 4 * (length - 1) - 1, "padding": 9, "rows": 5, "filled": 1}
+    assert guard.state == {"targets": 4 * (length - 1) - 1, "rows": 5, "filled": 1, **known, "padding": 9}
 
 
 def test_padding_is_known_by_its_token_where_there_is_no_mask():
@@ -118,10 +123,59 @@ def test_the_pad_token_is_the_tokenizers_or_the_models(tokenizer, config, pad):
 
 
 def test_eos_is_counted_in_the_text_and_among_the_targets():
-    guard = set_up(EosNeverTarget, eos_token_ids=(3, 4))
+    guard = set_up(EosNeverTarget, eos_token_ids=(3, 4), tokenizer=None)
     valid, scored = np.array([1, 1, 1, 1, 0, 0]), np.array([0, 1, 0, 1, 1, 0])
     verdict(guard, seen([[3, 3, 4, 7, 3, 3]], valid=valid != 0, scored=scored != 0))
-    assert guard.state == {"tokens": 4, "in_text": 2, "scored": 1}
+    ends = {"rows": 1, "spelled": 0, "ends": [[3, 4, 7]]}
+    assert guard.state == {"tokens": 4, "in_text": 2, "scored": 1, **ends}
+
+
+WORDS = "The answer is short, and number {} ends here".format
+
+
+@pytest.mark.parametrize(
+    ("end", "is_found"),
+    [
+        (lambda row: "</s>", True),
+        (lambda row: "<|endoftext|>", True),
+        (lambda row: "; `</s>` is what a text ends with", False),  # a text about such tokens
+        (lambda row: "<|im_end|>\n" if row % 2 else "", True),
+        (lambda row: "", False),
+        (lambda row: "</s>" if row % 5 == 0 else "", False),
+        (lambda row: "<s> <|user|> </div> </span>", False),
+    ],
+)
+@pytest.mark.parametrize("spaces", [str, " ".join])
+def test_an_end_that_the_tokenizer_spells(tokenizer, end, is_found, spaces):
+    guard = set_up(EosNeverTarget, eos_token_ids=(256,), tokenizer=tokenizer)
+    texts = [WORDS(number) + spaces(end(number)) for number in range(24)]
+    rows = tokenizer(texts, split_special_tokens=True)["input_ids"]
+    found = [list(guard.observe(step_of(seen([row])))) for row in rows]
+    assert (found[-1][0] != guard.clear()) == is_found and found[6] == [guard.clear()]
+    assert not is_found or "its string ends" in found[-1][0].found
+    verdict(guard, seen([[5, 256]], scored=True))
+    assert guard.judge(**guard.state) is None  # EOS is there, and the text only tells of it
+
+
+@pytest.mark.parametrize("name", ["llama-4k", "llama-32k"])
+def test_tokenizers_of_the_recipe_spell_what_stands_in_a_text(name):
+    """TRL appends the string of EOS to each text."""
+    known = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "tokenizer" / name)
+    guard = set_up(EosNeverTarget, eos_token_ids=(known.eos_token_id,), tokenizer=known)
+    assert guard.is_spelled(np.array(known("It ends.</s>")["input_ids"]))
+    assert not guard.is_spelled(np.array(known("It ends.</s>", split_special_tokens=False)["input_ids"]))
+
+
+@pytest.mark.parametrize(
+    ("ends", "padding", "is_found"),
+    [([9, 8, 7], 2, True), ([9, 8, 7], 0, False), ([7, 7, 7], 2, False), ([], 2, False)],
+)
+def test_texts_without_eos_that_end_alike(ends, padding, is_found):
+    guard, texts = set_up(EosNeverTarget, eos_token_ids=(3,), tokenizer=None), np.random.default_rng(0)
+    for _ in range(EosNeverTarget.MIN_SEEN):
+        row = [*texts.integers(10, 60, 20).tolist(), *ends]
+        found = verdict(guard, seen([row + [0] * padding], valid=np.arange(len(row) + padding) < len(row)))
+    assert (found != guard.clear()) == is_found
 
 
 @pytest.mark.parametrize(

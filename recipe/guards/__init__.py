@@ -38,6 +38,7 @@ from recipe.guards.grad_norm import GradNorm
 from recipe.guards.guard import Finding, Guard
 from recipe.guards.initial_loss import InitialLoss
 from recipe.guards.learning_rate import LearningRate
+from recipe.guards.lossy_tokenizer import LossyTokenizer
 from recipe.guards.lost_updates import LostUpdates
 from recipe.guards.off_reference import LossOffReference
 from recipe.guards.padding import PaddingIsTarget
@@ -62,11 +63,12 @@ GUARDS: tuple[type[Guard], ...] = (
     LearningRate,
     InitialLoss,
     LossTarget,
+    PaddingIsTarget,
     AttentionLeak,
     TokenRange,
     DoubleBos,
-    PaddingIsTarget,
     EosNeverTarget,
+    LossyTokenizer,
     WrongGradient,
     AccumulationMismatch,
     LossBelowEnvelope,

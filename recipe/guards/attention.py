@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from recipe.guards.batches import IGNORE_INDEX, input_ids_of
+from recipe.guards.batches import IGNORE_INDEX, input_ids_of, leading_padding
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Skip, Verdict
 from recipe.guards.head import backbone_of
 from recipe.guards.sandbox import frozen
@@ -89,8 +89,10 @@ class AttentionLeak(Guard):
     def probe(self, batch) -> Iterator[Verdict]:
         inputs = model_inputs(batch)
         is_same = inputs["input_ids"].shape == batch.inputs["input_ids"].shape
+        shown = batch.inputs if is_same else inputs
+        documents = find_documents(shown, leading_padding(shown, batch.run.pad_token_id))
         with batch.twin.compute_loss_context_manager():
-            results = probe_attention(batch.model, inputs, find_documents(batch.inputs if is_same else inputs))
+            results = probe_attention(batch.model, inputs, documents)
         for name, result in results.items():
             yield Skip(name, result) if isinstance(result, CannotJudge) else result or self.clear(name, PROBE)
 
@@ -208,9 +210,9 @@ def model_inputs(batch) -> dict:
 # --- the batch
 
 
-def find_documents(batch: dict) -> torch.Tensor:
+def find_documents(batch: dict, padding: torch.Tensor | None = None) -> torch.Tensor:
     """`[rows, positions]`: the number of the document in its row, 0 where the batch does not keep documents apart;
-    PADDING where the attention mask is 0."""
+    PADDING where the attention mask is 0, and at `padding`."""
     ids, positions, sequence = batch["input_ids"], batch.get("position_ids"), batch.get("seq_idx")
     begins = torch.zeros_like(ids, dtype=torch.bool)
     if positions is not None and positions.ndim == 2:
@@ -220,8 +222,9 @@ def find_documents(batch: dict) -> torch.Tensor:
     if (ends := batch.get("cu_seq_lens_q")) is not None:
         begins.view(-1)[ends[ends < ids.numel()].long()] = True
     mask = batch.get("attention_mask")
-    is_2d = isinstance(mask, torch.Tensor) and mask.shape == ids.shape
-    is_padding = mask == 0 if is_2d else torch.zeros_like(begins)
+    is_padding = torch.zeros_like(begins) if padding is None else padding.clone()
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+        is_padding |= mask == 0
     begins[:, 1:] &= ~(is_padding[:, 1:] | is_padding[:, :-1])
     begins[:, 0] = False
     return begins.cumsum(dim=1).masked_fill(is_padding, PADDING)

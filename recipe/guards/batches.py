@@ -12,6 +12,8 @@ IGNORE_INDEX = -100
 # Unscored tokens between scored ones: fewer are no prompt, such as the first token of a document. Chosen, not
 # measured.
 SHORTEST_PROMPT = 4
+# Of one token at a row's beginning, that are padding and no text. Chosen, not measured.
+SHORTEST_PADDING = 8
 
 VALID, SCORED, LABEL_IS_TOKEN, LABEL_IS_NEXT, STARTS = map(np.uint8, (1, 2, 4, 8, 16))
 OWN, FOLLOWING = SCORED | LABEL_IS_TOKEN, SCORED | LABEL_IS_NEXT
@@ -71,7 +73,8 @@ class SeenTokens:
 class LabelCounts(NamedTuple):
     """Of each row of a step's micro-batches, int64 `[rows]`, for the main process, where the tokens do not come.
     `rank`, `micro_step`, `row`: where it is. `positions`: of it. `scored`: its targets; those among them whose label
-    is the token itself, `own`, or the next, `following`. `first_own`: 1 where its first label is its first token."""
+    is the token itself, `own`, or the next, `following`. `first_own`: 1 where its first label is its first token.
+    `hidden`: of most targets are neither, those that stand behind one and the same token, such as a mask's; else 0."""
 
     rank: np.ndarray
     micro_step: np.ndarray
@@ -81,6 +84,7 @@ class LabelCounts(NamedTuple):
     own: np.ndarray
     following: np.ndarray
     first_own: np.ndarray
+    hidden: np.ndarray
 
     @classmethod
     def of(cls, tokens: Sequence[SeenTokens], rank: int = 0) -> "LabelCounts":
@@ -91,7 +95,11 @@ class LabelCounts(NamedTuple):
             first_own = (seen.flags[:, :1] & LABEL_IS_TOKEN != 0).sum(axis=1)
             count, positions = seen.ids.shape
             place = np.stack(np.broadcast_arrays(rank, micro_step, np.arange(count), positions))
-            parts.append(np.vstack([place, seen.scored.sum(axis=1), own, following, first_own]))
+            scored, hidden = seen.scored.sum(axis=1), np.zeros(count, np.int64)
+            for row in np.flatnonzero(2 * (own + following) < scored):
+                is_other = seen.scored[row] & (seen.flags[row] & (LABEL_IS_TOKEN | LABEL_IS_NEXT) == 0)
+                hidden[row] = np.unique(seen.ids[row, is_other], return_counts=True)[1].max()
+            parts.append(np.vstack([place, scored, own, following, first_own, hidden]))
         return cls(*np.hstack(parts))
 
     @classmethod
@@ -185,3 +193,27 @@ def flags_of(ids, labels, mask, starts, pad_token_id: int | None) -> np.ndarray:
     if starts is not None:
         flags |= STARTS * starts
     return flags
+
+
+def leading_padding(inputs: Mapping, pad_token_id: int | None) -> torch.Tensor:
+    """bool `[rows, positions]`: padding before the rows' texts. It has attention mask 0, or is a run of the padding
+    token that is not scored; where none is known, of any token, in runs of different lengths before text all of which
+    is scored."""
+    ids, labels, mask = (inputs.get(name) for name in SENT[:3])
+    is_padding = torch.zeros_like(ids, dtype=torch.bool)
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+        is_padding |= (mask == 0).cumprod(dim=1).bool()
+    if not isinstance(labels, torch.Tensor) or labels.shape != ids.shape:
+        return is_padding
+    is_run, is_scored = (ids == ids[:, :1]).cumprod(dim=1).bool(), labels != IGNORE_INDEX
+    count = is_run.sum(dim=1)
+    may_be = (count < ids.shape[1]) & ~(is_run & is_scored).any(dim=1)
+    found = may_be & (count >= SHORTEST_PADDING)
+    if pad_token_id is not None:
+        found &= ids[:, 0] == pad_token_id
+    else:
+        found &= (is_run | is_scored).all(dim=1)
+    tokens = ids[found, 0].unique()
+    if len(tokens) != 1 or (pad_token_id is None and len(count[found].unique()) == 1):
+        return is_padding
+    return is_padding | (is_run & (may_be & (ids[:, 0] == tokens)).unsqueeze(1))  # of other rows a shorter one too

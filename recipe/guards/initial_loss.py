@@ -29,13 +29,14 @@ class InitialLoss(Guard):
         Warnings: adapters whose second factors are drawn as `torch.nn.Linear` draws its weights, and change the loss
         by 1e-3 of it; adapters on a base whose embedding is frozen, whose predictions have an entropy of 0.75 ln(V) at
         most, and whose loss is not 0.2 under ln(V); a gradient that pulls all logits of a position together by more
-        than 1 times what it pulls the target by (z-loss); a reference model (TRL's `ref_model`) whose loss on the
+        than 1 times what it pulls the target by (z-loss); each target weighs one divided by the number of all
+        positions, to 1 %, of which 90 % at most are scored; a reference model (TRL's `ref_model`) whose loss on the
         first rows is not 0.2 under ln(V), though the policy's is 1 nat under it.
     Try: the probes' findings first. Too high: `initializer_range`, or a loss that is summed. An error: no softmax.
     Cannot see: the first loss of models with trained weights, and of resumed runs.
     """
 
-    ids = {"init_loss_off": "The first loss is not that of an untrained model, or of its base or reference."}
+    ids = {"init_loss_off": "The first loss is not that of an untrained model, of its base, reference or targets."}
     explained_by = ("missing_label_shift", "non_causal_attention", "accumulation_mismatch")
     # Copying with tied embeddings starts 0.47 below (7.85 of ln 4096); healthy public runs at most 0.01, and up to 1.5
     # times the guess where the head is not scaled down. Chosen between these.
@@ -44,6 +45,8 @@ class InitialLoss(Guard):
     # to be sure. Of the pull on the target, in that on all logits; a z-loss as published has 0.001 to 0.01. Chosen,
     # not measured.
     SAME_LOSS, SURE_ENTROPY, MAX_NORMALIZER = 1e-3, 0.75, 1.0
+    # Of a target's weight: exact in fp32, to 0.4 % in bf16. Of the positions, scored. Chosen, not measured.
+    WEIGHT_ERROR, MAX_SCORED = 0.01, 0.9
 
     def probe(self, batch) -> Iterator[Verdict]:
         run = batch.run
@@ -53,6 +56,7 @@ class InitialLoss(Guard):
             raise NotApplicable(f"the objective is {run.objective.words}")
         found, vocab_size = batch.targets(), batch.recording.only().num_classes
         finding = self.judge_shares(vocab_size) if found.are_shares else self.judge_normalizer(found)
+        finding = finding or self.judge_divisor(found, batch.num_items_in_batch)
         if finding is None and not run.step:
             finding = self._judge_adapters(batch, found, vocab_size)
         if finding is None and (run.step or not run.is_new_model):
@@ -126,6 +130,28 @@ class InitialLoss(Guard):
         return cls.finding(
             "warning", found, expected, causes, action, {"ratio": ratio}, check=PROBE, cause="normalizer"
         )
+
+    @classmethod
+    def judge_divisor(cls, found: LossTargets, num_items) -> Finding | None:
+        """A mean over positions whose losses were set to 0. `num_items`: what the loss may be divided by, None where
+        it is not given any."""
+        scored, (rows, length) = found.targets != IGNORE_INDEX, found.targets.shape
+        count = int(scored.sum())
+        if found.sums is None or not 0 < count <= cls.MAX_SCORED * rows * (length - 1):
+            return None
+        weight = float(found.weights[scored].mean())
+
+        def is_divided_by(number) -> bool:
+            return abs(weight * float(number) - 1) <= cls.WEIGHT_ERROR
+
+        positions = next(filter(is_divided_by, (rows * length, rows * (length - 1))), None)
+        if positions is None or (num_items is not None and is_divided_by(num_items)):
+            return None
+        causes = ("mean over masked positions too (a product with the mask, then .mean())",)
+        action = "divide the sum of the losses by the number of scored tokens, such as mask.sum()"
+        found, expected = f"loss of {count} targets divided by {positions} (all positions)", f"{count}"
+        evidence = {"targets": count, "weight": weight}
+        return cls.finding("warning", found, expected, causes, action, evidence, check=PROBE, cause="divisor")
 
     @classmethod
     def judge_shares(cls, vocab_size: int) -> Finding:

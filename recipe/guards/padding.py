@@ -1,25 +1,34 @@
-"""Padding among the targets."""
+"""Padding among the targets, and in what the text attends to."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from recipe.guards.batches import SeenTokens
-from recipe.guards.guard import PROBE, STEP, Finding, Guard, Verdict
+from recipe.guards.attention import AttentionLeak, input_gradient, model_inputs
+from recipe.guards.batches import SeenTokens, leading_padding
+from recipe.guards.guard import PROBE, STEP, CannotJudge, Finding, Guard, NotApplicable, Verdict
 
 
 class PaddingIsTarget(Guard):
-    """Padding is scored, or rows hold one token only.
+    """Padding is scored or attended, or rows hold one token only.
 
     When: before step 1 on the first rows, then at every step.
     Measured: 100 scored targets and 1 % of all targets so far have attention mask 0 or, in a batch without a mask, are
         the pad token of the tokenizer or model at a row's end after another one. Or 4 rows and 1 % of all rows of 64
-        tokens or more hold one token only and score it, as ends of files that were never written.
+        tokens or more hold one token only and score it, as ends of files that were never written. Where the mask is 0
+        on half of the targets and 100 of them, and these are no more than half one token, it is the text that is
+        masked. Before step 1, where rows begin with padding (mask 0, or 8 unscored tokens of the pad token or, where
+        none is known, of one token in rows of different lengths whose text is all scored): whether the gradient of the
+        logits at the first token of the text reaches it, as in the call that training makes.
     Try: `labels[attention_mask == 0] = -100`; without a mask the same for the padding at the rows' ends.
-    Cannot see: padding at the rows' beginnings in batches without a mask, and where no pad token is known.
+    Try (padding_attended): `attention_mask = (input_ids != pad_token_id).long()`, handed to the model.
+    Cannot see: padding at the rows' beginnings that is scored, and where no pad token is known.
     """
 
-    ids = {"padding_is_target": "Padding is scored, so the model learns to pad."}
+    ids = {
+        "padding_is_target": "Padding is scored, so the model learns to pad.",
+        "padding_attended": "The text attends to padding before it, or is itself masked as padding.",
+    }
     needs_next_token = True
     taps = ("tokens",)
     # Scored padding, and its share of the scored targets; less does no harm. Chosen, not measured.
@@ -27,12 +36,31 @@ class PaddingIsTarget(Guard):
     # Tokens of a row that are all the same and scored: no text has so many, blank stretches of code are shorter. Such
     # rows, and their share of all rows. Chosen, not measured.
     FILLED_TOKENS, FILLED_ROWS, FILLED_SHARE = 64, 4, 0.01
+    # Of the masked targets, the most frequent token: padding is one, text is many. Of all targets. A majority.
+    MOST = 0.5
 
     def setup(self, run) -> None:
-        self.state = {"targets": 0, "padding": 0, "rows": 0, "filled": 0}
+        self.state = {"targets": 0, "padding": 0, "hidden": 0, "rows": 0, "filled": 0}
 
     def probe(self, batch) -> Iterator[Verdict]:
-        yield self.judge(**self.count(batch.seen_tokens()), check=PROBE) or self.clear(check=PROBE)
+        counts = self.count(batch.seen_tokens())
+        yield from self.verdicts(counts, PROBE)
+        if counts["hidden"]:
+            return
+        leading = leading_padding(batch.inputs, batch.run.pad_token_id)
+        if not leading.any():
+            raise NotApplicable("no padding before the rows' texts")
+        yield self.judge_attended(*self._gradient_at(batch, leading)) or self.clear("padding_attended", PROBE)
+
+    def _gradient_at(self, batch, leading) -> tuple[np.ndarray, np.ndarray]:
+        """`leading`, and of the first token after it in each row the logits' gradient at all tokens."""
+        inputs = model_inputs(batch)
+        if inputs["input_ids"].shape != leading.shape:
+            raise CannotJudge("the model is given other rows than those of the batch")
+        first = leading.sum(dim=1)
+        probed = {row: place for row, place in enumerate(first.tolist()) if 0 < place < leading.shape[1]}
+        with batch.twin.compute_loss_context_manager():
+            return leading.cpu().numpy(), input_gradient(batch.model, inputs, probed, training=True).cpu().numpy()
 
     def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> dict[str, int]:
         counts = [self.count(seen) for seen in tokens]
@@ -42,7 +70,12 @@ class PaddingIsTarget(Guard):
         for counts in step.of_ranks(self):
             self.state = {name: self.state[name] + count for name, count in counts.items()}
         if step.of_ranks(self):
-            yield self.judge(**self.state) or self.clear()
+            yield from self.verdicts(self.state, STEP)
+
+    def verdicts(self, counts: dict[str, int], check: str) -> Iterator[Verdict]:
+        yield self.judge(**counts, check=check) or self.clear("padding_is_target", check)
+        if counts["hidden"] and (finding := self.judge_mask(**counts, check=check)):
+            yield finding
 
     @classmethod
     def count(cls, seen: SeenTokens) -> dict[str, int]:
@@ -50,11 +83,15 @@ class PaddingIsTarget(Guard):
         if seen.ids.shape[1] >= cls.FILLED_TOKENS:
             may_be = (seen.ids[:, 0] == seen.ids[:, -1]) & seen.scored[:, 1:].all(axis=1)
             filled = sum(bool((seen.ids[row] == seen.ids[row, 0]).all()) for row in np.flatnonzero(may_be))
-        padding = int((seen.scored & ~seen.valid).sum())
-        return {"targets": seen.num_scored, "padding": padding, "rows": len(seen.ids), "filled": filled}
+        masked = seen.ids[seen.scored & ~seen.valid]
+        is_text = len(masked) and np.unique(masked, return_counts=True)[1].max() < cls.MOST * len(masked)
+        counts = {"padding": 0, "hidden": len(masked)} if is_text else {"padding": len(masked), "hidden": 0}
+        return {"targets": seen.num_scored, **counts, "rows": len(seen.ids), "filled": filled}
 
     @classmethod
-    def judge(cls, targets: int, padding: int, rows: int, filled: int, check: str = STEP) -> Finding | None:
+    def judge(
+        cls, targets: int, padding: int, hidden: int, rows: int, filled: int, check: str = STEP
+    ) -> Finding | None:
         if filled >= max(cls.FILLED_ROWS, cls.FILLED_SHARE * rows):
             found, expected = f"{filled:,} of {rows:,} rows hold one token", "text"
             causes = ("files not filled to the end", "rows of padding alone")
@@ -66,4 +103,26 @@ class PaddingIsTarget(Guard):
         else:
             return None
         evidence = {"targets": targets, "padding": padding, "rows": rows, "filled": filled}
-        return cls.finding("warning", found, expected, causes, action, evidence, check=check)
+        return cls.finding("warning", found, expected, causes, action, evidence, "padding_is_target", check)
+
+    @classmethod
+    def judge_mask(cls, targets: int, hidden: int, check: str = STEP, **others: int) -> Finding | None:
+        if hidden < max(cls.MIN_TARGETS, cls.MOST * targets):
+            return None
+        found, expected = f"attention mask 0 at {hidden:,} of {targets:,} targets", "1: they are text"
+        causes = ("the mask is inverted (1 means: attend)",)
+        action = "make the mask 1 on text and 0 on padding"
+        evidence = {"targets": targets, "masked": hidden}
+        return cls.finding("warning", found, expected, causes, action, evidence, "padding_attended", check)
+
+    @classmethod
+    def judge_attended(cls, leading: np.ndarray, sizes: np.ndarray) -> Finding | None:
+        """Both `[rows, positions]`: padding before the text, and of `_gradient_at`."""
+        seen = (sizes * leading).max(axis=1) > AttentionLeak.ROUNDING * sizes.max(axis=1)
+        if not seen.any():
+            return None
+        found = f"{int(seen.sum())} of {len(leading)} rows attend to padding (before their text)"
+        causes = ("attention mask 1 on padding", "the mask is not handed to the model")
+        action = "make the mask 0 on padding, and hand it to the model"
+        evidence = {"padding": leading.sum(axis=1).tolist(), "seen": seen.tolist()}
+        return cls.finding("warning", found, "none", causes, action, evidence, "padding_attended", PROBE)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import torch
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from recipe.guards.batches import input_ids_of
 from recipe.guards.trajectory import Reference, find_reference, optimizer_family
@@ -192,6 +192,12 @@ def bos_token_id_of(model, processor) -> int | None:
     named = [*_ids(tokenizer, "bos_token_id"), *_ids(config, "bos_token_id")]
     others = [*eos_token_ids_of(model, tokenizer), *_ids(tokenizer, "pad_token_id"), *_ids(config, "pad_token_id")]
     return named[0] if named and named[0] not in others else None
+
+
+def text_tokenizer_of(processor) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of text that it is or holds."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
 
 def tokenizer_sizes_of(processor) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ import torch
 
 from recipe.guards.batches import IGNORE_INDEX, LabelCounts
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Verdict
-from recipe.guards.head import MIN_POSITIONS, POSITIONS, LossTargets, count_hits
+from recipe.guards.head import MIN_POSITIONS, POSITIONS, count_hits
 from recipe.guards.labels import (
     are_noisy,
     count_changes,
@@ -17,6 +17,7 @@ from recipe.guards.labels import (
     judge_last_position,
     judge_prompts,
     judge_softmax,
+    judge_unscored,
     name_labels,
     share_off,
 )
@@ -61,9 +62,11 @@ class LossTarget(Guard):
         next two all differ, at least 8 in a row. A row is at fault with more than half of its targets at token i or
         i+2, or a tenth elsewhere (half in the samples during training). If the loss follows labels that differ from
         the tokens in less than half of the places, it is information (token dropout). Before step 1 also a warning if
-        over 1 % of the positions with a label are not scored (information for a loss of your own), or if the last
-        position of most rows is; an error if the loss of an untrained model is minus a cross entropy. Labels: once 64
-        have shown what they are in this run (90 % the token itself, or the next), a row with less than half. A warning
+        over 1 % of the positions with a label are not scored (information for a loss of your own, unless it scores 8
+        whose label is masked, and at most 1 % of the others), or if the last position of most rows is; an error if the
+        loss of an untrained model is minus a cross entropy. Labels: once 64 have shown what they are in this run (90 %
+        the token itself, or the next, of a whole micro-batch or of each of 75 % of its rows), a row with less than
+        half, unless half of it stands behind one token (a mask). A warning
         where 4 steps or more had at most 1 % other labels, and then 16 in a row have over 5 %: from some step on
         tokens or labels are changed on the way. A warning before step 1 where a loss that follows no label is linear
         in the probabilities, and where the answer of every row of the first micro-batch (4 at least) begins with a
@@ -94,12 +97,6 @@ class LossTarget(Guard):
     MAX_ELSEWHERE, MAX_ELSEWHERE_SAMPLED = 0.1, 0.5
     # Of the scored targets, equal to the labels of the next position. Chosen, not measured: all but ties by chance.
     FOLLOWED = 0.95
-    # Of the positions with a label. Chosen, not measured: a wrong mask in the loss takes a large part, one at the ends
-    # of four shards 2.4 % of 128 positions (zoo); a model's own loss leaves out none.
-    MAX_UNSCORED = 0.01
-    # Nats, mean over the scored positions. A gradient is zero too where softmax rounds to 1, at a loss of 1e-7.
-    # Chosen, not measured: a model that is so sure at a tenth of its positions has a mean far below.
-    SURE = 0.1
     # Scored labels, and the share that says what labels are in this run; then the share of a row's labels. Chosen, not
     # measured: of 64 a share of 0.9 is known to 0.04; label noise and denoising objectives stay far from half.
     LABELS_TO_LEARN, LABEL_CLEAR, LABEL_MAJORITY = 64, 0.9, 0.5
@@ -146,6 +143,9 @@ class LossTarget(Guard):
         ):
             findings = [finding]
         yield from self._verdicts(findings, PROBE)
+        if objective.is_next_token and batch.is_first:
+            labels = LabelCounts.of([batch.seen_tokens(all_rows=True)])
+            yield from self._verdicts(self._judge_rows_of(labels), "labels")
 
     def _judge_head_call(self, batch, head: HeadCall, is_known: bool) -> Finding | None:
         """`is_known`: what was changed has shown the shift, so that too few clear positions are no reason."""
@@ -157,7 +157,7 @@ class LossTarget(Guard):
             if not is_known:
                 raise
             return None
-        finding = finding or self.judge_unscored(found, labels, batch.has_own_loss)
+        finding = finding or judge_unscored(self.wrong_target, found, labels, batch.has_own_loss)
         return finding or judge_last_position(self.wrong_target, ids, found, labels)
 
     @classmethod
@@ -221,27 +221,6 @@ class LossTarget(Guard):
                 return cls.finding("error", found, "token i+1", causes, action, evidence, id=name)
         return None
 
-    @classmethod
-    def judge_unscored(cls, found: LossTargets, labels: torch.Tensor, is_own_loss: bool = False) -> Finding | None:
-        """Positions whose next label is a token are meant to be scored; a loss of the user's own may leave some out.
-        Positions that are sure of their target are silent too, so None where the model is."""
-        scored = found.targets != IGNORE_INDEX
-        if labels.shape != scored.shape or not scored.any() or float(found.losses[scored].mean()) < cls.SURE:
-            return None
-        meant = labels[:, 1:] != IGNORE_INDEX
-        silent, count = int((found.is_silent[:, :-1] & meant).sum()), int(meant.sum())
-        if silent <= cls.MAX_UNSCORED * count:
-            return None
-        return cls.finding(
-            "info" if is_own_loss else "warning",
-            id="wrong_loss_target",
-            found=f"{silent} of {count} positions with a label are not scored",
-            expected="all of them",
-            causes=("a wrong mask (inside the loss)", "logits or labels cut before the loss"),
-            action="if it is on purpose, set their labels to -100; else count what your loss function averages over",
-            evidence={"unscored": silent, "positions": count},
-        )
-
     # --- during training
 
     def observe(self, step) -> Iterator[Verdict]:
@@ -254,11 +233,14 @@ class LossTarget(Guard):
         if step.head:
             yield from self._verdicts([finding for finding, *_ in found], "head")
         if step.targets:
-            known = self.state["labels_are"]
-            self.state["labels_are"] = known or name_labels(step, self.LABELS_TO_LEARN, self.LABEL_CLEAR)
-            yield from self._verdicts(list(self.judge_labels(self.state["labels_are"], step.labels)), "labels")
+            yield from self._verdicts(self._judge_rows_of(step.labels), "labels")
             if self.state["labels_are"] in ("own", "next"):
                 yield self._judge_change(step) or self.clear("wrong_loss_target", "change")
+
+    def _judge_rows_of(self, labels: LabelCounts) -> list[Finding]:
+        known = self.state["labels_are"] or name_labels(labels, self.LABELS_TO_LEARN, self.LABEL_CLEAR)
+        self.state["labels_are"] = known
+        return list(self.judge_labels(known, labels))
 
     def _judge_head(self, sampled: dict) -> list[Finding]:
         place = sampled["first_position"] + POSITIONS // 2
@@ -283,7 +265,8 @@ class LossTarget(Guard):
         if labels_are == "next":
             right, other = other, right
         shifted = "double_label_shift" if labels_are == "own" else "missing_label_shift"
-        for at in np.flatnonzero((count >= MIN_POSITIONS) & (right < cls.LABEL_MAJORITY * count)).tolist():
+        is_off = (right < cls.LABEL_MAJORITY * count) & (labels.hidden < cls.LABEL_MAJORITY * count)
+        for at in np.flatnonzero((count >= MIN_POSITIONS) & is_off).tolist():
             place = {name: int(getattr(labels, name)[at]) for name in ("row", "rank", "micro_step")}
             fit = f"{right[at]} of {count[at]} fit"
             yield cls.finding(

@@ -2,7 +2,7 @@
 
 from recipe.guards.attention import find_documents, probe_attention
 from recipe.guards.guard import CannotJudge, Finding
-from recipe.guards.labels import judge_last_position
+from recipe.guards.labels import judge_last_position, judge_unscored
 from recipe.guards.recording import recover_loss_targets
 from recipe.guards.targets import LossTarget
 from tests.audit.checks import FAULT, LIMIT, PASS, Result
@@ -19,7 +19,7 @@ def run_probes(subject: Subject, setting: str) -> dict[str, str]:
     try:
         found = recover_loss_targets(subject.model.train(), lambda: subject.model(**inputs).loss)
         finding = LossTarget.judge(batch.ids, found.targets, batch.labels)
-        finding = finding or LossTarget.judge_unscored(found, batch.labels)
+        finding = finding or judge_unscored(LossTarget().wrong_target, found, batch.labels)
         finding = finding or judge_last_position(LossTarget().wrong_target, batch.ids, found, batch.labels)
         said["loss"] = f"{finding.id}: {finding.found}" if finding else "silent"
     except Exception as problem:

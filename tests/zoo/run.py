@@ -103,7 +103,8 @@ class Run:
             model=self.model,
             args=trl.SFTConfig(**self.arguments),
             train_dataset=self.train_dataset,
-            processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
+            # it appends the string of EOS to the text, which this tokenizer spells out unless told otherwise
+            processing_class=AutoTokenizer.from_pretrained(TOKENIZER, split_special_tokens=False),
             callbacks=self.callbacks,
         )
         return _guarded(trainer)

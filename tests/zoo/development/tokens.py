@@ -1,6 +1,10 @@
 """Token ids, EOS and padding."""
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.zoo.bug import bug
 from tests.zoo.development.labels import PADDED, change_batch
@@ -12,6 +16,36 @@ from tests.zoo.setting import Setting
 AREA = "tokens"
 DOCUMENTS = Setting(vocabulary=4096, block=256, batch=4)  # about one end of a document in each second row
 SMALL_VOCABULARY = Setting(vocabulary=512)
+
+
+def knows_tokenizer(run: Run, normalizer=None) -> None:
+    """The Trainer is given the tokenizer of the rows: bytes, and `</s>`."""
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(BPE(letters | {"</s>": EOS}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder, tokenizer.normalizer = decoders.ByteLevel(), normalizer or normalizers.NFC()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    run.on_trainer.append(lambda trainer: setattr(trainer, "processing_class", tokenizer))
+
+
+def tells_of_ends(run: Run) -> None:
+    """No row holds EOS, and the string of an end token stands in the text of every second one."""
+    knows_tokenizer(run)
+    for row in run.train_dataset:
+        row["input_ids"] = row["labels"] = row["input_ids"].masked_fill(row["input_ids"] == EOS, ord("."))
+    for row in run.train_dataset[::2]:
+        row["input_ids"][60:64] = END
+
+
+def uncased(run: Run) -> None:
+    """A model that was trained before, with its own tokenizer, which lower-cases."""
+    knows_tokenizer(run, normalizers.Lowercase())
+    run.model.name_or_path = "an uncased model"
+
+
+TOKENIZER = Setting(steps=60, change=knows_tokenizer)
+PADDED_TOKENIZER = TOKENIZER.changed(rows="padded")
+END = torch.tensor(list(b"</s>"))
 
 
 @bug("eos_never_target", AREA, "pad token is EOS", "transformers#23530", DOCUMENTS)
@@ -44,3 +78,43 @@ def ids_modulo_vocabulary(run: Run):
 def wrong_pad_id(run: Run):
     """Labels are masked where they equal EOS, which is not what rows are padded with."""
     change_batch(run, lambda b: b.update(labels=b["input_ids"].masked_fill(b["input_ids"] == EOS, IGNORED)))
+
+
+@bug("lossy_tokenizer", AREA, "text lower-cased by default", "transformers#3823", TOKENIZER)
+def tokenizer_lower_cases(run: Run):
+    """The tokenizer has the normalizer of BERT, which lower-cases by default."""
+    knows_tokenizer(run, normalizers.BertNormalizer(handle_chinese_chars=False))
+    for row in run.train_dataset:
+        run.took_effect()
+        ids = row["input_ids"]
+        row["input_ids"] = row["labels"] = torch.where((ids >= ord("A")) & (ids <= ord("Z")), ids + 32, ids)
+
+
+@bug("lossy_tokenizer", AREA, "white space normalised away", "google/sentencepiece#101", TOKENIZER)
+def tokenizer_makes_spaces_of_newlines(run: Run):
+    """The tokenizer has a normalizer that makes one space of all white space."""
+    knows_tokenizer(run, normalizers.Replace(Regex(r"\s+"), " "))
+    rows = make_rows(run.setting.changed(steps=2 * run.setting.steps))
+    text = torch.cat([row["input_ids"] for row in rows])
+    text = text.where(text != ord("\n"), ord(" "))
+    text = text[(text != ord(" ")) | (text.roll(1) != ord(" "))]
+    for row, ids in zip(run.train_dataset, text.split(run.setting.block), strict=False):
+        run.took_effect()
+        row["input_ids"], row["labels"] = ids, ids.clone()
+
+
+@bug("eos_never_target", AREA, "special tokens are encoded as plain text", "transformers#31362", PADDED_TOKENIZER)
+def end_split_by_a_known_tokenizer(run: Run):
+    """Texts end in `</s>`, which is encoded as four characters (`split_special_tokens`)."""
+    for row in run.train_dataset:
+        end = int(row["attention_mask"].sum()) - 1
+        room = min(len(END), run.setting.block - end)
+        row["input_ids"][end : end + room] = row["labels"][end : end + room] = END[:room]
+        row["attention_mask"][end : end + room] = 1
+        run.took_effect()
+
+
+HEALTHY = {
+    "a tokenizer that is known, in text about end tokens": TOKENIZER.changed(change=tells_of_ends),
+    "a trained model with an uncased tokenizer": TOKENIZER.changed(change=uncased),
+}

@@ -49,7 +49,7 @@ def rotary_layouts_mixed(run: Run):
     run.model.model.rotary_emb.register_forward_hook(interleave)
 
 
-@bug("", AREA, "padding on the left is attended", "NeMo-Automodel PR #3704", PADDED)
+@bug("padding_attended", AREA, "padding on the left is attended", "NeMo-Automodel PR #3704", PADDED)
 def left_padding_attended(run: Run):
     """Rows are padded on the left, the mask is made from padding on the right and is all ones: tokens see padding."""
     for row in [*run.train_dataset, *run.eval_dataset]:

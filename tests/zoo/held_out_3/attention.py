@@ -26,7 +26,7 @@ def rotated_by_the_head(run: Run):
     run.patch(modeling_llama, "apply_rotary_pos_emb", apply)
 
 
-@bug("", AREA, "padding mask inverted", "yongzhuo/LLaMA3-SFT#1", PADDED)
+@bug("padding_attended", AREA, "padding mask inverted", "yongzhuo/LLaMA3-SFT#1", PADDED)
 def padding_mask_inverted(run: Run):
     """The mask is 1 on padding and 0 on the text, of which no position attends to any other."""
     collate = run.collator

@@ -198,7 +198,7 @@ def left_padding_without_positions(run):
 
 
 @bug(
-    "reference_mismatch",
+    "reference_mismatch padding_attended",
     "attention and positions",
     "padding on the left is attended",
     "NVIDIA-NeMo/Automodel#3704",
