@@ -12,7 +12,7 @@ from recipe.guards.accumulation import AccumulationMismatch, two_rows, uneven_la
 from recipe.guards.batches import IGNORE_INDEX
 from recipe.guards.gradients import GradientNorms, GradientTap
 from recipe.guards.guard import CannotJudge
-from tests.test_guards_on_runs import as_rows, check_first, check_healthy, text, train
+from tests.test_guards_on_runs import alarms, as_rows, check_first, check_healthy, text, train
 
 IDS = torch.randint(3, 250, (4, 48), generator=torch.Generator().manual_seed(1))
 
@@ -333,6 +333,22 @@ def test_a_custom_count_that_holds_masked_labels_is_information(tmp_path):
         row["labels"][40:] = -100
     guards = train(tmp_path, train=data, steps=8, trainer_class=CountsPadding)
     assert ("accumulation_mismatch", "info") in findings_of(guards)
+
+
+class ShortAsFull(Trainer):
+    """The last window of a pass has three micro-batches and is divided by four."""
+
+    def get_batch_samples(self, *arguments):
+        samples, num_items = super().get_batch_samples(*arguments)
+        return samples, num_items * self.args.gradient_accumulation_steps / len(samples)
+
+
+def test_a_short_window_that_is_divided_as_a_full_one(tmp_path):
+    """It is always the second of a pass, at which micro-batches are not sampled else."""
+    run = dict(train=as_rows(text(7)), steps=22, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    guards = train(tmp_path, trainer_class=ShortAsFull, **run)
+    assert alarms(guards) == [("accumulation_mismatch", 20)]
+    check_healthy(train(tmp_path, **run), "accumulation_mismatch")
 
 
 class ZeroGradForgotten(Trainer):

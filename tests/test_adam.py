@@ -188,6 +188,18 @@ def test_another_class_may_compute_something_else(kind):
         set_up(model, kind(model.parameters(), lr=1e-3))
 
 
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_a_weight_that_is_given_twice_is_an_error(kind):
+    model = make_model()
+    named, optimizer = list(model.named_parameters()), kind(model.parameters(), lr=1e-3)
+    assert OptimizerOff.judge_repeated(named, optimizer) is None
+    optimizer.param_groups[0]["params"].append(named[0][1])
+    finding = OptimizerOff.judge_repeated(named, optimizer)
+    assert finding.severity == "error" and finding.found.startswith("1 parameters repeated")
+    del optimizer.param_groups[0]["params"][1]
+    assert OptimizerOff.judge_repeated(named, optimizer) is None  # one is missing, which another guard says
+
+
 @pytest.mark.parametrize(
     ("betas", "found"), [((0.95, 0.9), True), ((0.9, 0.9), False), ((0.9, 0.95), False), ((0.0, 0.99), False)]
 )

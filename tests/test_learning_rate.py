@@ -1,6 +1,7 @@
 """The learning rate against the schedule, on numbers."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import get_scheduler
 
 from recipe.guards.guard import CannotJudge
-from recipe.guards.learning_rate import LearningRate, expected_learning_rates, peak_of
+from recipe.guards.learning_rate import LearningRate, ends_of, expected_learning_rates, lambda_of, peak_of
 
 LINEAR = expected_learning_rates("linear", 1e-3, 10, 100)
 
@@ -150,6 +151,87 @@ def test_a_schedule_counted_in_micro_batches_is_found():
 )
 def test_other_schedules_are_silent(factor):
     assert LearningRate.judge_length(factor, 40, {8: "micro-batches of a step"}) is None
+
+
+def own(name: str, length: int = 100, warmup: int = 10, **kwargs):
+    """The scheduler that `transformers.get_scheduler` makes for a run of this length."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    return get_scheduler(name, optimizer, warmup, length, kwargs)
+
+
+def torchs(name: str, *lengths, **kwargs):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3, momentum=0.9)
+    return getattr(torch.optim.lr_scheduler, name)(optimizer, *lengths, **kwargs)
+
+
+def on_its_own(factor):
+    return torchs("LambdaLR", factor)
+
+
+def rises(scheduler, steps=100, **given):
+    """`steps`: of the run, whose arguments have a warm-up of 10 and, unless `given`, as many epochs as are usual."""
+    args = SimpleNamespace(**{"num_train_epochs": 3.0, "max_steps": -1, **given}, get_warmup_steps=lambda steps: 10)
+    factor = lambda_of(scheduler)
+    return LearningRate.judge_rise(factor, steps, ends_of(factor, args, steps))
+
+
+def swinging(length: int):
+    return lambda step: min(1.0, (step + 1) / 10) * (1 + math.cos(math.pi * step / length)) / 2
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "cause"),
+    [
+        (on_its_own(swinging(10)), "the warm-up's"),
+        (on_its_own(lambda step: 0.1 + 0.9 * swinging(10)(step)), "the warm-up's"),
+        (torchs("CosineAnnealingLR", 10), "the warm-up's"),
+        (torchs("CosineAnnealingLR", 3), "counted in epochs"),
+        (own("cosine", 50), "another run's"),
+        (own("cosine", 25, warmup=5), "another run's"),
+        (own("cosine_with_min_lr", 40, min_lr=1e-4), "another run's"),
+    ],
+)
+def test_a_cosine_that_rises_after_its_end_is_found(scheduler, cause):
+    finding = rises(scheduler)
+    assert finding.severity == "warning" and cause in finding.likely_causes[0]
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        own("cosine"),
+        own("cosine", 90),
+        own("cosine", 75),
+        own("cosine", 200),
+        own("cosine", 50, num_cycles=1.5),
+        own("cosine_with_restarts", 50, num_cycles=4),
+        own("cosine_with_restarts", num_cycles=9),
+        own("cosine_with_min_lr", 80, min_lr=1e-4),
+        own("linear", 50),
+        own("polynomial", 50, power=2.0),
+        own("inverse_sqrt"),
+        own("constant_with_warmup"),
+        own("warmup_stable_decay", num_decay_steps=20),
+        torchs("CosineAnnealingLR", 100),
+        torchs("CosineAnnealingLR", 20),  # a length that nothing says is wrong
+        torchs("CosineAnnealingWarmRestarts", 10),
+        torchs("CyclicLR", 1e-4, 1e-3, 10),
+        torchs("OneCycleLR", 1e-3, 10),
+        torchs("StepLR", 10),
+        on_its_own(lambda step: (1 + math.cos(math.pi * (step % 10) / 10)) / 2),  # restarts after 10 steps
+        on_its_own(lambda step: 1 - (step % 11) / 11),
+        on_its_own(lambda step: abs(1 - step / 10 % 2)),  # straight down and up
+        on_its_own(lambda step: min((step + 1) / 10, 10 / (step + 1)) ** 0.5),
+        on_its_own([1.0 - number / 100 for number in range(100)].__getitem__),
+    ],
+)
+def test_schedules_that_rise_on_purpose_or_not_at_all_are_silent(scheduler):
+    assert rises(scheduler) is None
+    assert rises(scheduler, max_steps=100) is None
+
+
+def test_epochs_that_were_not_asked_for_are_no_length():
+    assert rises(torchs("CosineAnnealingLR", 3), max_steps=100) is None
 
 
 def layered(*rates) -> tuple[list, SimpleNamespace]:

@@ -310,6 +310,7 @@ def test_without_autocast_or_a_plain_layer_no_hook_is_set(facts):
         (True, "perplexity", True, True),  # as Trainer sets it by itself
         (True, "loss", False, False),
         (True, "accuracy", True, False),
+        (True, "eval_neg_log_loss", True, False),  # of scikit-learn
         (False, "loss", True, False),
         (True, "loss", None, False),
     ],

@@ -3,17 +3,19 @@
 import json
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from recipe.guards.batches import IGNORE_INDEX, LabelCounts, SeenTokens, flags_of
+from recipe.guards.batches import IGNORE_INDEX, LabelCounts, SeenTokens, flags_of, send_tokens
 from recipe.guards.guard import CannotJudge, Finding
 from recipe.guards.head import LossTargets, targets_from_gradient
 from recipe.guards.initial_loss import InitialLoss
 from recipe.guards.labels import (
+    judge_declared,
     judge_last_position,
     judge_linear,
     judge_prompts,
@@ -372,6 +374,60 @@ def test_answers_that_begin_with_their_prompt_are_found():
 @pytest.mark.parametrize(("prompt", "copied"), [(12, 11), (7, 7), (12, 0), (0, 0)])
 def test_other_answers_are_silent(prompt, copied):
     assert judge_prompts(LossTarget().wrong_target, answers(prompt, copied)) is None
+
+
+def declared(rows: list[dict], labels: torch.Tensor, **given):
+    """Of a micro-batch that holds `IDS` with these labels, in a run on these rows."""
+    found = targets_at(1).masked_fill(F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) == IGNORE_INDEX, IGNORE_INDEX)
+    weights = (found != IGNORE_INDEX).float()
+    found = LossTargets(found, given.get("weights", weights), weights, weights == 0)
+    found.is_silent[:, :4] |= given.get("is_silent", False)
+    run = SimpleNamespace(trainer=SimpleNamespace(train_dataset=rows), pad_token_id=52)
+    seen_tokens = send_tokens({"input_ids": IDS, "labels": labels}, None).read()
+    batch = SimpleNamespace(inputs={"labels": labels}, run=run, seen_tokens=lambda all_rows: seen_tokens)
+    return judge_declared(LossTarget().wrong_target, batch, found)
+
+
+def with_prompts(count: int, prompt: int = 8, at: int = 0, **columns) -> list[dict]:
+    row = {"input_ids": list(range(24)), "labels": [*range(at), *[-100] * prompt, *range(at + prompt, 24)]}
+    return [{**row, **columns} for _ in range(count)]
+
+
+def test_prompts_that_the_data_masks_and_the_loss_scores_are_found():
+    rows = with_prompts(100)
+    finding = declared(rows, IDS)
+    assert finding.severity == "warning" and finding.evidence["prompts"] == [7] * 50
+    assert declared(datasets.Dataset.from_list(rows), IDS) is not None
+    assert declared(with_prompts(20, at=8), IDS) is not None  # a second turn
+
+
+masked = IDS.clone()
+masked[0, :8] = IGNORE_INDEX
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "given"),
+    [
+        (with_prompts(100), masked, {}),  # the mask is there
+        (with_prompts(100), IDS, {"is_silent": True}),  # it is in the loss
+        (with_prompts(100), IDS, {"weights": torch.linspace(0.5, 1.0, 48).view(2, 24)}),  # prompts weigh less
+        (with_prompts(7), IDS, {}),
+        (with_prompts(100, prompt=3), IDS, {}),
+        (with_prompts(100, prompt=0), IDS, {}),
+        (with_prompts(100, prompt=8, at=16), IDS, {}),  # at the end: padding without a mask
+        (with_prompts(1, prompt=0) + with_prompts(99), IDS, {}),
+        (with_prompts(100, attention_mask=[0] * 8 + [1] * 16), IDS, {}),  # padding
+        ([{**row, "input_ids": [52] * 8 + row["input_ids"][8:]} for row in with_prompts(100)], IDS, {}),
+        ([{"input_ids": list(range(24))}] * 100, IDS, {}),
+        ([{"labels": "text"}] * 100, IDS, {}),
+        ([3] * 100, IDS, {}),
+        (datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 100}), IDS, {}),
+        (datasets.Dataset.from_list(with_prompts(100)).to_iterable_dataset(), IDS, {}),
+        ([], IDS, {}),
+    ],
+)
+def test_prompts_that_nothing_says_are_masked_are_silent(rows, labels, given):
+    assert declared(rows, labels, **given) is None
 
 
 def targets_of(loss_of) -> LossTargets:

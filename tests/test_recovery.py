@@ -32,10 +32,10 @@ def recovered(caplog) -> list[str]:
 
 
 def test_a_parameter_that_is_in_the_optimizer_twice(tmp_path, caplog):
-    """Found before step 1 under the id of the learning rate, whose steps are clear."""
+    """Found before step 1, also of an optimizer whose steps are not judged."""
     caplog.set_level(logging.INFO, "recipe.guards")
     guards = watch(make_trainer(tmp_path, steps=STEPS, trainer_class=HoldsOneTwice))
-    assert alarms(guards) == [("learning_rate_off", 0)] and recovered(caplog) == []
+    assert alarms(guards) == [("optimizer_off", 0)] and recovered(caplog) == []
 
 
 def test_and_after_a_resume(tmp_path, caplog):
@@ -43,7 +43,7 @@ def test_and_after_a_resume(tmp_path, caplog):
     run = dict(trainer_class=HoldsOneTwice, save_strategy="steps", save_steps=4)
     watch(make_trainer(tmp_path, steps=4, **run))
     guards = watch(make_trainer(tmp_path, steps=STEPS, **run), tmp_path / "run/checkpoint-4")
-    assert alarms(guards) == [("learning_rate_off", 0)] and recovered(caplog) == []
+    assert alarms(guards) == [("optimizer_off", 0)] and recovered(caplog) == []
 
 
 def test_what_only_a_probe_sees_after_a_resume(tmp_path, caplog, monkeypatch):

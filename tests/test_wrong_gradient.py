@@ -96,6 +96,21 @@ def test_a_wrong_backward_is_caught(change, steps):
     assert abs(finding.evidence["ratios"][0] - 1) > 0.05 and not finding.evidence["stops_gradients"]
 
 
+@pytest.mark.parametrize("is_sum", [False, True])
+def test_a_loss_that_is_computed_in_bf16_is_named(is_sum):
+    """Also where its sum is rounded, and divided in float32."""
+    count = IDS[:, 1:].numel()
+
+    def coarse(model):
+        logits, reduction = model(input_ids=IDS).logits[:, :-1].bfloat16(), "sum" if is_sum else "mean"
+        loss = F.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten(), reduction=reduction).float()
+        return loss / count if is_sum else loss
+
+    model = trained(make_model(), 40).train()
+    finding = WrongGradient.judge_model(model, lambda: coarse(model), num_items=count)
+    assert finding.severity == "warning" and "rounded to bf16" in finding.found
+
+
 @pytest.mark.parametrize("is_reentrant", [True, False])
 def test_dropout_drawn_again_by_checkpointing_is_caught(is_reentrant):
     finding = probe(gpt2(use_reentrant=is_reentrant, preserve_rng_state=False))
@@ -253,9 +268,9 @@ def test_a_loss_that_is_not_finite_is_no_verdict():
 
 def test_steps_that_disagree_are_no_verdict():
     with pytest.raises(CannotJudge, match="steps of different sizes"):
-        WrongGradient.judge([1.5, 1.3, 1.6], (2.0, 2.0), Watched())
-    assert WrongGradient.judge([1.5, 1.5, 1.5], (2.0, 2.0), Watched()).severity == "warning"
-    assert WrongGradient.judge([1.04, 1.04, 1.04], (2.0, 2.0), Watched()).severity == "info"
+        WrongGradient.judge([1.5, 1.3, 1.6], (2.1, 2.1), Watched())
+    assert WrongGradient.judge([1.5, 1.5, 1.5], (2.1, 2.1), Watched()).severity == "warning"
+    assert WrongGradient.judge([1.04, 1.04, 1.04], (2.1, 2.1), Watched()).severity == "info"
 
 
 @pytest.mark.parametrize("is_wrong", [False, True])

@@ -2,7 +2,7 @@
 algorithm 1, and Loshchilov & Hutter 2019, algorithm 2, with the constants that the parameter groups name."""
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -13,7 +13,7 @@ from recipe.guards import muon
 from recipe.guards.gradients import sample
 from recipe.guards.guard import PROBE, Finding, Guard, NotApplicable, Verdict, contained
 from recipe.guards.muon import MatrixWatch
-from recipe.guards.run import plain_rate
+from recipe.guards.run import Parameters, plain_rate
 from recipe.guards.sandbox import generators_now, own_containers, restore_generators
 from recipe.guards.updates import shorten
 from recipe.internals import has_step_post_hooks
@@ -37,14 +37,15 @@ LIKELY = {
 class OptimizerOff(Guard):
     """The optimizer does not compute what its class and its settings say.
 
-    When: before step 1 for the betas; then in the first 12 steps of a training, after a resume too, and in
+    When: before step 1 for its settings; then in the first 12 steps of a training, after a resume too, and in
         every 100th.
     Measured: hooks on `optimizer.step` keep sampled elements of the smallest and the largest float32 parameter of each
         group, with their gradient and moments, and compare what the step makes of them with the published definition.
         The difference may be 1 % of the change, plus rounding. Under Muon the smallest matrix is compared whole; its
-        step may be off by 5 %, as bf16 rounds. Before step 1: beta1 must not be larger than beta2; a copy of an
-        optimizer that is not torch's makes a step of one small parameter without gradient at two rates: it must not
-        take all of `weight_decay` off (from 1e-3 and 10 times its product with the rate on).
+        step may be off by 5 %, as bf16 rounds. Before step 1: no parameter is in it twice (an error); beta1 must not
+        be larger than beta2; a copy of an optimizer that is not torch's makes a step of one small parameter without
+        gradient at two rates: it must not take all of `weight_decay` off (from 1e-3 and 10 times its product with the
+        rate on).
     Try: comparing one step of this parameter with `torch.optim.AdamW` or `Muon` on a copy of it.
     Cannot see: of other optimizers than torch's own Adam, AdamW and Muon and the recipe's Muon (a subclass may compute
         something else) all but betas and decay; parameters in half precision, amsgrad, fp16 loss scaling, optimizers
@@ -122,8 +123,9 @@ class OptimizerOff(Guard):
             raise self._no_adam
 
     def _judge_settings(self, run) -> Finding | None:
-        has_betas = run.is_adam or self._watched
-        finding = self.judge_betas(run.optimizer.param_groups) if has_betas else None
+        finding = self.judge_repeated(run.named_parameters, run.optimizer)
+        if finding is None and (run.is_adam or self._watched):
+            finding = self.judge_betas(run.optimizer.param_groups)
         if finding is None and run.world_size == 1 and not run.is_sharded:  # a step may wait for other ranks
             finding = self.judge_decay(run.inner_optimizer)
         return finding
@@ -224,6 +226,24 @@ class OptimizerOff(Guard):
                     evidence={"parameter": name, "part": part, "error": error, "change": change, "size": size},
                 )
         return None
+
+    @classmethod
+    def judge_repeated(cls, parameters: Parameters, optimizer: torch.optim.Optimizer) -> Finding | None:
+        """A parameter that is in the optimizer more than once is updated as often. Silent where parameters are
+        missing, which is a finding of another guard."""
+        counts = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        names = [name for name, parameter in parameters if counts[id(parameter)] > 1]
+        if not names or any(p.requires_grad and id(p) not in counts for _, p in parameters):
+            return None
+        return cls.finding(
+            "error",
+            found=f"{len(names)} parameters repeated in the optimizer ({shorten(names[0])})",
+            expected="once each",
+            causes=("a shared weight given twice (for each module that holds it)",),
+            action="each time it is there it is updated: give each parameter once, as model.parameters() does",
+            evidence={"names": names[:20]},
+            check=PROBE,
+        )
 
     @classmethod
     def judge_decay(cls, optimizer: Optimizer) -> Finding | None:

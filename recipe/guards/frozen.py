@@ -1,4 +1,4 @@
-"""Parameters that should train and do not."""
+"""Parameters that should train and do not, and such that train beside their adapters."""
 
 import re
 import zlib
@@ -9,6 +9,7 @@ import torch
 from recipe.guards import updates
 from recipe.guards.gradients import MOVING_ELEMENTS
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
+from recipe.guards.head import find_head
 from recipe.guards.recording import embeddings_of
 from recipe.guards.run import LOW_PRECISION, Parameters
 from recipe.guards.updates import FIRST_STEPS, MOVING_RATE, PLAIN_GRADIENT
@@ -16,7 +17,7 @@ from recipe.internals import has_forward_hooks
 
 
 class FrozenParameters(Guard):
-    """Parameters that should train do not move.
+    """Parameters that should train do not move, or those under adapters do.
 
     When: before step 1; after the first 8 steps with a rate above 1e-6, after a resume too; after 16 to 19 steps
         without a gradient; when a parameter is unfrozen.
@@ -24,14 +25,15 @@ class FrozenParameters(Guard):
         each parameter before and after the step, and its largest gradient; at every 4th step, whether all have one.
         An error: parameters in no optimizer group, or with a gradient and no movement. A warning: no gradient; more
         than half of a new model frozen, or of the model without gradient later. Information: fewer, layers that
-        are trained in turn, and experts without tokens. What PEFT freezes is frozen on purpose.
+        are trained in turn, and experts without tokens. What PEFT freezes is frozen on purpose; a warning where a
+        weight trains that an active adapter adapts, since PEFT saves the adapter alone.
     Try: building the optimizer from the final model, after it was wrapped, cast and resized. Without a gradient: look
         for `detach()` or `no_grad()` on the path to the loss.
     Cannot see: parameters that stop moving later while their gradient is still computed; movement of half-precision
         weights; before step 1, an optimizer outside of torch that keeps copies.
     """
 
-    ids = {"frozen_parameters": "Parameters that should train do not move."}
+    ids = {"frozen_parameters": "Parameters that should train do not move, or those under adapters do."}
     # Without gradient, after steps that had one. Chosen, not measured: routing finds every expert sooner.
     STOPPED_STEPS = 16
     # Steps between looks at which parameters have a gradient, while all have: some hundred take 0.2 ms. Chosen.
@@ -54,9 +56,11 @@ class FrozenParameters(Guard):
         self.unfreezable = [(n, p) for n, p in run.named_parameters if not p.requires_grad] if is_held else []
 
     def inspect(self, run) -> Iterator[Verdict]:
-        finding = self.judge_groups(run.named_parameters, run.optimizer)
-        if finding is None and not has_adapters(run.model):
-            finding = self._judge_on_purpose(run.named_parameters, run.is_new_model, held_by(run.optimizer))
+        finding, held = self.judge_groups(run.named_parameters, run.optimizer), held_by(run.optimizer)
+        if finding is None and has_adapters(run.model):
+            finding = self.judge_base(run.model, held)
+        elif finding is None:
+            finding = self._judge_on_purpose(run.named_parameters, run.is_new_model, held)
         yield finding or self.clear(check=PROBE)
 
     def before_step(self, local) -> None:
@@ -161,6 +165,17 @@ class FrozenParameters(Guard):
         return cls._finding("error", f"{len(names)} parameters {of} in no group", "all", causes, names, check, action)
 
     @classmethod
+    def judge_base(cls, model: torch.nn.Module, held: Collection[int]) -> Finding | None:
+        """A checkpoint of PEFT holds adapters, not the weights that they adapt. `held`: ids of what is optimized."""
+        names = [name for name, p in adapted_weights(model) if p.requires_grad and id(p) in held]
+        if not names:
+            return None
+        found = f"{len(names)} weights under active adapters train too"
+        causes = ("the base was unfrozen (after its adapters were made): what it learns is not saved",)
+        action = "leave the base frozen: requires_grad_(True) for the adapters alone; or train without adapters"
+        return cls._finding("warning", found, "frozen", causes, names, PROBE, action)
+
+    @classmethod
     def _judge_on_purpose(cls, parameters: Parameters, is_new_model: bool, held: Collection[int]) -> Finding | None:
         """Few parameters of a new model do not want a gradient. Those that the optimizer holds may want one later."""
         frozen = [name for name, p in parameters if not p.requires_grad]
@@ -247,6 +262,16 @@ def _is_checkpointed(module: torch.nn.Module) -> bool:
 def has_adapters(model: torch.nn.Module) -> bool:
     """Whether PEFT put adapters into it: what they adapt is frozen on purpose, also where its weights are new."""
     return hasattr(model, "peft_config") or any("lora_" in name for name, _ in model.named_parameters())
+
+
+def adapted_weights(model: torch.nn.Module) -> Parameters:
+    """The weights that PEFT's active adapters adapt, but for embedding and head, which its checkpoints may hold."""
+    embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    saved = {id(module.weight) for module in (*embeddings, find_head(model)) if hasattr(module, "weight")}
+    layers = [(n, m) for n, m in model.named_modules() if hasattr(m, "base_layer") and hasattr(m, "active_adapters")]
+    active = [(n, m.get_base_layer()) for n, m in layers if m.active_adapters and not m.disable_adapters]
+    weights = [(f"{name}.weight", getattr(base, "weight", None)) for name, base in active]
+    return [(name, w) for name, w in weights if isinstance(w, torch.nn.Parameter) and id(w) not in saved]
 
 
 def share_of(names: list[str], parameters: Parameters) -> float:

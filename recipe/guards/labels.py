@@ -3,15 +3,19 @@
 `make`: its `finding`, with the id.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sized
 
 import torch
 
-from recipe.guards.batches import IGNORE_INDEX, LabelCounts, SeenTokens
+from recipe.guards.accumulation import WEIGHTED_LOSS
+from recipe.guards.batches import IGNORE_INDEX, SHORTEST_PROMPT, LabelCounts, SeenTokens
 from recipe.guards.guard import PROBE, CannotJudge, Finding
 from recipe.guards.head import MIN_POSITIONS, LossTargets, head_of
 from recipe.guards.recording import record
 from recipe.guards.sandbox import places_of, replaced
+
+logger = logging.getLogger("recipe.guards")
 
 # Share of a step's labels that are not the tokens: at most before a change, at least after it; steps before, and
 # in a row after it. Derived: of a mixture that changes some batches on purpose, at any share q, the first 20 steps
@@ -21,6 +25,9 @@ CHANGE_BEFORE, CHANGE_AFTER, STEPS_BEFORE, STEPS_AFTER = 0.01, 0.05, 4, 16
 REPEATED_ROWS, REPEATED_TOKENS = 4, 8
 # Rows that are more than a trial. Chosen, not measured.
 KTO_ROWS = 64
+# Rows of the data that are looked at, and the least. Derived: where all of 64 have a prompt, rows without one are few,
+# and a micro-batch of them alone is one in 170 at most (of two such rows, one in 2,500).
+DECLARED_ROWS, LEAST_ROWS = 64, 8
 # Of the absolute sums over the vocabulary, in their sum over a row; of the gradient's lowest entries, in these.
 # Derived: fp32 leaves 1e-6 of either where it should be 0; measured 0.1 of the other (random logits, dim=1).
 ZERO_SUM, CLEAR_SUM = 1e-4, 1e-3
@@ -103,6 +110,48 @@ def judge_prompts(make: Make, seen: SeenTokens) -> Finding | None:
         action="print a row of the dataset: its completion must begin where its prompt ends",
         evidence={"copied_tokens": lengths},
     )
+
+
+def judge_declared(make: Make, batch, found: LossTargets) -> Finding | None:
+    """The data has prompts that are not scored, and all text of this micro-batch is. `batch`: a `sandbox.Batch`."""
+    seen, labels = batch.seen_tokens(all_rows=True), batch.inputs.get("labels")
+    if labels is None or labels.shape != found.targets.shape or not (seen.scored | ~seen.valid)[:, 1:].all():
+        return None
+    weights = found.weights[found.targets != IGNORE_INDEX]
+    is_silent = found.is_silent[:, :-1] & (labels[:, 1:] != IGNORE_INDEX)
+    if is_silent.any() or not len(weights) or weights.max() > WEIGHTED_LOSS * weights.min():  # by a loss of one's own
+        return None
+    prompts = prompts_of(batch.run.trainer.train_dataset, batch.run.pad_token_id)
+    if len(prompts) < LEAST_ROWS or min(prompts) < SHORTEST_PROMPT:
+        return None
+    return make(
+        "warning",
+        found=f"no prompt is masked (in {len(seen.ids)} rows)",
+        expected="masked, as in the dataset",
+        causes=("labels are made again (by a collator such as DataCollatorForLanguageModeling)",),
+        action="use a collator that keeps the dataset's labels, such as DataCollatorForSeq2Seq",
+        evidence={"prompts": prompts},
+    )
+
+
+def prompts_of(data, pad_token_id: int | None) -> list[int]:
+    """Tokens of some rows, spread over the data, that their labels leave out before the last one that they score.
+    Padding is no prompt. Empty where there are no such rows."""
+    is_known = isinstance(data, (list, tuple)) or "labels" in (getattr(data, "column_names", None) or ())
+    if not is_known or not isinstance(data, Sized) or not len(data):
+        return []
+    counts = []
+    try:
+        for number in range(0, len(data), -(-len(data) // DECLARED_ROWS)):
+            row = data[number]
+            ids, labels = (torch.as_tensor(row[name]) for name in ("input_ids", "labels"))
+            text = (ids != pad_token_id) & (torch.as_tensor(row.get("attention_mask", torch.ones_like(ids))) != 0)
+            is_left_out, scored = text & (labels == IGNORE_INDEX), (labels != IGNORE_INDEX).nonzero().flatten()
+            counts.append(int(is_left_out[1 : scored[-1]].sum()) if len(scored) else 0)
+    except Exception as error:  # rows of another kind
+        logger.debug("rows of the dataset cannot be read", exc_info=error)
+        return []
+    return counts
 
 
 def judge_change(

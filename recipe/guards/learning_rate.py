@@ -3,7 +3,6 @@
 import itertools
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,7 +11,6 @@ from transformers.trainer_utils import SchedulerType
 
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
 from recipe.guards.run import Parameters, plain_rate
-from recipe.guards.updates import shorten
 from recipe.internals import created_scheduler
 
 Rates = list[tuple[float | None, float | None]]
@@ -22,7 +20,7 @@ ZERO = 1e-12  # rates are as good as equal to it. Derived: the rounding of a cos
 class LearningRate(Guard):
     """The learning rate is not what the schedule says.
 
-    When: before step 1 for parameters that are in the optimizer twice, then at every step.
+    When: before step 1 and at every step.
     Measured: the rate of each parameter group just before the update, against its initial rate times the factor of
         `transformers.get_scheduler` for the arguments; one step early or late is no fault, two steps off in a row are.
         The initial rate must be the one asked for, unless the optimizer is the user's own. With a scheduler of the
@@ -30,8 +28,11 @@ class LearningRate(Guard):
         negative or not finite, a warning where it is more than 10 times the peak (the largest of `learning_rate`, the
         optimizer's own rate, the group's initial one, and the `max_lr` of a cycle). Before step 1, a warning where a
         LambdaLR of the user's own ends after exactly the run's steps times the micro-batches of a step, or the ranks,
-        at a rate that this run stays 0.05 above; and where each layer's rate (of 3 or more) is lower than that of the
-        layer below it, all by one factor: layer-wise decay lowers those of the first layers.
+        at a rate that this run stays 0.05 above; where it, or a CosineAnnealingLR, is lowest after exactly the warm-up
+        or as many steps as there are epochs, and half a cosine of transformers after its `num_training_steps`, and
+        then rises, with at most 0.4 of the first two steps in one, to over 0.5 of its peak in this run; and where each
+        layer's rate (of 3 or more) is lower than that of the layer below it, all by one factor: layer-wise decay
+        lowers those of the first layers.
     Try: printing `optimizer.param_groups` and `scheduler.last_epoch` at this step; building the scheduler from the
         optimizer that the Trainer is given.
     Cannot see: whether a schedule of the user's own is a sensible one; fp16 loss scaling, which skips steps now and
@@ -48,6 +49,11 @@ class LearningRate(Guard):
     # Of the way from a schedule's middle to its end, that the run's last step is still above it. Layers whose rates
     # show a rule. Chosen, not measured.
     LEFT, MIN_LAYERS = 0.05, 3
+    # Of the peak, to which a rate that has fallen rises again. Chosen, not measured: a cosine that ends after two
+    # thirds of the run does; one that is somewhat short does not.
+    # Of what it rises in two steps, in the first. Derived: a quarter of a cosine of many steps, a third of one of
+    # three; half of a straight line; all of a restart.
+    RISEN, ROUND = 0.5, 0.4
 
     def setup(self, run) -> None:
         self.schedule = schedule_of(run.trainer)
@@ -56,12 +62,13 @@ class LearningRate(Guard):
         self.state = {"off_steps": 0, "is_asked_for": run.args.learning_rate in initial}
 
     def inspect(self, run) -> Iterator[Verdict]:
-        found = [self.judge_groups(run.named_parameters, run.optimizer)]
-        found.append(self.judge_layers(run.named_parameters, run.optimizer))
+        found = [self.judge_layers(run.named_parameters, run.optimizer)]
         if isinstance(self.schedule, CannotJudge):
             speeds = {run.args.gradient_accumulation_steps: "micro-batches of a step", run.world_size: "ranks"}
             speeds |= {run.args.gradient_accumulation_steps * run.world_size: "micro-batches of all ranks"}
-            found.append(self.judge_length(lambda_of(run.trainer.lr_scheduler), run.max_steps, speeds))
+            factor = lambda_of(run.trainer.lr_scheduler)
+            found.append(self.judge_length(factor, run.max_steps, speeds))
+            found.append(self.judge_rise(factor, run.max_steps, ends_of(factor, run.args, run.max_steps)))
         yield from filter(None, found)
 
     def measure(self, local) -> int:
@@ -195,6 +202,33 @@ class LearningRate(Guard):
         return None
 
     @classmethod
+    def judge_rise(cls, factor: Callable[[int], float] | None, steps: int, ends: dict[int, str]) -> Finding | None:
+        """A schedule that is lowest where it was meant to end, and goes on from there, upwards: as a cosine does.
+        `ends`: after how many steps it may have been meant to, which is no length of this run."""
+        for end, unit in ends.items():
+            if factor is None or not 1 < end < steps:
+                continue
+            try:
+                before, last, *after = (factor(step) for step in range(end - 1, end + 3))
+                rates = {step: factor(step) for step in range(0, steps, 1 + steps // 500)}
+            except Exception:  # a table of the user's own
+                return None
+            risen = max((rate for step, rate in rates.items() if step > end), default=last)
+            is_lowest = before > last <= min(rate for step, rate in rates.items() if step > end // 2) + ZERO
+            is_round = after[0] - last <= cls.ROUND * (after[1] - last)  # unlike restarts and triangles
+            if is_lowest and is_round and risen > cls.RISEN * max(rates.values()):
+                return cls.finding(
+                    "warning",
+                    found=f"the rate rises again (from step {end:,} on, to {risen / max(rates.values()):.0%})",
+                    expected=f"a fall (until {steps:,})",
+                    causes=(f"its length is {unit} (a cosine rises after its end)",),
+                    action="make the schedule for max_steps; num_cycles or CosineAnnealingWarmRestarts for restarts",
+                    evidence={"steps": steps, "end": end},
+                    check=PROBE,
+                )
+        return None
+
+    @classmethod
     def judge_layers(cls, parameters: Parameters, optimizer: torch.optim.Optimizer) -> Finding | None:
         """Rates by layer that fall with its depth, each by the same factor."""
         rate_of = {
@@ -220,29 +254,24 @@ class LearningRate(Guard):
             check=PROBE,
         )
 
-    @classmethod
-    def judge_groups(cls, parameters: Parameters, optimizer: torch.optim.Optimizer) -> Finding | None:
-        """A parameter that is in the optimizer more than once is updated as often. Silent where parameters are
-        missing, which is a finding of another guard."""
-        counts = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
-        names = [name for name, parameter in parameters if counts[id(parameter)] > 1]
-        if not names or any(p.requires_grad and id(p) not in counts for _, p in parameters):
-            return None
-        return cls.finding(
-            "error",
-            found=f"{len(names)} parameters repeated in the optimizer ({shorten(names[0])})",
-            expected="once each",
-            causes=("a shared weight given twice (for each module that holds it)",),
-            action="each time it is there it is updated: give each parameter once, as model.parameters() does",
-            evidence={"names": names[:20]},
-            check=PROBE,
-        )
-
 
 def lambda_of(scheduler) -> Callable[[int], float] | None:
-    """The factor of a LambdaLR, None for other schedulers."""
+    """The factor of a LambdaLR, and of a CosineAnnealingLR down to 0; None for other schedulers."""
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+    if type(scheduler) is torch.optim.lr_scheduler.CosineAnnealingLR:
+        return lambda step: (1 + math.cos(math.pi * step / scheduler.T_max)) / 2
     return scheduler.lr_lambdas[0] if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR) else None
+
+
+def ends_of(factor, args, steps: int) -> dict[int, str]:
+    """After how many steps a schedule may end by mistake: what transformers' own cosine was made for, the warm-up, and
+    epochs taken for steps."""
+    given = getattr(factor, "keywords", {})
+    if "num_training_steps" in given:
+        is_half = given.get("num_cycles", 0.5) == 0.5  # else it is to rise again
+        return {given["num_training_steps"]: "another run's"} if is_half else {}
+    epochs = int(args.num_train_epochs) if args.max_steps <= 0 else 0
+    return {epochs: "counted in epochs", args.get_warmup_steps(steps): "the warm-up's"}
 
 
 def peak_of(group: dict, run) -> float:

@@ -5,6 +5,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable
 
 import torch
@@ -120,7 +121,8 @@ def judge_best(make: Make, args) -> Finding | None:
     """`args`: TrainingArguments, which take metrics whose names do not end in `loss` for such that should be large."""
     metric = args.metric_for_best_model or "loss"
     is_largest_loaded = args.load_best_model_at_end and args.greater_is_better
-    if not is_largest_loaded or not metric.lower().endswith(LOW_IS_BETTER):
+    is_negated = "neg" in re.split("[^a-z]+", metric.lower())  # as scikit-learn's neg_log_loss
+    if not is_largest_loaded or is_negated or not metric.lower().endswith(LOW_IS_BETTER):
         return None
     return make(
         "warning",

@@ -107,9 +107,11 @@ class Batch:
         return self.recording.only().targets
 
     def count_items(self, inputs: dict):
-        """`num_items_in_batch` as the trainer counts it for a step of these rows alone: for some models it counts the
-        first label too."""
-        return self.twin.get_batch_samples(iter([inputs]), 1, self.twin.args.device)[1]
+        """`num_items_in_batch` as the trainer counts it for these rows, their share of a full step of them: for some
+        models it counts the first label too."""
+        args, steps = self.twin.args, self.twin.args.gradient_accumulation_steps
+        _, items = self.twin.get_batch_samples(iter([dict(inputs) for _ in range(steps)]), steps, args.device)
+        return items if items is None or steps == 1 else items / steps
 
     @property
     def has_own_loss(self) -> bool:

@@ -218,7 +218,9 @@ class Taps:
 
     def begin_micro_step(self, local: LocalStep, inputs) -> PendingTokens | None:
         """Before the forward pass of a micro-batch of the training, not of those of probes."""
-        is_chosen = is_sampled(local.step, len(local.losses), self.run.args.gradient_accumulation_steps)
+        trainer, steps = self.run.trainer, self.run.args.gradient_accumulation_steps
+        is_short = getattr(trainer, "current_gradient_accumulation_steps", steps) < steps  # the last of a pass
+        is_chosen = is_short or is_sampled(local.step, len(local.losses), steps)
         if self.head is not None and is_chosen:
             self.head.begin(input_ids_of(inputs))
         for tap in self.gradients:

@@ -14,6 +14,7 @@ from recipe.guards.labels import (
     count_changes,
     judge_answers,
     judge_change,
+    judge_declared,
     judge_last_position,
     judge_prompts,
     judge_softmax,
@@ -70,7 +71,8 @@ class LossTarget(Guard):
         where 4 steps or more had at most 1 % other labels, and then 16 in a row have over 5 %: from some step on
         tokens or labels are changed on the way. A warning before step 1 where a loss that follows no label is linear
         in the probabilities, and where the answer of every row of the first micro-batch (4 at least) begins with a
-        copy of its masked prompt, of 8 tokens or more.
+        copy of its masked prompt, of 8 tokens or more; and where the dataset's labels mask a prompt in all of 64 rows
+        that are spread over it, and no text of the first micro-batch is masked.
     Try (missing_label_shift): `labels = input_ids` for a Hugging Face model, which shifts inside. A loss of your own
         must compare `logits[:, :-1]` with `labels[:, 1:]`.
     Try (double_label_shift): removing your own shift; pass labels unshifted.
@@ -142,6 +144,8 @@ class LossTarget(Guard):
             finding := self.judge_shifts(shifts) or judge_prompts(self.wrong_target, batch.seen_tokens(all_rows=True))
         ):
             findings = [finding]
+        if not findings and objective.is_next_token and len(heads) == 1:
+            findings = list(filter(None, [judge_declared(self.wrong_target, batch, heads[0].targets)]))
         yield from self._verdicts(findings, PROBE)
         if objective.is_next_token and batch.is_first:
             labels = LabelCounts.of([batch.seen_tokens(all_rows=True)])

@@ -12,8 +12,8 @@ class UntiedWeights(Guard):
     """Embedding and head should share their weights and do not.
 
     When: before step 1, after a resume too.
-    Measured: where the config says `tie_word_embeddings`, both must be one memory. A copy that PEFT trains
-        (`modules_to_save`) is information.
+    Measured: where the config says `tie_word_embeddings`, both must be one memory. A copy of the head, or of both,
+        that PEFT trains (`modules_to_save`) is information; of the embedding alone, a warning: the head stays.
     Try: `ensure_weight_tying` in the config of PEFT's adapter (`modules_to_save`). Else `model.tie_weights()` before
         the optimizer is built, or `tie_word_embeddings: false`.
     Cannot see: sharded weights, a head of another shape.
@@ -33,7 +33,9 @@ class UntiedWeights(Guard):
         head = model.get_output_embeddings()
         if head is None or not isinstance(getattr(head, "weight", None), torch.Tensor):
             raise CannotJudge("the model has no output embedding with a weight")
-        embedding, output = model.get_input_embeddings().weight, head.weight
+        # A table of which PEFT trains some rows has a weight that is made each time: `trainable_token_indices`
+        both = [m.original_module if hasattr(m, "token_adapter") else m for m in (model.get_input_embeddings(), head)]
+        embedding, output = (module.weight for module in both)
         if is_partial(embedding) or is_partial(output):
             raise CannotJudge("the embeddings are sharded or have no memory")
         if embedding.shape != output.shape:
@@ -47,11 +49,12 @@ class UntiedWeights(Guard):
             "a checkpoint without the head was loaded",
         )
         action = "model.tie_weights() before the optimizer is built, or tie_word_embeddings false"
-        if any(hasattr(module, "modules_to_save") for module in (head, model.get_input_embeddings())):
-            severity = "info"  # it is trained so on purpose, too
-            causes = (
-                "PEFT trains a copy of one of them (modules_to_save): merged, it is lost or overwrites the other",
-            )
+        copied = [hasattr(module, "modules_to_save") for module in (model.get_input_embeddings(), head)]
+        if any(copied):
+            causes = ("PEFT trains a copy of the embedding alone (modules_to_save): the head keeps the old weights",)
+            if copied[1] or any(p.requires_grad for p in head.parameters()):
+                severity = "info"  # what is trained is saved and merged; it is trained so on purpose, too
+                causes = ("PEFT trains a copy (modules_to_save): the two are tied no longer",)
             action = "ensure_weight_tying=True in the adapter's config, or tie_word_embeddings false before it is made"
         return cls.finding(
             severity,

@@ -19,6 +19,7 @@ from recipe.internals import is_grad_switch
 DISCRETE = {"round", "sign", "floor", "ceil", "trunc", "heaviside", "topk", "argmax", "argmin", "sort", "argsort"}
 # Of the whole gradient's norm: below, a parameter's gradient is mostly rounding (biases of keys: all of it).
 SMALL_NORM = 0.01
+EPSILON = torch.finfo(torch.float32).eps
 Gradients = dict[Parameter, torch.Tensor]
 
 
@@ -29,8 +30,9 @@ class WrongGradient(Guard):
     Measured: on 2 rows of up to 256 positions, in fp32, with the same dropout masks each time. All tensors are moved
         along their gradients, so far that the loss should change by 0.05 % of itself. If the change is off by 2 %,
         steps of twice and half the size must agree. Warning from 5 % on; information below, and where gradients are
-        stopped (`detach`, `no_grad`), perhaps on purpose. With activation checkpointing a parameter must have a
-        gradient where it has one without, and it may differ by 10 % of its norm.
+        stopped (`detach`, `no_grad`), perhaps on purpose. A loss that is off by 5 % and is a bf16 number (or its sum
+        is) was computed in bf16. With activation checkpointing a parameter must have a gradient where it has one
+        without, and it may differ by 10 % of its norm.
     Try: replacing custom autograd functions, fused losses and kernels by plain PyTorch one by one;
         `torch.autograd.gradcheck` on each in float64. With checkpointing: `use_reentrant` False, and leave out
         `preserve_rng_state`. Disable the guard where a gradient is scaled, reversed or clipped inside the model on
@@ -70,12 +72,15 @@ class WrongGradient(Guard):
 
         batch.model.train()
         with without_autocast(batch.model):
-            yield self.judge_model(batch.model, compute_loss, batch.run.world_size == 1) or self.clear(check=PROBE)
+            known = batch.run.world_size == 1, float(1 if num_items is None else num_items)
+            yield self.judge_model(batch.model, compute_loss, *known) or self.clear(check=PROBE)
 
     @classmethod
-    def judge_model(cls, model: Module, compute_loss: Callable, is_alone: bool = True) -> Finding | None:
+    def judge_model(
+        cls, model: Module, compute_loss: Callable, is_alone: bool = True, num_items: float = 1.0
+    ) -> Finding | None:
         """`compute_loss`: a mean loss in train mode, without autocast, that draws the same random numbers each time.
-        `is_alone`: else other ranks are in step, and all call it equally often."""
+        `is_alone`: else other ranks are in step, and all call it equally often. `num_items`: which it is a mean of."""
         if any(parameter.is_complex() for parameter in model.parameters()):
             raise CannotJudge("parameters are complex")
         # By the flag of transformers' modules, so that its functions and settings stay.
@@ -103,7 +108,7 @@ class WrongGradient(Guard):
                 losses = float(compute_loss()), float(compute_loss())
             with Watched() as watched:
                 compute_loss()
-        return None if abs(ratios[0] - 1) <= cls.MAX_OFF else cls.judge(ratios, losses, watched)
+        return None if abs(ratios[0] - 1) <= cls.MAX_OFF else cls.judge(ratios, losses, watched, num_items)
 
     @classmethod
     def _ratio(cls, model: Module, compute_loss: Callable, gradients: Gradients, change: float) -> float:
@@ -124,13 +129,19 @@ class WrongGradient(Guard):
         return (loss_at(change / slope) - loss_at(-change / slope)) / (2 * change)
 
     @classmethod
-    def judge(cls, ratios: list[float], losses: tuple[float, float], watched: "Watched") -> Finding:
-        """`ratios`: change of the loss to that foretold, for steps of three sizes. `losses`: two of one state."""
+    def judge(
+        cls, ratios: list[float], losses: tuple[float, float], watched: "Watched", num_items: float = 1.0
+    ) -> Finding:
+        """`ratios`: change of the loss to that foretold, for steps of three sizes. `losses`: two of one state, means
+        of `num_items`."""
         off = min(abs(ratio - 1) for ratio in ratios)
         if not _is_close(*losses):
             raise CannotJudge("the loss differs each time")
         if watched.is_discrete:
             raise CannotJudge("the loss rounds or chooses (quantization, routing), so it is not smooth")
+        is_rounded = _is_rounded(losses[0]) or _is_rounded(losses[0] * num_items)
+        if is_rounded and off > cls.FAR_OFF and not watched.is_stopped:
+            return cls._rounded(losses[0])
         if not max(ratios) - min(ratios) <= cls.SAME_SLOPE * off:
             raise CannotJudge("the loss is not smooth: steps of different sizes give different slopes")
         found = f"a step changes the loss by {ratios[0]:.3f} (of what the gradient says)"
@@ -142,6 +153,12 @@ class WrongGradient(Guard):
         severity = "info" if watched.is_stopped or off <= cls.FAR_OFF else "warning"
         evidence = {"ratios": ratios, "stops_gradients": watched.is_stopped}
         return cls.finding(severity, found, f"1.000 (to {cls.MAX_OFF})", causes, action, evidence, check=PROBE)
+
+    @classmethod
+    def _rounded(cls, loss: float) -> Finding:
+        found, causes = f"the loss is rounded to bf16 ({loss:.6g})", ("the logits are bf16 (in the loss)",)
+        action = "cast the logits before the loss: logits.float()"
+        return cls.finding("warning", found, "float32", causes, action, {"loss": loss}, check=PROBE)
 
     @classmethod
     def _missing(cls, names: list[str], count: int) -> Finding:
@@ -166,6 +183,11 @@ def _backward(model: Module, compute_loss: Callable) -> tuple[float, Gradients]:
         loss = compute_loss()
         loss.backward()
     return float(loss.detach()), {p: leaf.grad for p, leaf in leaves.items() if leaf.grad is not None}
+
+
+def _is_rounded(value: float) -> bool:
+    """To bf16, but for a division in fp32; by chance once in 20,000 times."""
+    return abs(float(torch.tensor(value).bfloat16()) - value) <= EPSILON * abs(value)
 
 
 def _largest_gap(gradients: Gradients, others: Gradients) -> float:

@@ -4,7 +4,6 @@ NO_EOS = "A missing EOS is told after 1,000,000 tokens, and only as information;
 OTHER_TEXT = (
     "This Trainer holds neither text nor tokenizer; with the tokenizer, `lossy_tokenizer` is found before step 1."
 )
-COPIED = "A copy of a tied layer is said as information only: it is trained on purpose, too, and merging comes later."
 WHY_MISSED: dict[str, str] = {
     # --- development
     "original_sdp_kernel": "Nothing that is computed changes, only its speed: the flags are as before the call.",
@@ -15,7 +14,6 @@ WHY_MISSED: dict[str, str] = {
     "recipe_reads_hold_out_rarely": "Too few held-out rows are met: they count from 2 rows and 2 % of them on.",
     "recipe_repeats_remainders": "6 % of the tokens come twice, which natural text reaches as well.",
     "mean_of_row_means": "A mean of batch means is let pass: healthy loops report it too.",
-    "prompts_scored": "Scoring all text is healthy too: nothing in the batch says which tokens are a prompt.",
     "z_loss_reported": "Both losses are compared in eval mode, in which this one leaves its z-loss out.",
     "rate_4_percent_low": "The rate that a group begins with is believed: groups with rates of their own are common.",
     "weight_decay_on_norms_and_biases": "What decays is the user's choice: no argument says that norms must not.",
@@ -43,13 +41,9 @@ WHY_MISSED: dict[str, str] = {
     "text_lower_cased": OTHER_TEXT,
     # --- held_out_3
     "left_over_micro_batches_carried": "Only 4 steps of 62 are at fault, each alone; the guard waits for 3 in a row.",
-    "cosine_as_long_as_the_warmup": "A scheduler of the user's own is taken at its word: no argument says otherwise.",
     # --- held_out_4
-    "tied_head_saved_apart": COPIED,
-    "worst_checkpoint_is_loaded": "It is said before step 1, from the arguments; the step that it spoils is the last.",
-    "adapter_unties_embedding": COPIED,
+    "tied_head_saved_apart": "What PEFT trains is saved, merged and loaded as it is: a copied head is information.",
     "rotary_base_lost": "The independent model reads the same configuration.",
-    "base_unfrozen": "Training the base beside its adapter is allowed.",
     "dpo_rejected_prompt_scored": "Which tokens of a pair are scored is the user's choice.",
     "dpo_reference_of_other_rows": "Reference values are data, and nothing says to which row they belong.",
     "average_in_bf16": "The average is a copy outside the model; only what is trained is measured.",

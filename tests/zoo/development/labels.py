@@ -149,7 +149,7 @@ def padding_scored(run: Run):
     change_batch(run, lambda batch: batch.update(labels=batch["input_ids"].clone()))
 
 
-@bug("", AREA, "prompt mask dropped", "nanochat PR #582", PROMPTS)
+@bug("wrong_loss_target", AREA, "prompt mask dropped", "nanochat PR #582", PROMPTS)
 def prompts_scored(run: Run):
     """The mask of prompts is lost on the way to the batch, and every token but padding is scored."""
     change_batch(run, lambda b: b.update(labels=b["input_ids"].masked_fill(b["attention_mask"] == 0, IGNORED)))

@@ -368,7 +368,7 @@ def loss_of_fp8_logits(run: Run):
     run.model.lm_head.register_forward_hook(coarsen)
 
 
-@bug("", "precision", "coarse logits", "modalities#464", ENGLISH)
+@bug("wrong_gradient", "precision", "coarse logits", "modalities#464", ENGLISH)
 def loss_of_bf16_logits(run: Run):
     """Softmax and loss are computed from bf16 logits in bf16, and never cast to fp32."""
 

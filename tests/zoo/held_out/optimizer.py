@@ -62,7 +62,7 @@ def averaged_weights_left_in_the_model(run: Run):
     run.callbacks.append(Saves())
 
 
-@bug("", AREA, "shared weight updated twice", "torch7#716", ENGLISH)
+@bug("optimizer_off", AREA, "shared weight updated twice", "torch7#716", ENGLISH)
 def shared_weight_updated_twice(run: Run):
     """The weight that embedding and head share is in the optimizer once for each: it is updated twice a step."""
 

@@ -10,7 +10,7 @@ RECOMPUTED = Setting(family="gpt2", steps=60, sizes=DROPOUT, arguments={"gradien
 CAPPED = Setting(family="gemma2")
 
 
-@bug("", AREA, "recomputation draws other dropout masks", "OLMo-core PR #828", RECOMPUTED)
+@bug("wrong_gradient", AREA, "recomputation draws other dropout masks", "OLMo-core PR #828", RECOMPUTED)
 def dropout_drawn_again_in_backward(run: Run):
     """Gradient checkpointing does not restore the generator: the gradient is of other dropout masks than the loss."""
     run.took_effect()

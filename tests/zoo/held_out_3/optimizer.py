@@ -30,7 +30,13 @@ def cosine_as_long_as_the_warmup(run: Run):
     run.trainer_class = Swings
 
 
-@bug("grad_norm_off lost_updates wrong_gradient", "precision", "unscaled twice", "THUDM/slime PR #1842", ENGLISH)
+@bug(
+    "grad_norm_off lost_updates wrong_gradient accumulation_mismatch",
+    "precision",
+    "unscaled twice",
+    "THUDM/slime PR #1842",
+    ENGLISH,
+)
 def gradients_unscaled_twice(run: Run):
     """Gradients are divided by the loss scale a second time, before they are clipped."""
 

@@ -170,7 +170,7 @@ def ids_with_an_offset(run):
 
 
 @bug(
-    "",
+    "frozen_parameters",
     "optimizer and schedule",
     "the base model is trained too",
     "seen in scripts that set requires_grad on all parameters after get_peft_model",

@@ -77,7 +77,7 @@ def lora_with_head(run, reentrant: bool = False) -> None:
 
 
 @bug(
-    "frozen_parameters lost_updates",
+    "frozen_parameters lost_updates wrong_gradient",
     "optimizer and schedule",
     "reentrant checkpointing of layers whose input needs no gradient",
     "locuslab/open-unlearning#178",

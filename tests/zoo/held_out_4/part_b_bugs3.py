@@ -104,7 +104,6 @@ def best_at_end(run) -> None:
     "the best checkpoint chosen by the wrong direction",
     "huggingface/transformers#31142",
     Setting(steps=80, evaluate_every=20, change=best_at_end),
-    onset=80,
 )
 def worst_checkpoint_is_loaded(run):
     """The checkpoint with the greatest evaluation loss is taken as the best one and loaded when training ends."""
