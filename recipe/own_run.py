@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from recipe import rundir
 from recipe.guards import RegressionCallback
+from recipe.guards.guard import shorten
 from recipe.model import describe_device, describe_kernels
 from recipe.report import write_report
 from recipe.verdict import context_of, describe_guards, verdict
@@ -57,7 +58,11 @@ def conclude(guards: RegressionCallback) -> None:
         where = f"report: {write_report(folder)}"
     except OSError as error:
         where = f"no report: {error}"
-    logger.info("verdict: %s | %s", judged.text, where, extra={"colour": judged.colour})
+    said = f"verdict: {judged.text}"
+    whole = f"{said} | {where}"
+    for line in [whole] if shorten(whole) == whole else [said, where]:
+        is_path = line == where
+        logger.info("%s", line if is_path else shorten(line), extra={"colour": judged.colour})
 
 
 def _now() -> str:

@@ -326,7 +326,7 @@ def test_steps_of_which_too_little_is_counted_cannot_be_judged():
 def test_rows_of_which_few_tokens_are_scored_cannot_be_judged():
     """A class at the end of each row: its frequencies alone are below all n-grams of the text."""
     guard = LossBelowEnvelope()
-    guard.state = {"losses": [], "floors": []}
+    guard.state = {"losses": [], "floors": [], "is_noisy": False}
 
     def step(tokens):
         ngrams = SimpleNamespace(stopped=None, loss=NgramLoss(tokens, 5.0, 4.0, 3.0), floor=3.0, num_rows=4)

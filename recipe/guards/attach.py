@@ -45,7 +45,7 @@ class Wrapping:
 
         def wrap_training_step(training_step: Callable) -> Callable:
             def step(model, inputs, num_items_in_batch=None, *args, **kwargs):
-                if session.run is None and session.failure is None:
+                if not session.is_begun:  # also where the guards of this rank have failed: the others wait for it
                     session.begin(inputs, num_items_in_batch, own_step, checkpoint)
                 if not session.is_watching:
                     return training_step(model, inputs, num_items_in_batch, *args, **kwargs)

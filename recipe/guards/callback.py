@@ -18,65 +18,28 @@ from transformers import Trainer, TrainerCallback
 
 from recipe.console import BesideBars
 from recipe.guards.attach import Wrapping, find_trainer
-from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable
+from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable, shorten
 from recipe.guards.ranks import Ranks
 from recipe.guards.records import StepRecord, append_evaluation, prepare_files, read_steps
 from recipe.guards.reporter import Reporter
 from recipe.guards.run import plain_rate
 from recipe.guards.session import Options, Session
 from recipe.guards.trajectory import Reference, load_reference
-from recipe.guards.worker import HISTORY
+from recipe.guards.worker import HISTORY, why
 
 logger = logging.getLogger("recipe.guards")
 FILES = ("steps.jsonl", "evals.jsonl", "findings.jsonl")
 FOLDER = "_recipe"  # of the files, in a Trainer's `output_dir`: `push_to_hub` uploads no `_*`
 
 
-class RegressionCallback(TrainerCallback):
-    """Watches the training of a causal language model by any `transformers.Trainer`; needs nothing else of the recipe.
+class Answers(TrainerCallback):
+    """What can be asked of a `RegressionCallback`."""
 
-    Args:
-        trainer: the Trainer it is added to. May be left out: it is then found when the training begins.
-        trajectory: `auto`, `none` or the path of a reference.
-        on_regression: `warn`, or `stop` (save a checkpoint and end the training at the first warning or error).
-        disabled_guards: finding ids that stay silent.
-        facts: what the trainer cannot tell about the run and a reference may ask for, such as
-            `{"source": "docstrings"}`.
-
-    Writes `steps.jsonl`, `evals.jsonl`, `findings.jsonl`, `run.json` and `report.html` into `output_dir/_recipe`, and
-    its state into each checkpoint. Trackers of `report_to` get its numbers and findings.
-
-    After training, on the main process: `findings`, `judged` (ids that had enough to judge), `judged_steps` (id -> on
-    how many steps), `cannot_judge` and `not_applicable` (id -> reason), `stopped_by`, and `failure`: why the guards
-    were not in force to the end, None if they were.
-    """
-
-    guards: tuple[type[Guard], ...] = ()  # set by `recipe.guards`
-
-    def __init__(
-        self,
-        trainer: Trainer | None = None,
-        trajectory: str = "auto",
-        on_regression: str = "warn",
-        disabled_guards: Iterable[str] = (),
-        facts: dict | None = None,
-    ):
-        _check_options(self.guards, trajectory, on_regression, disabled_guards)
-        self.trajectory, self.on_regression, self.disabled = trajectory, on_regression, frozenset(disabled_guards)
-        self.only_check = self.is_saved_by_trainer = False
-        self.reporter = Reporter(self.guards, self.disabled, self._act)
-        self.documents_of: Callable[[int], list[str]] | None = None  # of a micro-batch, from 0
-        self.stopped_by: Finding | None = None
-        self.session: Session | None = None  # of the training that goes on, or the last one
-        self._facts, self._given_trainer = dict(facts or {}), trainer
-        self._history: list[StepRecord] = []
-        self._trainer: Trainer | None = None
-        self._checkpoint: Path | None = None
-        self._why_off: str | None = None  # from the beginning
-        self._wrapping, self._lines = Wrapping(), BesideBars(logger)
-        self.seconds, self._begun = 0.0, 0.0  # of the training that has ended
-
-    # --- what can be asked of it
+    reporter: Reporter
+    session: Session | None  # of the training that goes on, or the last one
+    _why_off: str | None  # from the beginning
+    _history: list[StepRecord]
+    _facts: dict
 
     @property
     def findings(self) -> list[Finding]:
@@ -122,6 +85,51 @@ class RegressionCallback(TrainerCallback):
     def reference(self) -> Reference | None:
         return self.session.run.reference if self.session and self.session.run else None
 
+
+class RegressionCallback(Answers):
+    """Watches the training of a causal language model by any `transformers.Trainer`; needs nothing else of the recipe.
+
+    Args:
+        trainer: the Trainer it is added to. May be left out: it is then found when the training begins.
+        trajectory: `auto`, `none` or the path of a reference.
+        on_regression: `warn`, or `stop` (save a checkpoint and end the training at the first warning or error).
+        disabled_guards: finding ids that stay silent.
+        facts: what the trainer cannot tell about the run and a reference may ask for, such as
+            `{"source": "docstrings"}`.
+
+    Writes `steps.jsonl`, `evals.jsonl`, `findings.jsonl`, `run.json` and `report.html` into `output_dir/_recipe`, and
+    its state into each checkpoint. Trackers of `report_to` get its numbers and findings.
+
+    After training, on the main process: `findings`, `judged` (ids that had enough to judge), `judged_steps` (id -> on
+    how many steps), `cannot_judge` and `not_applicable` (id -> reason), `stopped_by`, and `failure`: why the guards
+    were not in force to the end, None if they were.
+    """
+
+    guards: tuple[type[Guard], ...] = ()  # set by `recipe.guards`
+
+    def __init__(
+        self,
+        trainer: Trainer | None = None,
+        trajectory: str = "auto",
+        on_regression: str = "warn",
+        disabled_guards: Iterable[str] = (),
+        facts: dict | None = None,
+    ):
+        _check_options(self.guards, trainer, trajectory, on_regression, disabled_guards)
+        self.trajectory, self.on_regression, self.disabled = trajectory, on_regression, frozenset(disabled_guards)
+        self.only_check = self.is_saved_by_trainer = False
+        self.reporter = Reporter(self.guards, self.disabled, self._act)
+        self.documents_of: Callable[[int], list[str]] | None = None  # of a micro-batch, from 0
+        self.stopped_by: Finding | None = None
+        self.session: Session | None = None  # of the training that goes on, or the last one
+        self._facts, self._given_trainer = dict(facts or {}), trainer
+        self._history: list[StepRecord] = []
+        self._trainer: Trainer | None = None
+        self._checkpoint: Path | None = None
+        self._why_off: str | None = None  # from the beginning
+        self._wrapping, self._lines = Wrapping(), BesideBars(logger)
+        self.seconds, self._begun = 0.0, 0.0  # of the training that has ended
+
     def begin_pass(self, tokens_in_pass: int | None, source: str, message: str) -> None:
         """A declared further pass over a source: repetition of earlier passes is no fault, and n-gram counts no longer
         tell what a model may know. Any rank may notice it first; `message` is logged once for each `source`."""
@@ -131,26 +139,37 @@ class RegressionCallback(TrainerCallback):
     # --- Trainer's events
 
     def on_train_begin(self, args, state, control, **kwargs):
+        try:
+            self._begin(args, state)
+        except Exception as error:
+            if self.only_check and not isinstance(error, CannotJudge):
+                raise
+            self._wrapping.undo()
+            self._trainer = self.session = None
+            self._why_off = _switch_off(self.reporter, error, state.is_world_process_zero)
+
+    def _begin(self, args, state) -> None:
+        """Raises `CannotJudge` where there is nothing to watch."""
         self._release()  # of a training that ended with an exception
         self.session = self._why_off = None
+        self.reporter.findings.clear()
+        self.reporter.is_main = state.is_world_process_zero
         self._begun, self.seconds = time.perf_counter(), 0.0
         self._lines.attach()
         found, checkpoint = find_trainer(self)
         self._trainer = self._given_trainer or found
-        if self._trainer is not None and _first_callback(self._trainer) is not self:
-            self._give_up("another RegressionCallback watches this Trainer")
-            self._trainer, self.reporter.is_main = None, False  # two would write every line of the files twice
-            return
-        self.open_files(args, state)
-        if (reason := _why_not(self._trainer)) is not None:
-            self._give_up(reason)
-            self._why_off = str(reason)
-            self.reporter.log_start()
-            self._trainer = None
-            return
+        reason = _why_not(self._trainer, found, self)
+        if reason is None and _first_callback(self._trainer) is not self:
+            self.reporter.is_main = False  # two would write every line of the files twice
+            raise CannotJudge("another RegressionCallback watches this Trainer")
+        if reason is not None:
+            self.open_files(args, state)
+            raise reason
         given = Options(self.guards, self.trajectory, self._facts, self.only_check, self.documents_of)
-        known = (self.reporter, Ranks(args.world_size, self.is_main), self.output_dir)
+        known = (self.reporter, Ranks(args.world_size, self.is_main), self._folder(args))
         self.session = Session(self._trainer, given, *known)
+        self.session.attempt(self.open_files, args, state)  # where it fails, other ranks wait for this one
+        self.session.trackers.num_sent = len(self.findings)  # of the run before a resume
         self.session.history = self._history
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
         self._checkpoint = _checkpoint_of(args, state, checkpoint)
@@ -273,10 +292,12 @@ class RegressionCallback(TrainerCallback):
 
     # --- files
 
+    def _folder(self, args) -> Path:
+        return Path(args.output_dir) if self.is_saved_by_trainer else Path(args.output_dir) / FOLDER
+
     def open_files(self, args, state) -> None:
         """A new run starts new files; a resumed one keeps what was written up to its step, and its history with it."""
-        output_dir, is_main = Path(args.output_dir), state.is_world_process_zero
-        self.output_dir = output_dir if self.is_saved_by_trainer else output_dir / FOLDER
+        self.output_dir, is_main = self._folder(args), state.is_world_process_zero
         until = state.global_step or -1
         self._history = read_steps(self.output_dir / "steps.jsonl", until, HISTORY)
         self.reporter.begin(self.output_dir / "findings.jsonl", is_main, until)
@@ -284,9 +305,22 @@ class RegressionCallback(TrainerCallback):
             prepare_files(self.output_dir, FILES, until)
 
 
-def _why_not(trainer: Trainer | None) -> CannotJudge | None:
+def _switch_off(reporter: Reporter, error: Exception, is_main: bool) -> str:
+    """From the beginning. Returns why."""
+    reason = str(error) if isinstance(error, CannotJudge) else why(error)
+    reasons = reporter.not_applicable if isinstance(error, NotApplicable) else reporter.cannot_judge
+    reasons |= dict.fromkeys(reporter.guard_of, reason)
+    if is_main:
+        logger.warning("%s", shorten(f"the guards are off, the training goes on without them: {reason}"))
+    return reason
+
+
+def _why_not(trainer: Trainer | None, found: Trainer | None, callback: TrainerCallback) -> CannotJudge | None:
+    """`found`: the one that trains, where it is known."""
     if trainer is None:
         return CannotJudge("no Trainer among the callers of on_train_begin; pass RegressionCallback(trainer=trainer)")
+    if found not in (None, trainer) or callback not in trainer.callback_handler.callbacks:
+        return CannotJudge("RegressionCallback(trainer=...) was given another Trainer than the one that trains")
     if trainer.is_deepspeed_enabled:
         return NotApplicable("DeepSpeed keeps weights, gradients and loss scaling in an engine of its own")
     return None
@@ -297,7 +331,9 @@ def _checkpoint_of(args, state, named: str | None) -> Path | None:
     return Path(named or f"{args.output_dir}/checkpoint-{state.global_step}") if state.global_step else None
 
 
-def _check_options(guards, trajectory: str, on_regression: str, disabled_guards: Iterable[str]) -> None:
+def _check_options(guards, trainer, trajectory: str, on_regression: str, disabled_guards: Iterable[str]) -> None:
+    if not isinstance(trainer, Trainer | None):
+        raise TypeError(f"trainer is a transformers.Trainer, not {trainer!r}; it may be left out")
     if isinstance(disabled_guards, str):
         raise ValueError(f"disabled_guards is a list of ids, not a string; write [{disabled_guards!r}]")
     known = [name for guard in guards for name in guard.ids]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from recipe.guards.guard import shorten
 from recipe.plain_json import dumps
 
 logger = logging.getLogger("recipe.guards")
@@ -57,6 +58,8 @@ def _restore_not_finite(read: dict):
 def read_session(checkpoint: Path) -> Saved | None:
     """None where the checkpoint holds none (made without the guards), or a damaged one, which is logged."""
     if not (checkpoint / NUMBERS).is_file():
+        if (checkpoint / ARRAYS).exists():
+            warn_damaged(checkpoint, f"{NUMBERS} is missing")
         return None
     try:
         text = (checkpoint / NUMBERS).read_text(encoding="utf-8")
@@ -116,4 +119,5 @@ def restore_findings(reporter, checkpoint: Path) -> None:
 
 
 def warn_damaged(checkpoint: Path, problem: str) -> None:
-    logger.warning("%s: the guards' state cannot be restored, they start fresh: %s", checkpoint, problem)
+    line = f"{checkpoint.name}: the guards' state cannot be restored, they start fresh: {problem}"
+    logger.warning("%s", shorten(line))

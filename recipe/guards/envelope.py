@@ -42,10 +42,9 @@ class LossBelowEnvelope(Guard):
     MIN_SCORED = 8
     MARGIN = 0.3  # nats; on natural text a model stays 0.41 above the floor, on random tokens 0.01 below
 
-    is_noisy = False  # labels differ from the tokens here and there
-
     def setup(self, run) -> None:
-        self.state = {"losses": [], "floors": []}
+        # `is_noisy`: labels differ from the tokens here and there.
+        self.state = {"losses": [], "floors": [], "is_noisy": False}
         if not run.is_new_model:
             raise CannotJudge("the model was trained before, so it may be below n-grams that begin at zero")
         if choose_every(run.step_size[0]) > MAX_EVERY:
@@ -54,8 +53,8 @@ class LossBelowEnvelope(Guard):
     def observe(self, step) -> Iterator[Verdict]:
         if step.ngrams.stopped:
             raise CannotJudge(step.ngrams.stopped)
-        self.is_noisy |= are_noisy(step)
-        if self.is_noisy:
+        self.state["is_noisy"] = self.state["is_noisy"] or bool(are_noisy(step))
+        if self.state["is_noisy"]:
             raise CannotJudge("labels differ from the tokens here and there, and n-grams count tokens")
         losses, floors = self.state["losses"], self.state["floors"]
         if step.ngrams.loss is not None and step.ngrams.floor is not None:

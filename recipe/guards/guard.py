@@ -2,9 +2,12 @@
 
 import functools
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
 
 from recipe.plain_json import dumps
 
@@ -62,6 +65,11 @@ class Finding:
 
     def to_json(self) -> str:
         return dumps(asdict(self))
+
+
+def shorten(line: str) -> str:
+    """Of a log line without a finding: on one line, and cut at a word to what fits beside the prefix."""
+    return textwrap.shorten(line, LINE_LENGTH - PREFIX, placeholder=" …")
 
 
 def _fit(texts: list[str], room: int) -> list[str]:
@@ -232,7 +240,9 @@ class Guard:
     def load(self, state: dict[str, Any]) -> None:
         """Raises anything where `state` is not such as `save` gives: the guard then starts fresh."""
         if state.keys() != self.state.keys():
-            raise ValueError(f"{type(self).__name__} keeps {sorted(self.state)}, found {sorted(state)}")
+            raise ValueError(f"it keeps {sorted(self.state)}, found {sorted(state)}")
+        if wrong := [name for name, fresh in self.state.items() if not is_like(state[name], fresh)]:
+            raise ValueError(f"{wrong[0]} has another type")
         self.state = state
 
     def on_resume(self, step: int) -> None:
@@ -272,6 +282,26 @@ class Guard:
     def _only_id(cls) -> str:
         (name,) = cls.ids
         return name
+
+
+def is_like(value, fresh) -> bool:
+    """Whether what was read may stand where `fresh` stood when the guard was set up: numbers for numbers, also inside
+    of lists and dicts. A None may have become what is not empty; an empty list grows, but holds no text."""
+    if fresh is None:
+        return not isinstance(value, (list, dict, str)) or bool(value)
+    if isinstance(fresh, np.ndarray):
+        is_array = isinstance(value, np.ndarray) and value.shape == fresh.shape
+        return is_array and value.dtype.kind == fresh.dtype.kind
+    if isinstance(fresh, dict) and isinstance(value, dict):
+        return all(name in value and is_like(value[name], each) for name, each in fresh.items())
+    if isinstance(fresh, (list, tuple)) and isinstance(value, (list, tuple)):
+        if not fresh:
+            return not any(isinstance(each, str) for each in value)
+        return len(value) == len(fresh) and all(map(is_like, value, fresh))
+    numbers = (int, float)
+    if isinstance(fresh, numbers) and not isinstance(fresh, bool):
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return type(value) is type(fresh)
 
 
 def checked(verdict: Verdict) -> Verdict:

@@ -183,7 +183,7 @@ class LostUpdates(Guard):
     def load(self, state: dict) -> None:
         weights, gradients = (torch.from_numpy(state[name]) for name in ("weights", "gradients"))
         small = torch.from_numpy(state["small"]).to(self.state["small"])
-        self.state = {**{name: state[name] for name in self.state}, "small": small}
+        super().load({**{name: state[name] for name in self.state}, "small": small})
         if state["rates"]:
             self._window = updates.from_flat(weights, self.low), updates.from_flat(gradients, self.low)
 

@@ -1,5 +1,6 @@
 """One computation of the loss: what its model was given, and the gradient at what its head gave out."""
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -137,6 +138,7 @@ class _Events:
         self._logits: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._hidden: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._hooks: list = []
+        self._thread = threading.get_ident()
 
     def __enter__(self) -> "_Events":
         model, backbone = self.model, backbone_of(self.model)
@@ -169,6 +171,8 @@ class _Events:
 
     def _on_module(self, module, inputs, output):
         if not isinstance(module, torch.nn.Embedding) or not inputs:
+            return None
+        if threading.get_ident() != self._thread:  # the hook is the process's: another Trainer's model
             return None
         place, known = len(self.embedded), self.base.embedded if self.base else []
         self.embedded.append((inputs[0].detach() if module in self._own else None, output.detach()))

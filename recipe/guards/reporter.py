@@ -1,15 +1,12 @@
 """Reports what the guards find: onsets and recoveries, in the log and in `findings.jsonl`, once each."""
 
 import logging
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from recipe.guards.guard import (
-    LINE_LENGTH,
-    PREFIX,
     PROBE,
     SEVERITIES,
     CannotJudge,
@@ -19,6 +16,7 @@ from recipe.guards.guard import (
     NotApplicable,
     Skip,
     Verdict,
+    shorten,
 )
 from recipe.guards.records import append_text, as_finding, read_lines
 
@@ -165,8 +163,7 @@ class Reporter:
         self.cannot_judge |= dict.fromkeys(news, str(reason))
         if self.is_main and news:
             names = ", ".join(news) if len(news) <= 3 else f"{len(news)} ids"
-            line = f"cannot judge {names}: {reason}"
-            logger.info("%s", textwrap.shorten(line, LINE_LENGTH - PREFIX, placeholder=" ..."))
+            logger.info("%s", shorten(f"cannot judge {names}: {reason}"))
 
     def log_start(self, is_off: bool = False) -> None:
         """How many ids are watched, on the main process, once the first micro-batch has been seen."""

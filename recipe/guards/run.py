@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -11,6 +12,7 @@ from recipe.guards.trajectory import Reference, find_reference, optimizer_family
 from recipe.internals import is_compiled_module
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+TRAINED: WeakSet[torch.nn.Module] = WeakSet()  # models of which this process has made a step
 Parameters = list[tuple[str, torch.nn.Parameter]]
 
 
@@ -157,6 +159,7 @@ def reference_facts(trainer: Trainer, model: torch.nn.Module, inputs) -> dict:
     """What a reference may ask for (`belongs_to`), as far as the Trainer and its first micro-batch tell."""
     args, ids = trainer.args, input_ids_of(inputs)
     rows, block_size = ids.shape if ids is not None else (0, 0)
+    begins, is_whole = not trainer.state.global_step, not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     return {
         "vocab_size": getattr(getattr(model, "config", None), "vocab_size", None),
         "block_size": block_size,
@@ -164,8 +167,16 @@ def reference_facts(trainer: Trainer, model: torch.nn.Module, inputs) -> dict:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "learning_rate": args.learning_rate,
         "optimizer": optimizer_family(args.optim),
-        "is_new_model": not getattr(model, "name_or_path", ""),
+        "is_new_model": not getattr(model, "name_or_path", "") and not (begins and was_trained(model, is_whole)),
     }
+
+
+def was_trained(model: torch.nn.Module, is_whole: bool = True) -> bool:
+    """Whether this process has trained it, or elements of a norm's weight differ, which every family begins with one
+    number. Of sharded weights (not `is_whole`) the second is not asked."""
+    norms = [module for module in model.modules() if is_whole and "norm" in type(module).__name__.lower()]
+    weights = [p.detach() for norm in norms for p in norm.parameters(recurse=False) if p.dim() == 1 and p.numel()]
+    return model in TRAINED or any(bool((weight != weight[0]).any()) for weight in weights)
 
 
 def is_compiled(trainer: Trainer) -> bool:

@@ -1,18 +1,30 @@
 """Calls the guards of one training and keeps their state. An exception inside a guard disables this guard alone."""
 
-import contextlib
 import logging
 import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from recipe.guards import sandbox
 from recipe.guards.batches import SeenTokens
-from recipe.guards.guard import SEVERITIES, CannotJudge, Clear, Finding, Guard, NotApplicable, Skip, Verdict, checked
+from recipe.guards.guard import (
+    SEVERITIES,
+    CannotJudge,
+    Clear,
+    Finding,
+    Guard,
+    NotApplicable,
+    Skip,
+    Verdict,
+    checked,
+    shorten,
+)
 from recipe.guards.objective import Objective
 from recipe.guards.reporter import Reporter
 from recipe.guards.run import Run
@@ -22,6 +34,8 @@ from recipe.plain_json import dumps
 
 logger = logging.getLogger("recipe.guards")
 
+GUARDS, TORCH, NUMPY = (Path(module.__file__).parent for module in (sandbox, torch, np))
+REPLAYED = {TORCH / "nn/modules", TORCH / "autograd", TORCH / "_tensor.py"}  # a model, and what runs backward
 PROBE_FAILED = "model or loss cannot be run in the way of this probe (the log at level DEBUG says why)"
 
 
@@ -106,10 +120,8 @@ class Runner:
 
     def _find_objective(self, run: Run, batch) -> None:
         """Guards that need another one are not applicable. Unknown, it is taken for a next-token cross entropy."""
-        try:
+        with suppress(CannotJudge):  # the guard of the targets says so
             run.objective = batch.objective
-        except CannotJudge:  # the guard of the targets says so
-            return
         self._leave_out_inapplicable(run)
 
     def _leave_out_inapplicable(self, run: Run) -> None:
@@ -139,14 +151,17 @@ class Runner:
             for verdict in guard.probe(batch):
                 verdicts.append(checked(verdict))
             return verdicts
-        except CannotJudge as reason:  # of what is left
-            found = {verdict.id for verdict in verdicts}
-            return verdicts + [Skip(name, reason) for name in guard.ids if name not in found]
+        except CannotJudge as error:
+            reason = error
         except Exception as error:
             logger.debug("the probe of %s failed", type(guard).__name__, exc_info=error)
-            return [Skip(name, CannotJudge(PROBE_FAILED)) for name in guard.ids]
+            if is_own_fault(error, guard):
+                self.fail(type(guard).__name__, say(error))
+                return verdicts
+            reason = NotApplicable(PROBE_FAILED)
         finally:
             self.seconds[type(guard).__name__] += time.perf_counter() - begin
+        return verdicts + [Skip(name, reason) for name in guard.ids if name not in {v.id for v in verdicts}]
 
     # --- one step on this rank
 
@@ -191,9 +206,9 @@ class Runner:
     def observe(self, step: Step, off: Container[str], faults: dict[str, str]) -> list[Verdict]:
         """On the main process. `off`: guards that failed on some rank. Adds to `faults`."""
         verdicts: list[Verdict] = []
-        for guard in [guard for guard in list(self.guards) if overrides(guard, "observe")]:
-            if type(guard).__name__ not in off:
-                verdicts += self._collect(guard, guard.observe, step, faults=faults)
+        guards = [guard for guard in list(self.guards) if type(guard).__name__ not in off]
+        for guard in [guard for guard in guards if overrides(guard, "observe")]:
+            verdicts += self._collect(guard, guard.observe, step, faults=faults)
         return verdicts
 
     # --- on the main process, between two steps
@@ -238,12 +253,12 @@ class Runner:
             _close(guard)
             ids = guard.ids
         if ids and self.reporter.is_main:
-            logger.error("guard %s failed and is off, the others go on: %s", "/".join(ids), what)
+            logger.error("%s", shorten(f"guard {say_ids(ids)} failed and is off: {what}"))
         self.reporter.cannot_judge |= dict.fromkeys(ids, f"the guard failed: {what}")
 
     def close(self) -> None:
         for guard in self.guards:
-            _close(guard)
+            _close(guard, logging.ERROR if self.reporter.is_main else logging.DEBUG)
 
     # --- state
 
@@ -305,13 +320,34 @@ class _Isolation:
 
 def say(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}: {error}"
 
 
-def _close(guard: Guard) -> None:
-    """Also where it failed before it had anything to close."""
-    with contextlib.suppress(Exception):
+def say_ids(ids: Iterable[str]) -> str:
+    first, *others = ids
+    return f"{first} (and {len(others)} ids more)" if len(others) > 1 else "/".join([first, *others])
+
+
+def is_own_fault(error: Exception, guard: Guard) -> bool:
+    """Whether a guard's own code raised it, or a function of torch or numpy called there. Else it was the model, the
+    loss, their backward pass or the trainer, which a probe runs in its own way, or the device's memory."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    callers = [None, *(frame.f_code.co_filename for frame in frames)]
+    for frame, caller in reversed([*zip(frames, callers, strict=False)]):
+        file = Path(frame.f_code.co_filename)
+        if file.parent == GUARDS or caller == __file__ or frame.f_locals.get("self") is guard:
+            return not isinstance(error, torch.OutOfMemoryError)
+        if {file, file.parent} & REPLAYED or not {TORCH, NUMPY} & {*file.parents}:
+            return False
+    return True
+
+
+def _close(guard: Guard, level: int = logging.DEBUG) -> None:
+    """Also where it failed before it had anything to close. `level`: to say at that it cannot be closed."""
+    try:
         guard.close()
+    except Exception as error:
+        logger.log(level, "%s", shorten(f"guard {say_ids(guard.ids)} failed at the end: {say(error)}"))
 
 
 def overrides(guard: Guard, method: str) -> bool:

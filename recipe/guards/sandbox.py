@@ -8,6 +8,7 @@ at a few rows of the batch, to stay under training's memory and to be done in se
 import copy
 import logging
 import random
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from transformers import Trainer
 
 from recipe.guards.batches import IGNORE_INDEX, SeenTokens, input_ids_of, send_tokens
-from recipe.guards.guard import CannotJudge
+from recipe.guards.guard import CannotJudge, NotApplicable
 from recipe.guards.head import LossTargets
 from recipe.guards.objective import Objective, find_objective
 from recipe.guards.recording import Recording, record
@@ -35,8 +36,11 @@ EVAL_ROWS, SHORT = 2, 256
 logger = logging.getLogger("recipe.guards")
 
 LOSS_FAILED = "compute_loss cannot be run once more on the first batch (the log at level DEBUG says why)"
+BATCH_FAILED = "the trainer cannot prepare the batch once more (the log at level DEBUG says why)"
 DATASETS = ("train_dataset", "eval_dataset")
 MAX_COPIED = 1 << 20  # elements of a tensor that the trainer keeps
+# Generators and some hooks are the process's: of Trainers on several threads one probes at a time.
+ALONE = threading.RLock()
 
 
 class Batch:
@@ -48,10 +52,14 @@ class Batch:
         self.num_items_in_batch = num_items_in_batch
         self.twin = twin_of(run.trainer)
         if not isinstance(inputs, Mapping):  # it may generate text before the model sees any
-            raise CannotJudge(f"the micro-batch is a {type(inputs).__name__}, not a dict of tensors")
-        self.all_inputs = prepare_inputs(self.twin, dict(inputs))
+            raise NotApplicable(f"the micro-batch is a {type(inputs).__name__}, not a dict of tensors")
+        try:
+            self.all_inputs = prepare_inputs(self.twin, dict(inputs))
+        except Exception as error:
+            logger.debug("the trainer cannot prepare the batch in a probe", exc_info=error)
+            raise CannotJudge(BATCH_FAILED) from error
         if input_ids_of(self.all_inputs) is None:
-            raise CannotJudge("the batch has no input_ids")
+            raise NotApplicable("the batch has no input_ids")
         most = min(MAX_ROWS, MAX_TOKENS // self.all_inputs["input_ids"].shape[-1])
         self.inputs = first_rows(self.all_inputs, max(MIN_ROWS, most))
 
@@ -125,7 +133,7 @@ def opened(run: Run, inputs, num_items_in_batch, is_first: bool) -> Iterator[Bat
     """Raises `CannotJudge` where no probe can run on this micro-batch."""
     if run.is_sharded:
         raise CannotJudge("the weights are sharded over ranks, so the unwrapped model cannot run by itself")
-    with undisturbed(run.model), eagerly(run.trainer):
+    with ALONE, undisturbed(run.model), eagerly(run.trainer):
         yield Batch(run, inputs, num_items_in_batch, is_first)
 
 
@@ -196,7 +204,7 @@ class PinnedBatch:
         if not self.rows or self.run.is_sharded:
             return []
         try:
-            with undisturbed(self.run.model), torch.no_grad():
+            with ALONE, undisturbed(self.run.model), torch.no_grad():
                 self.run.model.eval()
                 twin = twin_of(self.run.trainer)
                 compute_loss = loss_of(twin, self.run.model, prepare_inputs(twin, dict(self.rows)), None)

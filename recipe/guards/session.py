@@ -84,7 +84,7 @@ class Session:
         self.history: list[StepRecord] = []
         self.tokens_seen, self.passes, self.learning_rate_sum = 0, 1, 0.0
         self.failure: str | None = None
-        self.is_over = self.stop_asked = self.is_stopping = False  # over: every rank knows of the failure
+        self.is_begun = self.is_over = self.stop_asked = self.is_stopping = False
         self.stopped_by: Finding | None = None
         self.trackers = Trackers(trainer, self.is_main, len(reporter.findings))
         self.run: Run | None = None
@@ -120,6 +120,7 @@ class Session:
 
     def begin(self, inputs, num_items_in_batch, own_step, checkpoint: Path | None) -> None:
         """Sets the guards up, restores them, and runs the probes. `own_step`: see `Run`."""
+        self.is_begun = True
         saved = read_session(checkpoint) if checkpoint is not None and self.is_main else None
         names = {guard.__name__ for guard in self.options.guards if guard.on_every_rank}
         shared, micro_batch = self.ranks.broadcast((saved and part_of_ranks(saved, names), shape_of(inputs)))
@@ -136,9 +137,8 @@ class Session:
 
     @survives
     def _prepare(self, inputs, num_items_in_batch, own_step, saved, checkpoint: Path | None, micro_batch) -> None:
-        trainer = self.trainer
+        trainer, tokens_seen = self.trainer, self.history[-1]["tokens_seen"] if self.history else None
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        tokens_seen = self.history[-1]["tokens_seen"] if self.history else None
         run = Run(trainer, model, inputs, self.options.facts, tokens_seen, micro_batch)
         run.own_step, run.pinned = own_step, PinnedBatch(run)
         run.find_reference(self.options.trajectory)
@@ -228,8 +228,8 @@ class Session:
             self._report(found)
             self.stop_asked |= any(payload["stop"] for payload in found.ranks)
             self.failure = next((p["failure"] for p in found.ranks if p["failure"]), self.failure)
-        is_at_once = is_final or self.ranks.world_size == 1
-        answer = self.ranks.broadcast(decided(self)) if is_at_once else found.answer
+        is_late = not is_final and self.ranks.world_size > 1
+        answer = found.answer if is_late else self.ranks.broadcast(decided(self))
         self.is_stopping, stopped_by, failed, failure = answer
         self.stopped_by = stopped_by or self.stopped_by
         self.is_over, self.failure = failure is not None, failure or self.failure

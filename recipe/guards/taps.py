@@ -29,7 +29,7 @@ from recipe.guards.gradients import GradientNorms, GradientTap
 from recipe.guards.guard import CannotJudge
 from recipe.guards.head import HeadTap, SampledRows
 from recipe.guards.ngrams import NgramRows, NgramTap, choose_every, choose_rows
-from recipe.guards.run import Run
+from recipe.guards.run import TRAINED, Run
 
 TAPS = ("tokens", "head", "gradients", "ngrams", "evaluation")
 # Steps; sampling the head's gradient costs half a per cent of the demo's step (measured by
@@ -268,6 +268,7 @@ class Taps:
         local.gradients = [tap.take(len(local.losses), local.step) for tap in self.gradients]
 
     def after_step(self, local: LocalStep) -> None:
+        TRAINED.add(self.run.model)
         for tap in self.gradients:
             tap.after_step(local.step)
 

@@ -46,7 +46,7 @@ class Trackers:
         """`num_sent`: findings that were sent before a resume."""
         self.trainer = trainer
         self.active = trackers_of(trainer) if is_main else []
-        self._last_step, self._num_sent = trainer.state.global_step, num_sent
+        self._last_step, self.num_sent = trainer.state.global_step, num_sent
 
     def send_steps(self, history: Sequence[StepRecord], reference: Reference | None) -> None:
         """The steps since the last call, as Trainer sends the mean of their losses. `history`: oldest first."""
@@ -57,7 +57,7 @@ class Trackers:
 
     def send_findings(self, findings: Sequence[Finding]) -> None:
         """Those that have not been sent. `findings`: all of the run."""
-        news, self._num_sent = findings[self._num_sent :], len(findings)
+        news, self.num_sent = findings[self.num_sent :], len(findings)
         for finding in news if self.active else ():
             alarms = sum(each.severity in ALERT_LEVELS for each in findings[: findings.index(finding) + 1])
             self._log({"finding": describe(finding), "findings": alarms}, finding.step)
