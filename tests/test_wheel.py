@@ -62,7 +62,7 @@ def test_it_is_not_the_checkout(installed, tmp_path):
 def test_the_guards(installed, tmp_path):
     (tmp_path / "guarded.py").write_text(GUARDED)
     done = run([installed / "python", "guarded.py", "out"], tmp_path)
-    assert "recipe guards: " in done.stderr and "| report: out/_recipe/report.html" in done.stderr
+    assert "recipe guards: " in done.stderr and "report: out/_recipe/report.html" in done.stderr
     assert "<title>out</title>" in (tmp_path / "out/_recipe/report.html").read_text()
 
 
