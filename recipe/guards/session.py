@@ -75,9 +75,8 @@ def survives(method: Callable) -> Callable:
 class Session:
     """`history`: a record a step, oldest first. `failure`: why the guards are off, None while they are in force; a
     rank that fails takes part in the exchanges until the others know of it (`is_over`). `run`, `runner`, `taps`: None
-    before the first micro-batch. `last_end`: of a step, or of what does not count as training time. `stop_asked`: by
-    this rank or one that told it so; `is_stopping`, `stopped_by`: all ranks know of it, by which finding.
-    `eval_losses`: last `plain_losses`."""
+    before the first micro-batch. `last_end`: of a step or of what is no training time. `stop_asked`: by this rank or
+    one that told it so; `is_stopping`, `stopped_by`: all ranks know of it, by which finding."""
 
     def __init__(self, trainer: Trainer, options: Options, reporter: Reporter, ranks: Ranks, output_dir: Path):
         self.trainer, self.options, self.reporter, self.ranks = trainer, options, reporter, ranks
