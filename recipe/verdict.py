@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from recipe.guards import GUARDS, Finding, RegressionCallback, root_causes
+from recipe.guards.diverged import LossDiverged
 
 # The final loss is the mean of so many last steps where there was no evaluation. Chosen: one step alone is noise.
 LAST_STEPS = 20
@@ -32,6 +33,14 @@ TOKENS_PER_ENTRY = 30
 # A run of fewer steps, or of a smaller sum of learning rates, is short: the demo leaves its plateau at the unigram
 # near step 65, at a sum of 0.1. With room for other optimizers and sizes.
 ENOUGH_STEPS, ENOUGH_RATE = 300, 0.5
+# A sum of learning rates that moves nothing: it is under the rounding of a float32 weight of 1, 6e-8 and more.
+NO_RATE = 1e-7
+# Nats above a uniform guess, or above the first loss, that more tokens do not explain. Chosen, above a step's noise.
+WORSE = 0.5
+# Samples of the head in the last steps, before they are used; standard errors by which they may differ from the
+# reported loss, which is taken where it agrees, being of more tokens; and the share of it up to which evaluations are
+# in the same unit. Chosen.
+MIN_SAMPLES, ERRORS, SAME_UNIT = 3, 2.0, 0.1
 
 HEALTHY = "healthy"
 NOTHING_LEARNED = "no fault found, but nothing learned from context yet"
@@ -43,9 +52,11 @@ Kind = Literal["healthy", "nothing_learned", "not_judged", "findings"]
 
 @dataclass(frozen=True)
 class Learned:
-    """What a run learned. `final_loss`: see `final_loss`. `unigram`: nats, the entropy of the tokens that it scores,
-    or the prequential loss of their frequencies (`is_prequential`); `unigram_of_run`, `bigram_of_run`: prequential
-    losses of the training tokens, last known. `learning_rate_sum`: over all steps. None: not known."""
+    """What a run learned. `final_loss`: nats per token, see `final_loss`; `why_unknown`: where it is None;
+    `first_loss`: of its first step; `eval_loss`: the least of the last evaluations of a run that repeats its rows.
+    `unigram`: nats, the entropy of the tokens that it scores, or the prequential loss of their frequencies
+    (`is_prequential`); `unigram_of_run`, `bigram_of_run`: prequential losses of the training tokens, last known.
+    `learning_rate_sum`: over all steps, of the largest rate. None: not known."""
 
     final_loss: float | None
     unigram: float | None
@@ -56,6 +67,9 @@ class Learned:
     unigram_of_run: float | None = None
     bigram_of_run: float | None = None
     is_prequential: bool = False
+    first_loss: float | None = None
+    eval_loss: float | None = None
+    why_unknown: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,16 +141,20 @@ def _not_judged(
 
 
 def _judge_learning(learned: Learned) -> Verdict | None:
-    """None where the final loss is under the unigram entropy."""
-    loss, unigram = learned.final_loss, learned.unigram
+    """None where the final loss is under the unigram entropy, and no evaluation says that only rows were learned."""
+    loss, unigram, rate_sum = learned.final_loss, learned.unigram, learned.learning_rate_sum
+    if rate_sum is not None and rate_sum < NO_RATE:
+        rate = "the learning rate was 0" if rate_sum == 0 else f"the learning rates add up to {rate_sum:.2g} only"
+        compared = f" (final loss {loss:.2f}, unigram entropy {unigram:.2f})" if None not in (loss, unigram) else ""
+        return Verdict("nothing_learned", f"{NOTHING_LEARNED}: {rate}{compared}")
     if loss is None or unigram is None:
         missing = "final loss" if loss is None else "unigram entropy"
-        return Verdict("not_judged", f"{NOT_JUDGED}: no {missing} is known")
+        return Verdict("not_judged", f"{NOT_JUDGED}: {learned.why_unknown or f'no {missing} is known'}")
     if loss < unigram - (PREQUENTIAL_MARGIN if learned.is_prequential else 0.0):  # false for NaN
-        return None
+        return _judge_evaluation(learned)
     compared = f"final loss {loss:.2f}, unigram entropy {unigram:.2f}"
-    if learned.learning_rate_sum == 0:
-        return Verdict("nothing_learned", f"{NOTHING_LEARNED}: the learning rate was 0 ({compared})")
+    if reason := _has_diverged(learned):
+        return Verdict("nothing_learned", f"{NOTHING_LEARNED}: {reason} ({compared})")
     if _context_does_not_help(learned):
         gain = learned.unigram_of_run - learned.bigram_of_run
         return Verdict(
@@ -144,6 +162,32 @@ def _judge_learning(learned: Learned) -> Verdict | None:
             f"{NOT_JUDGED}: context does not help on this data (one token of it saves {gain:.2f} nats; {compared})",
         )
     return Verdict("nothing_learned", f"{NOTHING_LEARNED}: {_why_nothing(learned)} ({compared})")
+
+
+def _judge_evaluation(learned: Learned) -> Verdict | None:
+    """Where rows come again, a low loss may be that of rows known by heart. No model that learned more than these is
+    worse than a uniform guess on others of their kind."""
+    if learned.eval_loss is None or not learned.vocab_size or not learned.unigram:
+        return None
+    guess = math.log(learned.vocab_size)
+    if learned.eval_loss < max(guess, learned.unigram):
+        return None
+    words = f"its rows were learned by heart, or evaluated on another kind of text (eval loss {learned.eval_loss:.2f}"
+    compared = f"{words}, a uniform guess {guess:.2f}, final loss {learned.final_loss:.2f})"
+    return Verdict("nothing_learned", f"{NOTHING_LEARNED}: {compared}")
+
+
+def _has_diverged(learned: Learned) -> str | None:
+    """Why more tokens would not help; None where they may."""
+    guess, loss = math.log(learned.vocab_size) if learned.vocab_size else math.inf, learned.final_loss
+    first = learned.first_loss
+    if not math.isfinite(loss):
+        return "the loss is not finite"
+    if loss > max(guess, first or 0.0) + WORSE:
+        return f"the loss has diverged, above a uniform guess, {guess:.2f}"
+    if first is not None and loss > first + WORSE:
+        return f"the loss rose, from {first:.2f} in the first step"
+    return None
 
 
 def _context_does_not_help(learned: Learned) -> bool:
@@ -176,6 +220,48 @@ def context_of(guards: RegressionCallback) -> dict[str, float | int | None]:
     return dict(zip(names, (*means, session.learning_rate_sum, session.run.vocab_size or None), strict=True))
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Nats per token. `loss`: of the last steps; `first_loss`: of the first; `why_unknown`: what the Trainer reports
+    may be of another unit, and nothing else is known; `is_same_unit`: evaluations are per token, too. None: not
+    known."""
+
+    loss: float | None
+    first_loss: float | None = None
+    why_unknown: str | None = None
+    is_same_unit: bool = False
+
+
+def measure(guards: RegressionCallback) -> Measured:
+    """The cross entropy that was sampled at the head, where the reported loss does not agree with it."""
+    counts = [f.evidence for f in guards.findings if f.evidence.get("weight") and f.evidence.get("scored")]
+    factor = counts[-1]["num_items"] / counts[-1]["scored"] if counts else 1.0  # divided by another count
+    loss = final_loss(None, [factor * record["loss"] for record in guards.history])
+    runner = guards.session.runner if guards.session is not None else None
+    guard = next((g for g in runner.guards if isinstance(g, LossDiverged)), None) if runner is not None else None
+    if loss is None or guard is None:
+        return Measured(loss)
+    first = guard.state["first_reported"]
+    first = None if first is None else factor * first
+    pairs = [(factor * reported, sampled) for reported, sampled in guard.state["window"] if sampled is not None]
+    if len(pairs) < MIN_SAMPLES or not all(math.isfinite(value) for pair in pairs for value in pair):
+        return _measured_without_samples(loss, first, guards.session.run)
+    sampled, off = statistics.fmean(s for _, s in pairs), [s - r for r, s in pairs]
+    is_same_unit = abs(statistics.fmean(off)) <= SAME_UNIT * sampled
+    if abs(statistics.fmean(off)) <= ERRORS * statistics.stdev(off) / math.sqrt(len(off)):
+        return Measured(loss, first, is_same_unit=is_same_unit)
+    return Measured(sampled, guard.state["first_sampled"], is_same_unit=is_same_unit)
+
+
+def _measured_without_samples(loss: float, first: float | None, run) -> Measured:
+    """A new model begins near ln V, or above it where its head is wide."""
+    guess = math.log(run.vocab_size) if run.vocab_size else math.nan
+    if first is None or not run.is_new_model or first >= guess - LossDiverged.FIRST_NEAR:
+        return Measured(loss, first, is_same_unit=first is not None and abs(first - guess) < LossDiverged.FIRST_NEAR)
+    why = f"the reported loss is not known to be per token (it began at {first:.2f}, ln V is {guess:.2f})"
+    return Measured(None, None, why if math.isfinite(guess) else None)
+
+
 def verdict(
     guards: RegressionCallback, received: int | None, eval_loss: float | None = None, entropy: float | None = None
 ) -> Verdict:
@@ -183,9 +269,14 @@ def verdict(
     Trainer of one's own), the loss is compared with what the frequencies of the training tokens give, scored before
     they are learned. For any `RegressionCallback`, after training."""
     context = context_of(guards)
+    measured, session = measure(guards), guards.session
+    is_repeated = session is not None and session.passes > 1 and measured.is_same_unit
     is_prequential = (eval_loss is None or entropy is None) and context["unigram_of_run"] is not None
     learned = Learned(
-        final_loss=final_loss(eval_loss, [record["loss"] for record in guards.history]),
+        final_loss=measured.loss if eval_loss is None else eval_loss,
+        first_loss=measured.first_loss,
+        why_unknown=measured.why_unknown,
+        eval_loss=min(session.eval_losses.values(), default=None) if is_repeated else None,
         unigram=context["unigram_of_run"] if is_prequential else entropy,
         steps=guards.history[-1]["step"] if guards.history else 0,
         tokens_seen=guards.tokens_seen,

@@ -208,7 +208,8 @@ def test_the_count_of_labels_before_the_shift_is_information():
         (6500, 6600, "warning"),  # 3.2 %
         (6500, 6500, "info"),  # as before the shift
         (6900, 6900, "info"),  # rows of 11
-        (7000, 7000, "warning"),  # rows of 10
+        (9000, 9000, "info"),  # rows of 4, of stock Trainer
+        (9800, 9800, "warning"),
         (3150, 6400, "warning"),
         (25200, 6400, "warning"),
     ],

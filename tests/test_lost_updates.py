@@ -102,15 +102,21 @@ def test_few_elements_are_not_judged():
 
 def test_adams_first_steps_are_of_the_size_of_the_rate():
     before, gradient = {"w": torch.zeros(100)}, {"w": torch.ones(100)}
-    for moved, small in ((-1e-3, 0), (-4e-5, 100), (1e-3, 100), (0.0, 100)):  # the third goes uphill
-        assert count_small(before, {"w": before["w"] + moved}, gradient, {"w": 1e-3}).tolist() == [small, 100]
-    assert count_small(before, before, {"w": torch.zeros(100)}, {"w": 1e-3}).tolist() == [0, 0]
+    for moved, *counts in ((-1e-3, 0, 0), (-4e-5, 100, 0), (1e-3, 100, 100), (0.0, 100, 0)):  # the third goes uphill
+        assert count_small(before, {"w": before["w"] + moved}, gradient, {"w": 1e-3})[[0, 2]].tolist() == counts
+    assert count_small(before, before, {"w": torch.zeros(100)}, {"w": 1e-3}).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("small", "found"), [(53, False), (64, True)])
 def test_small_updates_are_found(small, found):
     assert (LostUpdates.judge_small(small, 100) is not None) is found
     assert LostUpdates.judge_small(0, 0) is None
+
+
+@pytest.mark.parametrize(("uphill", "cause"), [(10, "Adam's epsilon"), (66, "maximize=True")])
+def test_elements_that_moved_up_the_gradient_are_told_from_those_that_stayed(uphill, cause):
+    finding = LostUpdates.judge_small(72, 100, uphill)
+    assert finding.likely_causes[0].startswith(cause) and ("up the gradient" in finding.found) is (uphill > 36)
 
 
 # --- writes

@@ -4,10 +4,12 @@ import contextlib
 import io
 import json
 import logging
+import math
 import re
 import sys
 
 import pytest
+import torch
 from huggingface_hub.utils import filter_repo_objects
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments, trainer
@@ -130,6 +132,29 @@ def test_what_fails_beside_the_training_does_not_end_it(tmp_path, monkeypatch, c
     assert watched.state.global_step == 2
     assert "run.json or the report cannot be written: a fault" in caplog.text
     assert (tmp_path / "_recipe/run.json").exists()
+
+
+def test_rows_known_by_heart_are_not_a_healthy_run(tmp_path):
+    """Rows of random tokens, each seen 20 times: others of their kind are as hard as ever, or harder."""
+    texts = torch.randint(4, 200, (24, 32), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row.clone()} for row in texts]
+    watched = make_trainer(tmp_path, 80, learning_rate=2e-2, eval_strategy="steps", eval_steps=40)
+    watched.train_dataset, watched.eval_dataset = rows[:16], rows[16:]
+    watched.add_callback(RegressionCallback(disabled_guards=["lost_updates"]))
+    watched.train()
+    result = json.loads((tmp_path / "_recipe/run.json").read_text())["result"]
+    assert "its rows were learned by heart" in result["verdict"] and result["exit_code"] == 0
+
+
+def test_weights_that_are_not_finite_are_named_before_the_first_step(tmp_path):
+    watched, guards = make_trainer(tmp_path, 2), RegressionCallback()
+    watched.model.model.norm.weight.data[3] = math.nan
+    watched.add_callback(guards)
+    watched.train()
+    (finding,) = [each for each in guards.findings if each.severity != "info"]
+    assert (finding.id, finding.step) == ("loss_not_finite", 0)
+    assert finding.found == "weights are not finite before step 1 (1 parameters: model.norm.weight)"
+    assert not any("objective" in reason for reason in guards.not_applicable.values())
 
 
 # --- log lines

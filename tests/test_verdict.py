@@ -3,11 +3,14 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from recipe.__main__ import run
 from recipe.guards import Finding
+from recipe.guards.diverged import LossDiverged
+from recipe.guards.step import largest_rate, plain_losses
 from recipe.plain_json import dumps
 from recipe.results import verdict
 from recipe.verdict import LAST_STEPS, Learned, final_loss, judge_run
@@ -48,7 +51,11 @@ NOTHING = "no fault found, but nothing learned from context yet: "
         ({"steps": 30, "tokens_seen": 15_360}, "too few tokens, 15,360 in 30 steps"),
         ({"learning_rate_sum": 0.01}, "the learning rates of all steps add up to 0.01 only"),
         ({}, "after 1,638,400 tokens in 800 steps, for no reason that a guard knows"),
-        ({"final_loss": math.nan}, "after 1,638,400 tokens in 800 steps, for no reason that a guard knows"),
+        ({"final_loss": math.nan}, "the loss is not finite"),
+        ({"final_loss": 5.0, "learning_rate_sum": 0.0}, "the learning rate was 0"),
+        ({"final_loss": 5.0, "learning_rate_sum": 4e-8}, "the learning rates add up to 4e-08 only"),
+        ({"final_loss": 358.0, "steps": 15}, "the loss has diverged, above a uniform guess, 8.32"),
+        ({"final_loss": 7.1, "first_loss": 6.3, "steps": 60}, "the loss rose, from 6.30 in the first step"),
     ],
 )
 def test_a_loss_that_is_not_under_the_frequencies_is_not_healthy(changes, reason):
@@ -63,6 +70,75 @@ def test_exactly_the_entropy_is_not_under_it_and_counting_has_a_margin():
     assert text_of(replace(DEMO, final_loss=6.57)) == "healthy"
     assert text_of(replace(DEMO, final_loss=6.57, is_prequential=True)).startswith(NOTHING)
     assert text_of(replace(DEMO, final_loss=6.50, is_prequential=True)) == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("eval_loss", "is_healthy"),
+    [(13.2, False), (8.4, False), (8.2, True), (6.9, True), (None, True)],  # ln V is 8.32
+)
+def test_where_rows_come_again_an_evaluation_must_beat_a_guess(eval_loss, is_healthy):
+    text = text_of(replace(DEMO, final_loss=0.7, eval_loss=eval_loss))
+    assert text == "healthy" if is_healthy else text.startswith(f"{NOTHING}its rows were learned by heart")
+
+
+def watched(reported, sampled, evaluations=None, passes=2, evidence=(), is_new=True):
+    """What `verdict` reads of a callback: a window of 20 steps, sampled in every second one, vocabulary 4,096."""
+    guard = LossDiverged()
+    window = [[reported(step), sampled(step) if step % 2 and sampled else None] for step in range(20)]
+    first = None if sampled is None else sampled(0)
+    guard.state = {"window": window, "first_reported": reported(-99), "first_sampled": first}
+    ngrams = SimpleNamespace(recent=[(6.6, 5.4)])
+    session = SimpleNamespace(
+        runner=SimpleNamespace(guards=[guard]),
+        taps=SimpleNamespace(ngrams=ngrams),
+        run=SimpleNamespace(vocab_size=4096, is_new_model=is_new),
+        passes=passes,
+        eval_losses=evaluations or {},
+        learning_rate_sum=1.0,
+    )
+    return SimpleNamespace(
+        session=session,
+        history=[{"step": step + 1, "loss": loss} for step, (loss, _) in enumerate(window)],
+        findings=[Finding("accumulation_mismatch", "info", 1, 1, "x", "y", evidence=each) for each in evidence],
+        tokens_seen=10_240,
+        judged=JUDGED,
+        not_applicable={},
+        cannot_judge={},
+        failure=None,
+    )
+
+
+def noisy(loss):
+    return lambda step: loss + 0.3 * math.sin(7 * step)
+
+
+UNSHIFTED = {"num_items": 128, "scored": 96, "weight": 1 / 128}
+
+
+@pytest.mark.parametrize(
+    ("of_run", "words"),
+    [
+        (watched(lambda step: 4.1, noisy(8.2)), "too few tokens, 10,240 in 20 steps (final loss 8.2"),  # halved
+        (watched(lambda step: 2900.0, noisy(6.0)), "healthy"),  # summed
+        (watched(lambda step: 6.6, noisy(6.5)), "too few tokens"),  # they agree: the reported one
+        (watched(lambda step: 6.2, None, evidence=[UNSHIFTED]), "too few tokens, 10,240 in 20 steps (final loss 8.27"),
+        (watched(lambda step: 4.1, None), "not judged: the reported loss is not known to be per token"),
+        (watched(lambda step: 4.1, None, is_new=False), "healthy"),  # compiled, and trained before
+        (watched(lambda step: 0.7, noisy(0.7), {"eval_loss": 13.2}), "its rows were learned by heart"),
+        (watched(lambda step: 0.7, noisy(0.7), {"eval_a_loss": 13.2, "eval_b_loss": 5.0}), "healthy"),  # several sets
+        (watched(lambda step: 4.0, noisy(4.0), {"eval_loss": 13.2}, passes=1), "healthy"),  # another domain
+        (watched(lambda step: 70.0, noisy(0.7), {"eval_loss": 1320.0}), "healthy"),  # sums
+    ],
+)
+def test_the_loss_per_token_is_judged_in_whatever_unit_it_is_reported(of_run, words):
+    assert words in verdict(of_run, None).text
+
+
+def test_an_evaluation_counts_if_it_is_a_mean_of_its_batches():
+    ranks = [{"losses": [5.0, 7.0]}, {"losses": [6.0]}]
+    metrics = {"eval_loss": 6.1, "eval_sum_loss": 960.0, "eval_runtime": 6.0}
+    assert plain_losses(metrics, ranks) == {"eval_loss": 6.1} and plain_losses(metrics, [{"losses": []}]) == {}
+    assert largest_rate([(0.0, 0.1), (1e-3, None)]) == 1e-3 and largest_rate([(None, None)]) == 1.0
 
 
 def test_random_tokens_are_not_judged():

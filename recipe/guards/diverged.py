@@ -27,7 +27,8 @@ class LossDiverged(Guard):
         data lose as well, by 0.5 of the rise: a model that forgets the first rows for other text.
     Try: a lower learning rate, warm-up, clipping; a checkpoint from before the rise.
     Cannot see: losses that are not known to be a cross entropy per token, such as of a compiled model that was trained
-        before; a run of fewer than 20 steps; a rise of less than 1.0 nat, or of a run whose first rows cannot be kept.
+        before; rows of 1 or 2 tokens; a run of fewer than 20 steps; a rise of less than 1.0 nat, or of a run whose
+        first rows cannot be kept.
     """
 
     ids = {"loss_diverged": "The loss is far above a uniform guess or above its own best, and stays there."}

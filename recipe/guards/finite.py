@@ -4,9 +4,16 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from recipe.guards.guard import Finding, Guard, NotApplicable, Skip, Verdict
+import torch
+
+from recipe.guards.gradients import local
+from recipe.guards.guard import PROBE, Finding, Guard, NotApplicable, Skip, Verdict
+from recipe.guards.run import Parameters
+from recipe.guards.updates import shorten
 
 NOT_FINITE, UNSCORED = "loss_not_finite", "nothing_scored"
+RATE_TOO_HIGH = "learning rate too high"
+PLAIN_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def not_finite(losses: Sequence[float], grad_norm: float | None) -> list[int]:
@@ -22,7 +29,8 @@ class LossNotFinite(Guard):
     Measured (loss_not_finite): the loss of each micro-batch of every rank, before Trainer's log shows NaN as 0.0. The
         norm of all gradients before clipping. And the gradient of one small parameter: not finite in a micro-batch and
         finite at the step means that it was dropped. Whether that parameter's step was finite says whether the weights
-        are lost. The recipe's own trainer does not apply such a step: a warning then, which names the documents.
+        are lost. Before step 1: weights that are not finite. The recipe's own trainer does not apply such a step: a
+        warning then, which names the documents.
     Measured (nothing_scored): a step without a scored label whose loss is NaN or 0.0, or a micro-batch without one
         whose loss is NaN. Or over 50 % of the last 64 rows have no scored label, while others have one; from 10 % on
         it is information.
@@ -49,9 +57,13 @@ class LossNotFinite(Guard):
         self.is_skipped = getattr(run.trainer, "skips", None) is not None
         if run.has_tokens:  # it judges without them, too
             self.taps = (*self.taps, "tokens")
+        self.from_weights: Finding | None = None  # before step 1
         self.state = {"unscored": []}  # of the last rows: whether nothing of it is scored
 
     def inspect(self, run) -> Iterator[Verdict]:
+        if names := not_finite_weights(run.named_parameters):
+            self.from_weights = self.judge_weights(names)
+            yield self.from_weights
         if not run.has_tokens:
             yield Skip(UNSCORED, NotApplicable("micro-batches without input_ids"))
 
@@ -66,6 +78,8 @@ class LossNotFinite(Guard):
         finding = self.judge(step.losses, norm, scored, self.world_size, is_kept, not step.run.is_next_token)
         if finding is not None and self.is_skipped and not_finite(step.losses, norm):
             finding = self.not_applied(finding, step.documents)
+        if finding is not None:
+            finding = self.from_weights or self.from_the_start(finding, step)
         for gradient in gradients:
             finding = finding or self.judge_dropped(gradient.total, gradient.before, gradient.now)
         yield finding or self.clear(NOT_FINITE)
@@ -103,11 +117,28 @@ class LossNotFinite(Guard):
             if world_size > 1:
                 evidence["rank"], evidence["micro_step"] = divmod(first, len(losses) // world_size)
                 found += f" (rank {evidence['rank']})"
-        causes = ("learning rate too high", "overflow in fp16 or bf16", "a broken kernel")
+        causes = (RATE_TOO_HIGH, "overflow in fp16 or bf16", "a broken kernel")
         if is_zero:
             causes = ("every label masked (-100)", "an empty batch")
         action = _advice(grad_norm, is_kept) if not is_zero else "look at the labels of this batch"
         return cls.finding("error", found, "finite, above 0", causes, action, evidence, NOT_FINITE)
+
+    @classmethod
+    def judge_weights(cls, names: list[str]) -> Finding:
+        found = f"weights are not finite before step 1 ({len(names)} parameters: {shorten(names[0])})"
+        causes = ("weights made or loaded wrong (a broken checkpoint, memory that was never filled)",)
+        action = "load or initialise these weights again; no learning rate is to blame, no step was made"
+        return cls.finding(
+            "error", found, "finite", causes, action, {"names": names[:20]}, NOT_FINITE, PROBE, "weights"
+        )
+
+    @classmethod
+    def from_the_start(cls, finding: Finding, step) -> Finding:
+        """The loss of the first step was computed before any update."""
+        if step.number != step.run.step + 1 or finding.likely_causes[0] != RATE_TOO_HIGH:
+            return finding
+        causes = ("weights or batch of the first step (no update was made yet)", *finding.likely_causes[1:])
+        return replace(finding, likely_causes=causes)
 
     @classmethod
     def not_applied(cls, finding: Finding, documents: list[str]) -> Finding:
@@ -167,6 +198,18 @@ class LossNotFinite(Guard):
             id=UNSCORED,
             cause="rows",
         )
+
+
+def not_finite_weights(parameters: Parameters) -> list[str]:
+    """Names; one number of each parameter is read, once for all of them."""
+    kept = [(name, local(p.detach())) for name, p in parameters if p.dtype in PLAIN_DTYPES and not p.is_meta]
+    kept = [(name, part) for name, part in kept if part.numel()]
+    if not kept:
+        return []
+    device = kept[0][1].device
+    norms = [torch.linalg.vector_norm(part, math.inf, dtype=torch.float32).to(device) for _, part in kept]
+    is_finite = torch.stack(norms).isfinite().tolist()
+    return [name for (name, _), good in zip(kept, is_finite, strict=True) if not good]
 
 
 def _advice(grad_norm: float | None, is_kept: bool | None) -> str:

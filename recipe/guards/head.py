@@ -21,8 +21,8 @@ MAX_FUSED_POSITIONS = 1024
 # up to 0.1, and the targets are still right; by 3, 0.3.
 MAX_REMAINDER = 0.15
 # Sampled in each row of a micro-batch, and rows: 4 rows of 18, of which 16 can be judged, since a position needs the
-# two tokens after it. Chosen, not measured, to keep the sampling short.
-POSITIONS, MAX_ROWS = 18, 4
+# two tokens after it. Of shorter rows more, to as many positions. Chosen, not measured, to keep the sampling short.
+POSITIONS, MAX_ROWS, MIN_WIDTH = 18, 4, 3
 # Micro-batches. Without logits (a fused loss) a sample costs four heads of these positions. Chosen, not measured.
 FUSED_EVERY = 8
 
@@ -216,7 +216,7 @@ class HeadTap:
 
     def _follow(self, output: torch.Tensor, is_hidden: bool) -> None:
         ids = self._ids
-        if not output.requires_grad or output.shape[:2] != ids.shape or ids.shape[1] < POSITIONS:
+        if not output.requires_grad or output.shape[:2] != ids.shape or ids.shape[1] < MIN_WIDTH:
             return
         values = output.detach()
         output.register_hook(lambda gradient: self._on_gradient(ids, values, gradient, is_hidden))
@@ -226,11 +226,12 @@ class HeadTap:
         if is_hidden and self._logits_seen:
             return
         num_rows, block_size = ids.shape
-        count = min(num_rows, MAX_ROWS)
+        width = min(block_size, POSITIONS)
+        count = min(num_rows, MAX_ROWS * POSITIONS // width)
         row = self._turn * count % (num_rows - count + 1) if num_rows > count else 0
         # Golden-section steps: successive turns lie far apart and miss no place.
-        position = int(self._turn * 0.6180339887 % 1 * (block_size - POSITIONS + 1))
-        place = (slice(row, row + count), slice(position, position + POSITIONS))
+        position = int(self._turn * 0.6180339887 % 1 * (block_size - width + 1))
+        place = (slice(row, row + count), slice(position, position + width))
         ids, values, gradient = ids.to(values.device, non_blocking=True)[place], values[place], gradient[place]
         if is_hidden:
             found = targets_from_hidden(values, gradient, self.head)

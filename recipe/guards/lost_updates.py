@@ -22,12 +22,13 @@ class LostUpdates(Guard):
     Measured: half-precision weights under Adam, Lamb, Lion or Adafactor: of at least 1,000 sampled elements that have
         a gradient and that the rates of 64 steps should move by 5 spacings, less than 0.4 moved (plain bf16 moves 6 to
         24 %; Kahan summation, stochastic rounding, fp32 copies 65 to 99 %). Fp32 weights: in the first 8 steps 0.6 of
-        the elements with a gradient did not move against it by 0.05 of the rate. Writes: while the run was saved or
-        evaluated one small parameter changed, and the loss of the run's first two rows, in eval mode, rose by 0.05;
-        merging adapters keeps it. Casts, where autocast is on before the micro-batch: 8 columns of the first fp32
-        linear layer as the forward pass used them differ from the weight in over 1 % of the elements: an error. A
-        reference model (TRL's `ref_model`) that was the policy itself after each of 4 steps. Before step 1: the
-        checkpoint with the largest loss or perplexity is to be loaded at the end.
+        the elements with a gradient did not move against it by 0.05 of the rate (it says where half of these moved
+        along it: `maximize`). Writes: while the run was saved or evaluated one small parameter changed, and the loss
+        of the run's first two rows, in eval mode, rose by 0.05; merging adapters keeps it. Casts, where autocast is on
+        before the micro-batch: 8 columns of the first fp32 linear layer as the forward pass used them differ from the
+        weight in over 1 % of the elements: an error. A reference model (TRL's `ref_model`) that was the policy itself
+        after each of 4 steps. Before step 1: the checkpoint with the largest loss or perplexity is to be loaded at the
+        end.
     Try: loading the model in float32 and training with `bf16=True` (autocast). In fp32: `adam_epsilon`, and what
         writes to the weights. Writes: putting the weights back after averaged ones were saved or evaluated. Casts:
         leaving the autocast context after each step, or `torch.clear_autocast_cache()`.
@@ -77,7 +78,7 @@ class LostUpdates(Guard):
         is_new = run.step == 0 and not getattr(run.inner_optimizer, "state", None)
         self.state = {
             "num_steps": 0 if is_new and self.full else FIRST_STEPS + 1,  # measured; one more when they have been sent
-            "small": torch.zeros(2, dtype=torch.int64, device=self.full[0][1].device if self.full else None),
+            "small": torch.zeros(3, dtype=torch.int64, device=self.full[0][1].device if self.full else None),
             "rates": [],  # of the window
         }
         self.reference = ReferenceWatch(run)
@@ -182,7 +183,7 @@ class LostUpdates(Guard):
 
     def load(self, state: dict) -> None:
         weights, gradients = (torch.from_numpy(state[name]) for name in ("weights", "gradients"))
-        small = torch.from_numpy(state["small"]).to(self.state["small"])
+        small = torch.from_numpy(state["small"]).to(self.state["small"]).reshape(self.state["small"].shape)
         super().load({**{name: state[name] for name in self.state}, "small": small})
         if state["rates"]:
             self._window = updates.from_flat(weights, self.low), updates.from_flat(gradients, self.low)
@@ -205,17 +206,24 @@ class LostUpdates(Guard):
         )
 
     @classmethod
-    def judge_small(cls, small: int, judged: int) -> Finding | None:
-        """In a run's first steps Adam moves a weight by about its rate. `small`, `judged`: of `count_small`."""
+    def judge_small(cls, small: int, judged: int, uphill: int = 0) -> Finding | None:
+        """In a run's first steps Adam moves a weight by about its rate. Counts: of `count_small`."""
         if small <= cls.SMALL_SHARE * judged:
             return None
+        found = f"{small / judged:.0%} of elements moved under {SMALL_UPDATE:.0%} of the rate"
+        causes = ("Adam's epsilon is too large (larger than the gradients)", "weights are rounded or overwritten")
+        action = "compare the size of the gradients with adam_epsilon; look for what writes to the weights"
+        if uphill > small / 2:
+            found = f"{uphill / judged:.0%} of elements moved up the gradient"
+            causes = ("maximize=True in the optimizer", "gradient or update has the wrong sign")
+            action = "training makes the loss worse: drop maximize, or look for what turns the sign of gradients"
         return cls.finding(
             "warning",
-            found=f"{small / judged:.0%} of elements moved under {SMALL_UPDATE:.0%} of the rate",
+            found=found,
             expected=f"under {cls.SMALL_SHARE:.0%} (in Adam's first steps)",
-            causes=("Adam's epsilon is too large (larger than the gradients)", "weights are rounded or overwritten"),
-            action="compare the size of the gradients with adam_epsilon; look for what writes to the weights",
-            evidence={"small": small, "judged": judged},
+            causes=causes,
+            action=action,
+            evidence={"small": small, "judged": judged, "uphill": uphill},
             check="small",
         )
 

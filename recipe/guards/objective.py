@@ -81,6 +81,8 @@ def find_objective(record: Callable[[dict], Recording], base: Recording, inputs:
     labels = inputs.get("labels")
     if run.world_size == 1 and _is_integer(labels) and not (labels >= 0).any():
         raise CannotJudge("no label of the first batch is scored")
+    if not base.loss.isfinite().all():
+        raise CannotJudge("the first loss is not finite")
     if base.scores_rows:
         return Objective("a score of whole rows (classification, regression or reward)", scores_rows=True)
     if not base.heads:

@@ -30,7 +30,7 @@ from recipe.guards.reporter import Reporter
 from recipe.guards.run import Run
 from recipe.guards.runner import Runner
 from recipe.guards.sandbox import PinnedBatch
-from recipe.guards.step import Evaluation
+from recipe.guards.step import Evaluation, largest_rate, plain_losses
 from recipe.guards.taps import LocalStep, PendingStep, Taps
 from recipe.guards.trackers import Trackers
 from recipe.guards.worker import Exchanged, Worker, decided, exchange, take_news, why
@@ -75,14 +75,14 @@ def survives(method: Callable) -> Callable:
 class Session:
     """`history`: a record a step, oldest first. `failure`: why the guards are off, None while they are in force; a
     rank that fails takes part in the exchanges until the others know of it (`is_over`). `run`, `runner`, `taps`: None
-    before the first micro-batch. `last_end`: of a step, or of what does not count as training time. `stop_asked`: by
-    this rank or one that told it so; `is_stopping`, `stopped_by`: all ranks know of it, and by which finding."""
+    before the first micro-batch. `last_end`: of a step or of what is no training time. `stop_asked`: by this rank or
+    one that told it so; `is_stopping`, `stopped_by`: all ranks know of it, by which finding."""
 
     def __init__(self, trainer: Trainer, options: Options, reporter: Reporter, ranks: Ranks, output_dir: Path):
         self.trainer, self.options, self.reporter, self.ranks = trainer, options, reporter, ranks
         self.output_dir, self.is_main = output_dir, reporter.is_main
         self.history: list[StepRecord] = []
-        self.tokens_seen, self.passes, self.learning_rate_sum = 0, 1, 0.0
+        self.tokens_seen, self.passes, self.learning_rate_sum, self.eval_losses = 0, 1, 0.0, {}
         self.failure: str | None = None
         self.is_begun = self.is_over = self.stop_asked = self.is_stopping = False
         self.stopped_by: Finding | None = None
@@ -228,8 +228,7 @@ class Session:
             self._report(found)
             self.stop_asked |= any(payload["stop"] for payload in found.ranks)
             self.failure = next((p["failure"] for p in found.ranks if p["failure"]), self.failure)
-        is_late = not is_final and self.ranks.world_size > 1
-        answer = found.answer if is_late else self.ranks.broadcast(decided(self))
+        answer = self.ranks.broadcast(decided(self)) if is_final or self.ranks.world_size == 1 else found.answer
         self.is_stopping, stopped_by, failed, failure = answer
         self.stopped_by = stopped_by or self.stopped_by
         self.is_over, self.failure = failure is not None, failure or self.failure
@@ -250,7 +249,7 @@ class Session:
             self._fail({name: f"{what} on rank {rank}" for name, what in payload["failed"].items()})
         if (step := found.step) is not None:
             self.history = step.history
-            self.learning_rate_sum += step.record["learning_rate"]
+            self.learning_rate_sum += largest_rate(step.learning_rates)
             self.reporter.take(found.verdicts, step.number, step.tokens_seen)
 
     def announce_pass(self, source: str, tokens_in_pass: int | None, message: str) -> None:
@@ -304,6 +303,7 @@ class Session:
 
     @survives
     def _observe_eval(self, metrics: dict, step: int, rows: list[dict], repeated: list[float]) -> None:
+        self.eval_losses |= plain_losses(metrics, rows)
         known = (step, self.tokens_seen, metrics, rows, self.history, self.passes, repeated)
         self.runner.observe_eval(Evaluation(self.run, *known))
 

@@ -33,6 +33,18 @@ def norm_of(ranks: list[dict]) -> float | None:
     return math.hypot(*norms)
 
 
+def largest_rate(rates: Rates) -> float:
+    """Of the parameter groups. One that is not known, as it lives on a device, counts as 1."""
+    return max((1.0 if rate is None else rate for rate, _ in rates), default=0.0)
+
+
+def plain_losses(metrics: dict[str, float], ranks: list[dict]) -> dict[str, float]:
+    """The losses of an evaluation that lie among those of its batches; a sum over tokens or ranks does not."""
+    losses = [loss for rank in ranks for loss in rank["losses"]] or [math.nan]
+    named = {name: value for name, value in metrics.items() if name.startswith("eval_") and name.endswith("_loss")}
+    return {name: value for name, value in named.items() if 0.95 * min(losses) <= value <= 1.05 * max(losses)}
+
+
 @dataclass
 class Step:
     """One step of all ranks. `head`: `(rank, micro_step, ...)`. `losses`: of each micro-batch, rank after rank.

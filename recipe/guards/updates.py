@@ -99,14 +99,16 @@ def have_moved(before: Samples, after: Samples) -> torch.Tensor:
 
 
 def count_small(before: Samples, after: Samples, gradients: Samples, rates: dict[str, float | None]) -> torch.Tensor:
-    """`[small, judged]` elements: those with a gradient, and of these the ones that a step did not move against it by
-    SMALL_UPDATE of their learning rate. `rates`: by parameter; 0 and None (on a device) are not judged."""
-    counts = [torch.zeros(2, dtype=torch.int64, device=next(iter(before.values())).device)]
+    """`[small, judged, uphill]` elements: `judged` have a gradient; of these a step did not move `small` ones against
+    it by SMALL_UPDATE of their learning rate, and moved `uphill` ones along it by as much. `rates`: by parameter; 0
+    and None (on a device) are not judged."""
+    counts = [torch.zeros(3, dtype=torch.int64, device=next(iter(before.values())).device)]
     for name, gradient in gradients.items():
         if rate := rates[name]:
             judged = (gradient != 0) & gradient.isfinite()  # such a step may not be applied
-            small = judged & ((before[name] - after[name]) * gradient.sign() < SMALL_UPDATE * rate)
-            counts.append(torch.stack([small.sum(), judged.sum()]))
+            descent, least = (before[name] - after[name]) * gradient.sign(), SMALL_UPDATE * rate
+            parts = (judged & (descent < least), judged, judged & (descent <= -least))
+            counts.append(torch.stack([part.sum() for part in parts]))
     return stack(counts).sum(0)
 
 
