@@ -19,6 +19,7 @@ from recipe.data.pipeline import Data, unigram_entropy
 from recipe.data.source import counted
 from recipe.data.stream import Part
 from recipe.guards import GUARDS, RegressionCallback
+from recipe.guards.guard import shorten
 from recipe.internals import save_whole_model
 from recipe.model import count_flops_per_token, describe_device, describe_kernels
 from recipe.model_card import write_model_card
@@ -210,13 +211,17 @@ def write_results(
     is_judged = curves & set(result["guards"]["judged"])
     unjudged = "" if is_judged else " (the loss curve was not judged)"
     counts = Counter(finding.severity for finding in guards.findings)
-    num_judged, num_unjudged = len(result["guards"]["judged"]), len(guards.cannot_judge)
+    words = ", ".join(counted(counts[name], name) for name in ("error", "warning")) + f", {counts['info']} info"
     logger.info(
-        f"verdict: {result['verdict']}{unjudged} | {num_judged} guards judged, {num_unjudged} could not | findings: "
-        f"{counts['error']} errors, {counts['warning']} warnings, {counts['info']} info | "
-        f"{guards.tokens_seen:,} tokens in {format_seconds(result['train_seconds'])} | {report}",
+        shorten(f"verdict: {result['verdict']}{unjudged}"),
         extra={"colour": Verdict(result["verdict_kind"], result["verdict"]).colour},
     )
+    num_judged, num_unjudged = len(result["guards"]["judged"]), len(guards.cannot_judge)
+    logger.info(
+        f"{num_judged} guards judged, {num_unjudged} could not | findings: {words} | "
+        f"{guards.tokens_seen:,} tokens in {format_seconds(result['train_seconds'])}"
+    )
+    logger.info(f"report: {report}")
     if is_whole:
         logger.info("what you can do now:\n  %s", "\n  ".join(next_commands(output_dir)))
 
