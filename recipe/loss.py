@@ -10,12 +10,15 @@ from functools import wraps
 from types import MethodType
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 IGNORE_INDEX = -100
+MORE = ("logits_to_keep", "output_hidden_states", "output_attentions")
+MAX_ARGS = 5  # by position, before the labels
 # Positions of a chunk. Each chunk adds to the head's gradient, which costs as much as the products of a few hundred
 # positions. Measured on a CPU, chosen for a GPU: docs/model.md.
 CHUNK = {"cpu": 512, "cuda": 2048}
@@ -45,6 +48,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, scale):
         rows, head = ctx.saved_tensors
         return rows * scale, head * scale, None
@@ -52,7 +56,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def _gradient_and_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the sum of cross entropies, at `logits` `[positions, vocab_size]`, which is overwritten."""
-    is_scored, chosen = (targets != IGNORE_INDEX).unsqueeze(1), targets.clamp_min(0).unsqueeze(1)
+    is_scored = (targets != IGNORE_INDEX).unsqueeze(1)
+    chosen = targets.unsqueeze(1).where(is_scored, 0)  # of others that are no token `gather` says so
     logits -= logits.amax(dim=1, keepdim=True)
     at_target = logits.gather(1, chosen)
     sums = logits.exp_().sum(dim=1, keepdim=True)
@@ -63,10 +68,12 @@ def _gradient_and_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[tor
 @wraps(LlamaForCausalLM.forward)
 def _forward(self: LlamaForCausalLM, *args, labels=None, **kwargs):
     """Without logits where they are made for a loss in training only. A loss function that was put in the place of
-    transformers' own is given all logits, as it expects."""
+    transformers' own is given all logits, as it expects; so is who asks for more than the loss."""
     has_own_loss = self.loss_function is not ForCausalLMLoss
-    if labels is None or not self.training or has_own_loss or kwargs.get("logits_to_keep"):
-        return LlamaForCausalLM.forward(self, *args, labels=labels, **kwargs)
+    asks_for_more = len(args) > MAX_ARGS or any(map(kwargs.get, MORE)) or kwargs.get("return_dict") is False
+    if labels is None or not self.training or has_own_loss or asks_for_more:
+        given = {} if labels is None else {"labels": labels}
+        return LlamaForCausalLM.forward(self, *args, **given, **kwargs)
     hidden = self.model(*args, **kwargs).last_hidden_state
     targets = kwargs.get("shift_labels")
     if targets is None:

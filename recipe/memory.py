@@ -8,8 +8,10 @@ SDPA's flash kernel on the CPU saves.
 """
 
 import contextlib
+import logging
 import os
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from recipe.errors import UserError
 from recipe.loss import with_chunked_loss
-from recipe.muon import is_hidden_matrix, outer_parameters
+from recipe.muon import AT_ONCE, is_hidden_matrix, outer_parameters
 
 # Bytes per parameter of optimizer state, by the first part of `optim`'s name. Others are taken for AdamW in fp32.
 STATE_BYTES = {"adamw": 8, "adagrad": 4, "sgd": 0, "rmsprop": 4, "adafactor": 0, "lion": 4}
@@ -99,6 +101,7 @@ def step_memory(
 ) -> StepMemory:
     """`precision`: fp32, or that of the autocast, bf16 or fp16. `is_accumulating`: gradients stay through a forward
     pass. `is_checkpointing`: activations are computed again in the backward pass."""
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs what it raises
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = with_chunked_loss(_empty_model(config, attn_implementation=attention, dtype=torch.float32))
         weights = list(model.parameters())
@@ -141,6 +144,17 @@ def optimizer_bytes(model: torch.nn.Module, optim: str) -> int:
     each = STATE_BYTES_8_BIT if "8bit" in optim else STATE_BYTES.get(optim.split("_")[0], 8)
     sizes, outer = {False: each, True: MUON_BYTES if optim == "muon" else each}, outer_parameters(model)
     return sum(p.numel() * sizes[is_hidden_matrix(p, outer)] for p in model.parameters())
+
+
+def update_bytes(model: torch.nn.Module, optim: str) -> int:
+    """What the step of Muon makes and frees: copies of the matrices that it iterates at once. Counted: 4.2 to 6 of
+    them, the most of square ones, whose Gram matrices are as large. Other optimizers: little."""
+    if optim != "muon":
+        return 0
+    outer = outer_parameters(model)
+    counts = Counter(tuple(sorted(p.shape)) for p in model.parameters() if is_hidden_matrix(p, outer))
+    of_each = [(4 + 2 * m / n) * 4 * m * n * min(count, AT_ONCE) for (m, n), count in counts.items()]
+    return int(max(of_each, default=0))
 
 
 def meta_model(config: PretrainedConfig):

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_flash_attn_2_available
 
 from recipe.errors import UserError
@@ -127,9 +128,15 @@ def read_model_config(model_config: str | None, model_name_or_path: str | None) 
     try:
         if not os.path.isdir(model_name_or_path):
             why_unreachable()
-        return AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_load(model_name_or_path, error) from error
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"model_name_or_path {model_name_or_path!r}: a {config.model_type} model has no causal language model in "
+            "transformers; name one that has, such as RUN/final"
+        )
+    return config
 
 
 def _cannot_load(name: str, error: Exception) -> UserError:

@@ -86,9 +86,9 @@ class Muon(Optimizer):
         own = torch.zeros(share, *matrices.shape[1:], dtype=matrices.dtype, device=matrices.device)
         if len(mine := matrices[first : first + share]):
             own[: len(mine)] = orthogonalize(mine)
-        gathered = torch.empty(share * self._world_size, *matrices.shape[1:], dtype=own.dtype, device=own.device)
-        torch.distributed.all_gather_into_tensor(gathered, own)
-        return gathered[: len(matrices)]
+        parts = [torch.empty_like(own) for _ in range(self._world_size)]
+        torch.distributed.all_gather(parts, own)
+        return torch.cat(parts)[: len(matrices)]
 
     def _step_others(self, group: dict, parameters: Sequence[Parameter]) -> None:
         for parameter in parameters:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import shutil
 import textwrap
 import time
@@ -12,6 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from recipe.arguments import Config
+from recipe.errors import UserError
 from recipe.loss import CHUNK
 from recipe.memory import (
     GB,
@@ -23,6 +25,7 @@ from recipe.memory import (
     optimizer_bytes,
     show_count,
     step_memory,
+    update_bytes,
 )
 from recipe.model import choose_attention, flops_per_token, read_model_config, why_not_compile
 
@@ -40,7 +43,9 @@ GPUS = {
 }
 GPU_MFU = 0.40  # assumed: no run of the recipe on a GPU has been measured yet
 CPU_MFU = 0.45  # of the fp32 matrix-product rate: the demo reached 46 % (6 N) on two cores with AVX2
-COMPILING_PAYS_AFTER = 1200  # seconds of training on a CPU: twice what repays a minute at 0.9 of the time
+# Seconds of training on a CPU: twice what repays a minute at 0.9 of the time. FLOP/s of a core with units for bf16 in
+# training: two cores with AVX512-BF16 reached 0.16 to 0.2 T (`python -m tests.benchmarks.throughput`).
+COMPILING_PAYS_AFTER, CORE_RATE = 1200, 1e11
 USABLE = 0.9  # of a GPU's memory: the rest is for the CUDA context and fragmentation
 WIDTH = 110
 TOKENS_PER_PARAMETER = 20  # compute-optimal, Chinchilla (arXiv 2203.15556)
@@ -68,7 +73,13 @@ def make_plan(config: Config) -> dict:
     count, tokens = sum(parts.values()), config.max_steps * config.tokens_per_step
     flops = flops_per_token(model, count, block_size)
     here = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
-    sizes = {name: StepSizes(config, model, name) for name in {here, *(gpu[2] for gpu in GPUS.values())}}
+    try:
+        sizes = {name: StepSizes(config, model, name) for name in {here, *(gpu[2] for gpu in GPUS.values())}}
+    except Exception as error:
+        raise UserError(
+            f"plan cannot tell what a {model.model_type} model needs: it does not run without its data "
+            f"({type(error).__name__}); `train` may take it all the same"
+        ) from error
     device = training.device
     own_mfu = CPU_MFU if device.type == "cpu" else GPU_MFU
     name, rate = f"this {device.type}", matrix_rate(device, here)
@@ -78,6 +89,7 @@ def make_plan(config: Config) -> dict:
         for name, (memory, tflops, kind) in GPUS.items()
     ]
     hours = {each.name: flops * tokens / (each.rate * each.mfu) / 3600 for each in (own, *gpus)}
+    own_step = sizes[here].step(training.per_device_train_batch_size)
     checkpoint = 4 * count + optimizer_bytes(meta_model(model), sizes[here].optim)
     kept = training.save_total_limit or math.ceil(config.max_steps / max(1, training.save_steps))
     return {
@@ -87,7 +99,7 @@ def make_plan(config: Config) -> dict:
         "steps": config.max_steps,
         "tokens_per_step": config.tokens_per_step,
         "tokens_per_parameter": tokens / count,
-        "step_memory": _parts(sizes[here].step(training.per_device_train_batch_size), device.type),
+        "step_memory": _parts(own_step, sizes[here].update, device.type),
         "evaluation_memory": sizes[here].evaluation,
         "devices": [{**asdict(each), "hours": hours[each.name]} for each in (own, *gpus)],
         "disk": {"checkpoint": checkpoint, "kept": kept, "needed": checkpoint * (kept + 1) + 4 * count},
@@ -95,9 +107,10 @@ def make_plan(config: Config) -> dict:
     }
 
 
-def _parts(memory: StepMemory, device: str) -> dict:
-    peak = memory.peak_on_cpu if device == "cpu" else memory.peak
-    return {**asdict(memory), "gradients": memory.gradients, "freed": peak - memory.peak, "peak": peak}
+def _parts(memory: StepMemory, update: int, device: str) -> dict:
+    freed = memory.peak_on_cpu - memory.peak if device == "cpu" else 0.0
+    peak = max(memory.peak + freed, memory.weights + memory.optimizer + memory.gradients + update)
+    return {**asdict(memory), "gradients": memory.gradients, "update": update, "freed": freed, "peak": peak}
 
 
 def tokens_per_second(model: PretrainedConfig, block_size: int, precision: str, device: torch.device) -> float:
@@ -107,12 +120,12 @@ def tokens_per_second(model: PretrainedConfig, block_size: int, precision: str, 
 
 
 def compiling_pays_on_cpu(config: Config, model: PretrainedConfig) -> bool:
-    """Whether a compiled bf16 run of this length ends sooner on this CPU: it takes about a tenth less for each token,
-    once half a minute has been spent on compiling for training and as much for evaluation."""
-    if why_not_compile() is not None:
-        return False
-    speed = tokens_per_second(model, config.data.block_size, "bf16", config.training.device)
-    return config.max_steps * config.tokens_per_step > COMPILING_PAYS_AFTER * speed
+    """Whether a compiled bf16 run of this length ends sooner on a CPU: it takes about a tenth less for each token,
+    once half a minute has been spent on compiling for training and as much for evaluation. By counting alone: a
+    resumed run, and each rank, must decide alike."""
+    flops = flops_per_token(model, sum(count_parameters(model).values()), config.data.block_size)
+    seconds = flops * config.max_steps * config.tokens_per_step / (os.cpu_count() * CORE_RATE)
+    return seconds > COMPILING_PAYS_AFTER and why_not_compile() is None
 
 
 class StepSizes:
@@ -138,6 +151,7 @@ class StepSizes:
         # From the rows on that fill a chunk of the loss: more of them need no more logits
         self._first = math.ceil(CHUNK["cpu"] / config.data.block_size)
         self._one, self._two = (self._measure(model, self._first + more) for more in (0, 1))
+        self.update = update_bytes(meta_model(model), self.optim)
         shallow = with_layers(model, 1) or model
         self.evaluation = evaluation_memory(shallow, rows=training.per_device_eval_batch_size, **self._shared)
 
@@ -154,7 +168,8 @@ class StepSizes:
 
     def peak(self, rows: int, is_cpu: bool) -> float:
         at = self.step(rows)
-        return max(at.peak_on_cpu if is_cpu else at.peak, at.weights + at.optimizer + self.evaluation)
+        between = at.weights + at.optimizer + max(self.evaluation, at.gradients + self.update)
+        return max(at.peak_on_cpu if is_cpu else at.peak, between)
 
 
 def with_layers(model: PretrainedConfig, layers: int) -> PretrainedConfig | None:
@@ -208,7 +223,8 @@ def format_plan(plan: dict) -> str:
         "tokens": f"{plan['tokens']:,} in {plan['steps']:,} steps of {plan['tokens_per_step']:,}; "
         f"{plan['tokens_per_parameter']:.3g} per parameter (compute-optimal: about {TOKENS_PER_PARAMETER})",
         "step memory": ", ".join(f"{name} {_size(memory[name])}" for name in names if memory[name]),
-        "evaluation": f"{_size(plan['evaluation_memory'])} beside weights and optimizer",
+        "evaluation": f"{_size(plan['evaluation_memory'])} beside weights and optimizer"
+        + (f"; Muon's step: {_size(memory['update'])} beside these and gradients" if memory["update"] else ""),
         "disk": f"{_size(disk['needed'])}: {disk['kept'] + 1} checkpoints of {_size(disk['checkpoint'])} at most, and "
         f"final/; {_size(plan['disk_free'])} are free",
     }
@@ -236,4 +252,6 @@ def _hours(hours: float) -> str:
 
 
 def _size(num_bytes: float) -> str:
+    if num_bytes >= 1000 * GB:
+        return f"{num_bytes / GB / 1000:.3g} TB"
     return f"{num_bytes / GB:.3g} GB" if num_bytes >= GB else f"{num_bytes / 1e6:.3g} MB"

@@ -149,3 +149,32 @@ def test_the_curve_is_eagers_within_the_noise_of_two_seeds(small_chunks):
     assert eager[-20:].mean() < 0.5 * eager[0]
     noise, gap = (eager - other).abs().mean(), (eager - chunked).abs().mean()
     assert gap < 0.1 * noise, (gap, noise)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, ids: model(input_ids=ids, labels=ids, output_hidden_states=True).hidden_states[-1],
+        lambda model, ids: model(input_ids=ids, labels=ids, return_dict=False)[1],
+        lambda model, ids: model(ids, None, None, None, None, ids).logits,
+    ],
+)
+def test_who_asks_for_more_than_the_loss_gets_it(ids, call):
+    plain, own = make_model(), with_chunked_loss(make_model())
+    assert torch.equal(call(own.train(), ids), call(plain.train(), ids))
+
+
+def test_a_label_that_is_no_token_is_refused_as_by_transformers(ids):
+    labels = ids.clone()
+    labels[1, 3] = -1
+    for model in (make_model(), with_chunked_loss(make_model())):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            model.train()(input_ids=ids, labels=labels)
+
+
+def test_a_second_gradient_is_refused(ids):
+    hidden, weight = torch.randn(8, 16, requires_grad=True), torch.randn(VOCAB, 16, requires_grad=True)
+    total = ChunkedCrossEntropy.apply(hidden, weight, ids.flatten()[:8])
+    (first,) = torch.autograd.grad(total, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        first.sum().backward()

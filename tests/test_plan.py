@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from recipe import memory
 from recipe.arguments import parse_config
 from recipe.errors import UserError
-from recipe.memory import check_fits, count_parameters, meta_model, optimizer_bytes, step_memory
+from recipe.memory import check_fits, count_parameters, meta_model, optimizer_bytes, step_memory, update_bytes
 from recipe.model import flops_per_token
 from recipe.plan import compiling_pays_on_cpu, extrapolate, format_plan, make_plan, with_layers
 
@@ -125,9 +125,21 @@ def test_rows_that_do_not_fit_are_divided(monkeypatch):
     assert make_plan(parse_config(CONFIGS / "cpu_demo.json", overrides))["devices"][0]["rows"] is None
 
 
-@pytest.mark.parametrize(("speed", "missing", "pays"), [(1000, None, False), (100, None, True), (100, "g++", False)])
-def test_a_long_run_on_a_cpu_is_compiled(monkeypatch, speed, missing, pays):
-    monkeypatch.setattr("recipe.plan.tokens_per_second", lambda *_: speed)
+@pytest.mark.parametrize(
+    ("words", "missing", "pays"),
+    [
+        ([], None, False),
+        (["--train_tokens", "1e13"], None, True),
+        (["--train_tokens", "1e13"], "g++", False),
+    ],
+)
+def test_a_long_run_on_a_cpu_is_compiled(monkeypatch, words, missing, pays):
     monkeypatch.setattr("recipe.plan.why_not_compile", lambda: missing)
-    config = parse_config(str(CONFIGS / "cpu_demo.json"), [], {"use_cpu": True})
-    assert compiling_pays_on_cpu(config, TINY) is pays  # 573,440 tokens
+    config = parse_config(str(CONFIGS / "cpu_demo.json"), words, {"use_cpu": True})
+    assert compiling_pays_on_cpu(config, TINY) is pays
+
+
+def test_the_update_of_muon_is_counted():
+    model = meta_model(TINY)
+    square, mlp = (4 + 2) * 4 * 32 * 32 * 6, (4 + 2 * 32 / 96) * 4 * 32 * 96 * 9  # two squares, three MLPs a layer
+    assert update_bytes(model, "muon") == int(max(square, mlp)) and update_bytes(model, "adamw_torch") == 0

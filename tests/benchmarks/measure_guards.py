@@ -14,11 +14,11 @@ from collections import defaultdict
 import torch
 from transformers import TrainerCallback
 
-from recipe.__main__ import resolve
 from recipe.guards import worker
 from recipe.guards.callback import RegressionCallback
 from recipe.guards.session import PreflightDone
 from recipe.guards.taps import Taps
+from recipe.resolve import resolve
 from recipe.train import assemble, open_run
 from tests.benchmarks import guard_rate
 
