@@ -41,6 +41,7 @@ def batch_of(model, compute_loss, inputs=BATCH, is_new=True, world_size=1):
     """As much of a `sandbox.Batch` as the guard of the targets asks for."""
     base = record(model, lambda: compute_loss(model, inputs), ids=inputs["input_ids"])
     run = SimpleNamespace(world_size=world_size, embedding_rows=VOCABULARY, model=model, is_new_model=is_new, step=0)
+    run.trainer, run.pad_token_id = SimpleNamespace(train_dataset=None), None
 
     def again(changed):
         return record(model, lambda: compute_loss(model, changed), base, changed["input_ids"])

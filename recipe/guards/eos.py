@@ -45,7 +45,7 @@ class EosNeverTarget(Guard):
     LAST, ALIKE = 3, 0.9
 
     def setup(self, run) -> None:
-        self.eos_token_ids = run.eos_token_ids
+        self.eos_token_ids, self.world_size = run.eos_token_ids, run.world_size
         if not self.eos_token_ids:
             raise CannotJudge("neither model nor tokenizer names an EOS token")
         self.tokenizer, self.looked_at = text_tokenizer_of(run.tokenizer), 0
@@ -56,8 +56,9 @@ class EosNeverTarget(Guard):
         yield from filter(None, [self.judge(**self.count(batch.seen_tokens(all_rows=True)))])
         self.looked_at = before  # the steps count these rows, too
 
-    def on_resume(self, step: int) -> None:
-        self.looked_at = self.ROWS
+    def load(self, state: dict) -> None:
+        super().load(state)
+        self.looked_at = self.state["rows"] // self.world_size
 
     def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> dict:
         return self.add(*map(self.count, tokens))

@@ -246,7 +246,7 @@ class Session:
         for message in found.messages:
             logger.info("%s", message)
         for rank, payload in enumerate(found.ranks[1:], 1):
-            self._fail({name: f"{what} on rank {rank}" for name, what in payload["failed"].items()})
+            self._fail({name: f"rank {rank}: {what}" for name, what in payload["failed"].items()})
         if (step := found.step) is not None:
             self.history = step.history
             self.learning_rate_sum += largest_rate(step.learning_rates)

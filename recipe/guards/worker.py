@@ -1,6 +1,7 @@
 """The thread beside the training, and what it does with a step: reads it, hashes and counts its tokens, gathers on the
 main process what the ranks have kept, and has the guards judge it there."""
 
+import atexit
 import pickle
 import queue
 import threading
@@ -18,6 +19,8 @@ from recipe.guards.taps import LocalStep, PendingStep
 
 # Steps kept for windows, of which references name their own. Chosen, not measured.
 HISTORY = 1000
+# That a process waits at its end for a thread which waits for other ranks: these end, too. Chosen, not measured.
+EXIT_SECONDS = 10
 
 
 class Worker:
@@ -55,6 +58,8 @@ class Worker:
         is_busy = self._future is not None and not self._future.done()
         if self._thread is not None and not is_busy:
             self._thread.join()
+        elif self._thread is not None:  # a thread that comes back from other ranks in an ending interpreter aborts it
+            atexit.register(self._thread.join, EXIT_SECONDS)
         return is_busy
 
 
