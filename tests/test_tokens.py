@@ -33,7 +33,7 @@ def verdict(guard, *tokens):
 
 def set_up(guard, **facts):
     guard = guard()
-    guard.setup(SimpleNamespace(**facts))
+    guard.setup(SimpleNamespace(**{"world_size": 1, **facts}))
     return guard
 
 
