@@ -20,7 +20,8 @@ from tests.benchmarks.measure_throughput import MODELS
 from tests.benchmarks.results import Result, format_section, processor, write_section
 
 # Of each model: steps in a process, of which the first are not counted, and processes of each arm.
-STEPS = {"demo": (40, 10, 1), "13.8M": (8, 2, 1), "180M": (4, 1, 1)}
+STEPS = {"demo": (40, 10, 2), "13.8M": (8, 2, 2), "180M": (4, 1, 1)}
+WHOLE = {"demo": 573_440}  # tokens of the whole training, where compiling takes a share of it
 
 
 class Arm(NamedTuple):
@@ -101,7 +102,19 @@ def note_of(model: str, found: dict[str, list[dict]]) -> str:
             parts.setdefault(name, []).append(value)
     costs = sorted(((statistics.median(each), name) for name, each in parts.items()), reverse=True)
     costs = ", ".join(f"{name} {1000 * value:.2g}" for value, name in costs if value >= 5e-5)
-    return f"{model}: matrix products {shown}. Guards, ms a step: {costs}."
+    return f"{model}: matrix products {shown}. Guards, ms a step: {costs}.{whole_training(model, found)}"
+
+
+def whole_training(model: str, found: dict[str, list[dict]]) -> str:
+    """Seconds of the model's whole training at these speeds, the first step with its compiling counted."""
+    if model not in WHOLE:
+        return ""
+    rows, accumulation, block = MODELS[model][2]
+    tokens = rows * accumulation * block
+    first = {name: statistics.median(run["first"] for run in runs) for name, runs in found.items()}
+    seconds = {name: first[name] + (WHOLE[model] - tokens) / speed(runs, tokens) for name, runs in found.items()}
+    shown = ", ".join(f"{name} {value:.0f}" for name, value in sorted(seconds.items(), key=lambda each: each[1]))
+    return f" Seconds of {WHOLE[model]:,} tokens, compiling for training counted: {shown}."
 
 
 def make_result(found: dict[str, dict[str, list[dict]]]) -> Result:
