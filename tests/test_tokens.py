@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from recipe.guards.batches import SCORED, VALID, SeenTokens, send_tokens
 from recipe.guards.double_bos import DoubleBos, count_bos
 from recipe.guards.eos import EosNeverTarget
 from recipe.guards.padding import PaddingIsTarget
 from recipe.guards.run import Run, bos_token_id_of, tokenizer_sizes_of
-from recipe.guards.token_range import TokenRange, occurring
+from recipe.guards.token_range import TokenRange, chosen_eos_ids, occurring
 
 
 def seen(rows, valid=True, scored=False):
@@ -240,6 +240,17 @@ def test_a_tokenizer_larger_than_the_embedding(rows, severity):
     for processor in (Vocabulary(), SimpleNamespace(tokenizer=Vocabulary())):
         finding = TokenRange.judge_sizes(*tokenizer_sizes_of(processor), rows)
         assert (finding and finding.severity) == severity
+
+
+def test_an_eos_beyond_the_embedding():
+    def judge(config):
+        return TokenRange.judge_eos(chosen_eos_ids(SimpleNamespace(config=config)), rows=config.vocab_size)
+
+    assert judge(LlamaConfig(vocab_size=480, eos_token_id=511)).severity == "warning"
+    assert judge(LlamaConfig(vocab_size=480, eos_token_id=[5, 511])) is None
+    assert judge(LlamaConfig(vocab_size=480, eos_token_id=None)) is judge(LlamaConfig(vocab_size=480)) is None
+    assert judge(GPT2Config(vocab_size=480)) is None  # its default is 50,256
+    assert chosen_eos_ids(torch.nn.Linear(1, 1)) == []
 
 
 def test_what_is_no_tokenizer_has_no_size():

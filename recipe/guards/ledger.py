@@ -221,6 +221,10 @@ class Ledger:
         pairs = self.tokens * int(rows[:, 1].sum())
         return rows, copies[copies[:, 2] > least_tokens(pairs, nats_per_token)]
 
+    @property
+    def tokens_in_pass(self) -> int:
+        return self.tokens - self._pass_start
+
     def begin_pass(self, tokens_in_pass: int | None = None) -> None:
         """From here on only copies nearer than NEAR of a pass count (of `tokens_in_pass`, else of the tokens of the
         pass that ended), because lanes and workers do not end a pass together."""

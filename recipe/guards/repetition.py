@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sized
 import numpy as np
 from transformers import Trainer
 
-from recipe.guards import ledger, sandbox
+from recipe.guards import ledger, sandbox, train_set
 from recipe.guards.batches import SeenTokens, scored_part, send_tokens
 from recipe.guards.copies import least_tokens
 from recipe.guards.fingerprints import PLACE, Fingerprints, Rates, fingerprint
-from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable, Skip, Verdict
+from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Skip, Verdict
 from recipe.guards.ledger import Ledger
 
 logger = logging.getLogger("recipe.guards")
@@ -26,9 +26,10 @@ EVAL_ROWS, EVAL_SECONDS = 1024, 2.0
 class Repetition(Guard):
     """Training reads the same text again, or text of the evaluation.
 
-    When: at every step. Repetition: from 64 rows and 16,384 tokens on; a replay: from 16 rows after a resume on; eval
-        rows: from step 1 on where the eval set can be indexed (its first 1,024 rows, read for at most 2 seconds), else
-        from the first evaluation on, for training before and after it.
+    When: before step 1 on packed rows of a list or a `datasets.Dataset` (its first 2M tokens, read for at most a
+        second), then at every step. Repetition: from 64 rows and 16,384 tokens on; a replay: from 16 rows after a
+        resume on; eval rows: from step 1 on where the eval set can be indexed (its first 1,024 rows, read for at most
+        2 seconds), else from the first evaluation on, for training before and after it.
     Measured (repeated_data): windows of 64 tokens of all ranks at any alignment, one in 16 kept (fewer from 67M tokens
         on, and of steps of more than 65,536), and whole rows, without masked prompts. Of the last 512 rows or 131,072
         tokens, a tenth copied is information, a quarter a warning: two workers that read the same give half, a stream
@@ -38,6 +39,9 @@ class Repetition(Guard):
         30 %. The evidence names step, rank and micro-step of both copies. Shared text (system prompts, several answers
         to one prompt, templates) does not count: it begins where it began earlier, at the same place of its row or
         after an EOS, and its row or document ends in a new way; or 5 recent rows have it beside new text.
+        Of the training set itself, a warning: rows of which most begin with a quarter or more of the row before (a
+        tenth: information); a part of 4 % and more, 8 rows and 4 documents at least, that is in the set twice in one
+        order; a pass that draws the same part of the set, in the same irregular order, as the pass before.
     Measured (resume_replay): half or more of the tokens since the resume are copies, and were not before it.
     Measured (train_eval_overlap): eval rows of which more than half was in training, at any alignment. 2 rows and 2 %
         of them are a warning, 20 % an error: natural corpora hold near-copies of 0.7 to 5 % (RealNews 14 %). Sets with
@@ -48,8 +52,8 @@ class Repetition(Guard):
     Try (train_eval_overlap): taking the held-out documents out of the training data; splitting before shuffling or
         multiplying.
     Cannot see: paraphrases; copies of under 64 tokens inside longer rows; repetitive text; single documents; one order
-        used in every declared pass; data skipped by a resume; checkpoints without the guards' state; eval sets never
-        evaluated; of copies before the first evaluation those whose windows were not kept.
+        of all rows in every declared pass; data skipped by a resume; checkpoints without the guards' state; eval sets
+        never evaluated; of copies before the first evaluation those whose windows were not kept.
     """
 
     ids = {
@@ -85,6 +89,7 @@ class Repetition(Guard):
         self.ledger, self.num_workers = Ledger(self.rates), run.args.dataloader_num_workers
         self.eos_ids, self.guess = run.eos_token_ids, math.log(run.vocab_size or 256)
         self.novel = np.zeros(2)  # nats and tokens of what was no copy
+        self.order, self.set_share = train_set.Order(), 0.0
 
     def inspect(self, run) -> Iterator[Verdict]:
         if not run.step:
@@ -93,10 +98,26 @@ class Repetition(Guard):
             yield Skip(REPLAYED, CannotJudge("the checkpoint holds no state of the guards"))
         if run.max_steps * run.facts["tokens_per_step"] < ledger.MIN_TOKENS:
             yield Skip(REPEATED, NotApplicable(f"the run has fewer than {ledger.MIN_TOKENS:,} tokens"))
+        elif run.is_main and (finding := self._read_train_set(run)):
+            yield finding
         if not run.is_evaluated:
             yield Skip(OVERLAP, NotApplicable("no evaluation during training"))
         elif run.is_main:
             self._read_eval_rows(run)
+
+    def _read_train_set(self, run) -> Finding | None:
+        dataset, rows = run.trainer.train_dataset, None
+        with sandbox.undisturbed(run.model):
+            try:
+                rows = train_set.read_packed(dataset)
+            except Exception as error:
+                logger.debug("the training set is not read: %s: %s", type(error).__name__, error)
+        if rows is None:
+            return None
+        self.order.read(rows, len(dataset))
+        found = train_set.judge(rows.shape, train_set.overlap(rows), train_set.find_twice(rows, self.eos_ids))
+        self.set_share = found["evidence"]["share"] if found else 0.0
+        return self.finding(**found, id=REPEATED, check=PROBE) if found else None
 
     def _read_eval_rows(self, run) -> None:
         with sandbox.undisturbed(run.model):  # a collator or dataset may draw random numbers
@@ -117,9 +138,12 @@ class Repetition(Guard):
         if not (parts := step.of_ranks(self)):
             return
         copied = self.ledger.observe_train(parts)
+        if self.order.observe(parts[0].digest[parts[0].place[:, 1] == 0]):
+            found = train_set.judge_order(self.order.pass_tokens, self.order.set_tokens)
+            yield self.finding(**found, id=REPEATED, check=PROBE)
         new_share = 1 - copied / max(1, sum(part.tokens for part in parts))
         nats = self._measure(step.ngrams.loss if step.ngrams is not None else None, new_share)
-        finding = self.judge_repetition(self.ledger, nats, self.num_workers)
+        finding = self.judge_repetition(self.ledger, nats, self.num_workers, self.set_share)
         if finding is not None:
             yield finding
         found = finding.id if finding is not None else None
@@ -145,23 +169,29 @@ class Repetition(Guard):
         return iter(())
 
     def begin_pass(self, tokens_in_pass: int | None) -> None:
+        self.order.begin_pass(self.ledger.tokens_in_pass)
         self.ledger.begin_pass(tokens_in_pass)
 
     def save(self) -> dict[str, np.ndarray]:
-        return {**self.ledger.state(), "novel": self.novel}
+        order = {f"order.{name}": np.array(getattr(self.order, name)) for name in train_set.Order.STATE}
+        return {**self.ledger.state(), "novel": self.novel, **order}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         self.ledger, self.novel = Ledger.from_state(state, self.rates), np.array(state["novel"])
+        for name in train_set.Order.STATE:
+            setattr(self.order, name, np.array(state[f"order.{name}"]))
 
     def on_resume(self, step: int) -> None:
         self.ledger.mark_resume()
 
     @classmethod
-    def judge_repetition(cls, seen: Ledger, nats_per_token: float, num_workers: int | None = None) -> Finding | None:
+    def judge_repetition(
+        cls, seen: Ledger, nats_per_token: float, num_workers: int | None = None, set_share: float = 0.0
+    ) -> Finding | None:
         """The share of the recent tokens that are copies of what was consumed before in this pass.
 
         `nats_per_token`: what a token of this text tells where it is no copy. `num_workers`: of the DataLoader, for
-        the wording.
+        the wording. `set_share`: what of them the training set itself explains.
         """
         since = seen.replay_since
         rows, copies = seen.recent(nats_per_token, since or 0)
@@ -171,7 +201,7 @@ class Repetition(Guard):
             return None
         copied, is_whole = copies[:, 1], copies[:, 4] == 1
         is_near = is_whole & (seen.micro_steps_apart(copies) < cls.FEW_MICRO_STEPS)
-        share, whole, near = (copied[which].sum() / tokens for which in (copied > 0, is_whole, is_near))
+        share, whole, near = (copied[which].sum() / tokens - set_share for which in (copied > 0, is_whole, is_near))
         is_aligned = near >= cls.ALIGNED_SHARE and cls._is_spread(copies[is_near], tokens)
         if nats_per_token >= cls.WHOLE_NATS and whole >= cls.WHOLE_SHARE:
             is_aligned |= cls._is_spread(copies[is_whole], tokens)

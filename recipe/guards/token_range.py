@@ -1,13 +1,15 @@
 """Token ids against the rows of the embedding."""
 
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from recipe.guards.batches import SeenTokens
 from recipe.guards.guard import PROBE, STEP, CannotJudge, Finding, Guard, Verdict
 from recipe.guards.ngrams import NO_VOCABULARY
-from recipe.guards.run import tokenizer_sizes_of
+from recipe.guards.run import eos_token_ids_of, tokenizer_sizes_of
 
 CAUSES = ("tokenizer of another model", "tokens were added and the embedding not resized")
 ACTION = "take the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer))"
@@ -23,7 +25,8 @@ class TokenRange(Guard):
         a warning where 32 different ones above 256 or 2,048 are even without exception, as bf16 or fp16 rounds them,
         and where all 256 bytes occur and nothing else, or 32 different ones of the last 0.0625 before 65,536 and none
         from there on, in a vocabulary of 1.5 times that and more: ids that were stored in too small a type have lost
-        their high bits.
+        their high bits. A warning too, before step 1: an EOS beyond the embedding that the config names, unless it is
+        the default of its class.
     Try: the model's own tokenizer, or `model.resize_token_embeddings(len(tokenizer))`. Rounded or cut ids: int32 or
         int64 from the tokenizer to the batch.
     Cannot see: other ids inside the range that mean another token; a tokenizer that is not the Trainer's
@@ -49,6 +52,7 @@ class TokenRange(Guard):
         finding = self.judge(int(ids.min()), int(ids.max()), self.rows, check=PROBE)
         if finding is None and (sizes := tokenizer_sizes_of(batch.run.tokenizer)) is not None:
             finding = self.judge_sizes(*sizes, self.rows)
+        finding = finding or self.judge_eos(chosen_eos_ids(batch.model), self.rows)
         yield finding or self.clear(check=PROBE)
         if finding is None and (finding := self.judge_kinds(occurring([ids], self.rows))):
             yield finding  # the steps look for more
@@ -106,6 +110,27 @@ class TokenRange(Guard):
         expected = f"{rows:,} at most (the embedding)"
         evidence = {"base": base, "total": total, "embedding_rows": rows}
         return cls.finding(severity, found, expected, CAUSES, ACTION, evidence, check=PROBE)
+
+    @classmethod
+    def judge_eos(cls, ids: Iterable[int], rows: int) -> Finding | None:
+        """`ids`: of the config, see `chosen_eos_ids`. Without one in the embedding the model cannot stop."""
+        ids = list(ids)
+        if not ids or min(ids) < rows:
+            return None
+        found, expected = f"the config's eos_token_id is {ids[0]:,}", f"0 to {rows - 1:,} (the embedding)"
+        action = "give the model as many embeddings as the tokenizer has tokens"
+        causes = ("the vocabulary was cut (ids taken modulo its size)", *CAUSES)
+        return cls.finding(
+            "warning", found, expected, causes, action, {"eos": ids, "embedding_rows": rows}, check=PROBE
+        )
+
+
+def chosen_eos_ids(model) -> list[int]:
+    """The EOS ids of the model's config, unless they are the default of its class, as of every small GPT-2."""
+    if not isinstance(config := getattr(model, "config", None), PreTrainedConfig):
+        return []
+    given, default = (eos_token_ids_of(SimpleNamespace(config=each), None) for each in (config, type(config)()))
+    return list(given) if given != default else []
 
 
 def occurring(ids: Iterable[np.ndarray], rows: int) -> np.ndarray:

@@ -63,6 +63,8 @@ SWEEP = {
         wsd(3e-3, 4, 1_024_000, 2 * WARM_UP),
         cosine(3e-3, 8, 1_843_200, 2 * WARM_UP),
     ],
+    ("ours", 4.6): [wsd(6e-3, 8, 2_048_000)],
+    ("stock", 4.6): [cosine(3e-3, 8, 6_144_000, 2 * WARM_UP)],
 }
 # --- the runs and their records
 
@@ -84,19 +86,21 @@ def best_of(records: list[dict], arm: str, target: float, seed: int = SEEDS[0]) 
 
 
 def next_run(records: list[dict]) -> dict | None:
-    """The sweeps with the first seed; then the winners with the others."""
-    for (arm, target), sweep in SWEEP.items():
-        for settings in sweep:
-            if find(records, arm, target, settings, SEEDS[0]) is None:
+    """For one loss after another: the sweeps with the first seed; then the winners with the others."""
+    for target in dict.fromkeys(target for _, target in SWEEP):
+        arms = [arm for arm, of in SWEEP if of == target]
+        for arm in arms:
+            for settings in SWEEP[arm, target]:
+                if find(records, arm, target, settings, SEEDS[0]) is None:
+                    best = best_of(records, arm, target)
+                    limit = best["tokens"] if best else sys.maxsize
+                    return {"arm": arm, "target": target, "settings": settings, "seed": SEEDS[0], "limit": limit}
+        for seed in SEEDS[1:]:
+            for arm in arms:
                 best = best_of(records, arm, target)
-                limit = best["tokens"] if best else sys.maxsize
-                return {"arm": arm, "target": target, "settings": settings, "seed": SEEDS[0], "limit": limit}
-    for seed in SEEDS[1:]:
-        for arm, target in SWEEP:
-            best = best_of(records, arm, target)
-            if best is not None and find(records, arm, target, best["settings"], seed) is None:
-                known = {"arm": arm, "target": target, "settings": best["settings"]}
-                return {**known, "seed": seed, "limit": sys.maxsize}
+                if best is not None and find(records, arm, target, best["settings"], seed) is None:
+                    known = {"arm": arm, "target": target, "settings": best["settings"]}
+                    return {**known, "seed": seed, "limit": sys.maxsize}
     return None
 
 
@@ -113,7 +117,7 @@ def main() -> None:
         environment = {"OMP_NUM_THREADS": "1", "RECIPE_CACHE": str(default_cache_dir())}
         found = run_fresh(race, environment=environment, **run)
         known = {"commit": commit(), "processor": processor(), "torch": torch.__version__}
-        RECORDS.write_text(json.dumps([*records, {**run, **found, **known}], indent=1))
+        RECORDS.write_text(json.dumps([*read_records(), {**run, **found, **known}], indent=1))
     records = read_records()
     if arguments.json:
         print(json.dumps(summary(records)))
