@@ -34,8 +34,9 @@ from recipe.loss import with_chunked_loss
 logger = logging.getLogger(__name__)
 
 CAUSAL_SDPA = "sdpa_causal"  # of new models whose documents are not kept apart
-# Measured with AVX512-BF16 (torch 2.13.0): bf16 takes 0.63 of fp32's time at 384, and 1.4 times as much at 192.
-MIN_HIDDEN_BF16 = 384
+# Measured with AVX512-BF16 (torch 2.13.0, `python -m tests.benchmarks.throughput`): bf16 takes 0.61 of fp32's time at
+# 384, and 0.76 to 0.9 at 192. Smaller models were not measured.
+MIN_HIDDEN_BF16 = 192
 
 
 def causal_sdpa_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:

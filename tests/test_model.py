@@ -267,7 +267,8 @@ def test_hardware_defaults_on_a_cpu_and_on_an_ampere_gpu(monkeypatch):
     [
         (True, 384, [], True),
         (True, 384, ["--bf16", "false"], False),
-        (True, 192, [], False),
+        (True, 192, [], True),
+        (True, 96, [], False),
         (False, 384, [], False),
     ],
 )

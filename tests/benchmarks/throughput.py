@@ -1,7 +1,8 @@
 """`python -m tests.benchmarks.throughput [--only MODEL] [--json]`: tokens/s of a training step, beside stock Trainer.
 
 Each arm is a process of its own and trains the same new model on the same rows for a few steps; arms alternate. The
-section of this processor in RESULTS.md is written again. `--quick`: few steps, nothing compiled, prints only.
+sections of these models on this processor in RESULTS.md are written again. `--quick`: few steps, nothing compiled,
+prints only.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def arms_of(model: str, is_quick: bool) -> Iterator[Arm]:
     yield Arm("recipe", measure.recipe, {"has_guards": True, "switches": {}})
     yield Arm("recipe without guards", measure.recipe, {"has_guards": False, "switches": {}})
     if has_fast_bf16_cpu():  # the one that the recipe did not choose
-        yield recipe_with({"bf16": "true" if model == "demo" else "false"})
+        yield recipe_with({"bf16": "false"})
     if is_compiled:  # as the recipe compiles a long run on a CPU (`plan.compiling_pays_on_cpu`)
         yield recipe_with({"bf16": "true" if has_fast_bf16_cpu() else "false", "torch_compile": "true"})
     if is_compiled and model != "demo":  # with stock Trainer's optimizer
@@ -117,16 +118,21 @@ def whole_training(model: str, found: dict[str, list[dict]]) -> str:
     return f" Seconds of {WHOLE[model]:,} tokens, compiling for training counted: {shown}."
 
 
-def make_result(found: dict[str, dict[str, list[dict]]]) -> Result:
-    rows = [row for model, of_arms in found.items() for row in rows_of(model, of_arms)]
+SIZES = {
+    "demo": "8 x 256 tokens",
+    "13.8M": "8 x 512 tokens",
+    "180M": "4 x 1,024 tokens in 4 micro-batches",
+}
+
+
+def make_result(model: str, found: dict[str, list[dict]]) -> Result:
     measured = (
-        "Training steps of new models on the demo's source: demo 8 x 256 tokens, 13.8M 8 x 512, 180M 4 x 1,024 in 4 "
-        "micro-batches. Speed is of the median step; the matrix rate is the fastest of this run, in any precision, "
-        "against 6 FLOPs a parameter and token. Stock Trainer and the bare loop have their rows in memory; the recipe "
-        "reads and tokenizes them. Without guards: without their callback, progress and samples too."
+        f"Training steps of new models on the demo's source, {SIZES[model]} each. Speed is of the median step; the "
+        "matrix rate is the fastest of this run, in any precision, against 6 FLOPs a parameter and token. Stock "
+        "Trainer and the bare loop have their rows in memory; the recipe reads and tokenizes them. Without guards: "
+        "without their callback, progress and samples too."
     )
-    notes = " ".join(note_of(model, of_arms) for model, of_arms in found.items())
-    return Result("tokens/s of training steps", measured, rows, notes)
+    return Result("tokens/s of training steps", measured, rows_of(model, found), note_of(model, found))
 
 
 def main() -> None:
@@ -140,11 +146,14 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(found))
         return
-    result = make_result(found)
-    section = format_section(f"throughput on {processor()}", result, "python -m tests.benchmarks.throughput")
-    print(section)
-    if not arguments.quick and arguments.only is None:
-        write_section(f"throughput on {processor()}", section)
+    for name, of_arms in found.items():
+        title = f"throughput of {name} on {processor()}"
+        section = format_section(
+            title, make_result(name, of_arms), f"python -m tests.benchmarks.throughput --only {name}"
+        )
+        print(section)
+        if not arguments.quick:
+            write_section(title, section)
 
 
 if __name__ == "__main__":
