@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from tests.zoo import development, held_out, held_out_2, held_out_3, held_out_4
+from tests.zoo import development, held_out, held_out_2, held_out_3, held_out_4, held_out_5
 from tests.zoo.bug import AREAS, Bug
 from tests.zoo.setting import Setting
 
@@ -17,6 +17,7 @@ PARTS = {
     "held_out_2": held_out_2,
     "held_out_3": held_out_3,
     "held_out_4": held_out_4,
+    "held_out_5": held_out_5,
 }
 
 

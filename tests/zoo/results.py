@@ -10,6 +10,7 @@ from tests.zoo.score import MATTERS, OURS, SOON, summarize_all
 
 TOOLS = ("trainproof", "losslint", "torch-audit", "trainsight", "watchdog")
 PART_TITLES = {
+    "held_out_5": "Held out, by authors who had seen neither guards nor other parts (held_out_5/first_score.json)",
     "held_out_4": "Held out at first, then used: guards were fixed by its first score (held_out_4/first_score.json)",
     "held_out_3": "Held out at first, then known when later guards were made (held_out_3/first_score.json)",
     "held_out_2": "Held out at first, then used: guards were fixed by its first score (held_out_2/first_score.json)",
