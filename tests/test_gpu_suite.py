@@ -190,6 +190,7 @@ def test_what_no_time_is_left_for_is_reported(tmp_path):
     assert parts["schedule"]["status"] == NOT_RUN and "not run" in done.stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     path = tmp_path / "out.json"
     started = subprocess.Popen(

@@ -78,6 +78,7 @@ def test_what_ended_on_purpose_is_not_restarted(words, tmp_path):
     assert ended["code"] == 2 and "has 300 documents" in ended["reason"] and log.count("has 300 documents") == 1
 
 
+@pytest.mark.slow
 def test_two_machines_on_loopback(words, tmp_path):
     """As run_clm.sh starts them with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT."""
     with socket.socket() as free:

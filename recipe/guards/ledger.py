@@ -221,18 +221,14 @@ class Ledger:
         pairs = self.tokens * int(rows[:, 1].sum())
         return rows, copies[copies[:, 2] > least_tokens(pairs, nats_per_token)]
 
-    @property
-    def tokens_in_pass(self) -> int:
-        return self.tokens - self._pass_start
-
-    def begin_pass(self, tokens_in_pass: int | None = None) -> None:
+    def begin_pass(self, tokens_in_pass: int | None = None) -> int:
         """From here on only copies nearer than NEAR of a pass count (of `tokens_in_pass`, else of the tokens of the
-        pass that ended), because lanes and workers do not end a pass together."""
-        if self.tokens == self._pass_start:
-            return
-        self._near = int(NEAR * (tokens_in_pass or self.tokens - self._pass_start))
-        self._pass_start, self.passes = self.tokens, self.passes + 1
-        self._copies = self._copies[self._copies[:, 3] < self._near]
+        pass that ended), because lanes and workers do not end a pass together. Returns those tokens."""
+        if ended := self.tokens - self._pass_start:
+            self._near = int(NEAR * (tokens_in_pass or ended))
+            self._pass_start, self.passes = self.tokens, self.passes + 1
+            self._copies = self._copies[self._copies[:, 3] < self._near]
+        return ended
 
     # --- after a resume
 

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sized
 import numpy as np
 from transformers import Trainer
 
-from recipe.guards import ledger, sandbox, train_set
+from recipe.guards import ledger, sandbox
 from recipe.guards.batches import SeenTokens, scored_part, send_tokens
 from recipe.guards.copies import least_tokens
 from recipe.guards.fingerprints import PLACE, Fingerprints, Rates, fingerprint
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Skip, Verdict
 from recipe.guards.ledger import Ledger
+from recipe.guards.train_set import TrainSet
 
 logger = logging.getLogger("recipe.guards")
 
@@ -89,7 +90,7 @@ class Repetition(Guard):
         self.ledger, self.num_workers = Ledger(self.rates), run.args.dataloader_num_workers
         self.eos_ids, self.guess = run.eos_token_ids, math.log(run.vocab_size or 256)
         self.novel = np.zeros(2)  # nats and tokens of what was no copy
-        self.order, self.set_share = train_set.Order(), 0.0
+        self.train_set = TrainSet()
 
     def inspect(self, run) -> Iterator[Verdict]:
         if not run.step:
@@ -106,17 +107,8 @@ class Repetition(Guard):
             self._read_eval_rows(run)
 
     def _read_train_set(self, run) -> Finding | None:
-        dataset, rows = run.trainer.train_dataset, None
         with sandbox.undisturbed(run.model):
-            try:
-                rows = train_set.read_packed(dataset)
-            except Exception as error:
-                logger.debug("the training set is not read: %s: %s", type(error).__name__, error)
-        if rows is None:
-            return None
-        self.order.read(rows, len(dataset))
-        found = train_set.judge(rows.shape, train_set.overlap(rows), train_set.find_twice(rows, self.eos_ids))
-        self.set_share = found["evidence"]["share"] if found else 0.0
+            found = self.train_set.read(run.trainer.train_dataset, self.eos_ids)
         return self.finding(**found, id=REPEATED, check=PROBE) if found else None
 
     def _read_eval_rows(self, run) -> None:
@@ -138,12 +130,11 @@ class Repetition(Guard):
         if not (parts := step.of_ranks(self)):
             return
         copied = self.ledger.observe_train(parts)
-        if self.order.observe(parts[0].digest[parts[0].place[:, 1] == 0]):
-            found = train_set.judge_order(self.order.pass_tokens, self.order.set_tokens)
+        if found := self.train_set.observe(parts[0].digest[parts[0].place[:, 1] == 0]):
             yield self.finding(**found, id=REPEATED, check=PROBE)
         new_share = 1 - copied / max(1, sum(part.tokens for part in parts))
         nats = self._measure(step.ngrams.loss if step.ngrams is not None else None, new_share)
-        finding = self.judge_repetition(self.ledger, nats, self.num_workers, self.set_share)
+        finding = self.judge_repetition(self.ledger, nats, self.num_workers, self.train_set.share)
         if finding is not None:
             yield finding
         found = finding.id if finding is not None else None
@@ -169,17 +160,14 @@ class Repetition(Guard):
         return iter(())
 
     def begin_pass(self, tokens_in_pass: int | None) -> None:
-        self.order.begin_pass(self.ledger.tokens_in_pass)
-        self.ledger.begin_pass(tokens_in_pass)
+        self.train_set.begin_pass(self.ledger.begin_pass(tokens_in_pass))
 
     def save(self) -> dict[str, np.ndarray]:
-        order = {f"order.{name}": np.array(getattr(self.order, name)) for name in train_set.Order.STATE}
-        return {**self.ledger.state(), "novel": self.novel, **order}
+        return {**self.ledger.state(), "novel": self.novel, **self.train_set.state()}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         self.ledger, self.novel = Ledger.from_state(state, self.rates), np.array(state["novel"])
-        for name in train_set.Order.STATE:
-            setattr(self.order, name, np.array(state[f"order.{name}"]))
+        self.train_set.load(state)
 
     def on_resume(self, step: int) -> None:
         self.ledger.mark_resume()

@@ -2,6 +2,7 @@
 twice, passes that draw the same rows. Only lists and `datasets.Dataset` are read: to read another kind may change what
 it gives next."""
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ import numpy as np
 from recipe.guards.batches import IGNORE_INDEX, SHORTEST_PROMPT
 from recipe.guards.copies import WINDOW
 from recipe.guards.fingerprints import EVERY, hash_rows
+
+logger = logging.getLogger("recipe.guards")
 
 # How much of a set is read, and for how long. Chosen, not measured: hashing 2M tokens takes 0.2 s.
 MAX_TOKENS, MAX_ROWS, SECONDS = 1 << 21, 1 << 14, 1.0
@@ -157,20 +160,39 @@ def judge_order(pass_tokens: int, set_tokens: int) -> dict:
     }
 
 
-class Order:
-    """The first rows of each pass over a training set, by their digests, on the main process. `of_set`: of the set, in
-    its order; `set_tokens`: of the whole set, 0 where it is not known. `before`, `now`: of the passes."""
+class TrainSet:
+    """What is known of a training set on the main process. `of_set`: digests of its first rows; `tokens`: of all, 0
+    where they are not known; `share`: of them, that are in it twice. Of passes: digests of their first rows, `before`
+    and `now`; tokens of the one that ended."""
 
     STATE = ("before", "now", "pass_tokens")
     LENGTH = 64  # rows of a pass. Chosen, not measured
 
     def __init__(self):
         self.of_set, self.before, self.now = np.zeros((3, 0), np.int64)
-        self.set_tokens = self.pass_tokens = 0
+        self.tokens = self.pass_tokens = 0
+        self.share = 0.0
 
-    def read(self, rows: np.ndarray, num_rows: int) -> None:
-        """`rows`: the set's first; `num_rows`: of all."""
-        self.of_set, self.set_tokens = hash_rows(list(rows)).digest, num_rows * rows.shape[1]
+    def read(self, dataset, eos_ids: tuple[int, ...]) -> dict | None:
+        """What `judge` says of its first rows."""
+        try:
+            rows = read_packed(dataset)
+        except Exception as error:  # the user's own rows
+            logger.debug("the training set is not read: %s: %s", type(error).__name__, error)
+            return None
+        if rows is None:
+            return None
+        self.of_set, self.tokens = hash_rows(list(rows)).digest, len(dataset) * rows.shape[1]
+        found = judge(rows.shape, overlap(rows), find_twice(rows, eos_ids))
+        self.share = found["evidence"]["share"] if found else 0.0
+        return found
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {f"train_set.{name}": np.array(getattr(self, name)) for name in self.STATE}
+
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        for name in self.STATE:
+            setattr(self, name, np.array(state[f"train_set.{name}"]))
 
     def begin_pass(self, tokens: int) -> None:
         """`tokens`: of the pass that ended."""
@@ -178,15 +200,16 @@ class Order:
             return
         self.before, self.now, self.pass_tokens = self.now, self.now[:0], tokens
 
-    def observe(self, digests: np.ndarray) -> bool:
-        """Of the next rows. Whether this shows, once, that a pass drew a part of the set, in no regular order, as the
-        pass before had drawn it."""
-        if len(self.now) == self.LENGTH or not self.set_tokens:
-            return False
+    def observe(self, digests: np.ndarray) -> dict | None:
+        """Of the next rows. What `judge_order` says, once, where a pass drew a part of the set as the pass before had,
+        in no regular order."""
+        if len(self.now) == self.LENGTH or not self.tokens:
+            return None
         self.now = np.concatenate([self.now, digests])[: self.LENGTH]
-        if len(self.now) < self.LENGTH or self.pass_tokens > MOST_OF_SET * self.set_tokens:
-            return False
-        return np.array_equal(self.before, self.now) and not self.is_regular()
+        if len(self.now) < self.LENGTH or self.pass_tokens > MOST_OF_SET * self.tokens:
+            return None
+        is_same = np.array_equal(self.before, self.now) and not self.is_regular()
+        return judge_order(self.pass_tokens, self.tokens) if is_same else None
 
     def is_regular(self) -> bool:
         """Whether the rows follow one another in the set at one distance, or it cannot be told."""
