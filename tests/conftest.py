@@ -33,7 +33,7 @@ def pytest_unconfigure(config):
 
 
 # A test of theirs takes a minute or more.
-LONG = ("test_zoo.py", "test_reports.py", "test_faults.py", "test_ranks.py", "test_data_faults.py", "test_lost_ranks.py")
+LONG = ("test_zoo.py", "test_reports.py", "test_faults.py", "test_ranks.py", "test_data_faults.py")
 
 
 def pytest_collection_modifyitems(items):
