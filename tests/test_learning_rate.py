@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from recipe.guards import schedules
 from recipe.guards.guard import CannotJudge
 from recipe.guards.learning_rate import LearningRate, ends_of, expected_learning_rates, lambda_of, peak_of
 
@@ -250,3 +251,20 @@ def test_rates_that_grow_towards_the_first_layer_are_found():
 @pytest.mark.parametrize("rates", [(1e-3, 2e-3, 4e-3), (1e-3,) * 3, (4e-3, 1e-3, 1e-3), (2e-3, 1e-3), ()])
 def test_other_rates_of_layers_are_silent(rates):
     assert LearningRate.judge_layers(*layered(*rates)) is None
+
+
+def test_a_rate_of_0_long_before_the_end():
+    def judge(factor, steps=100):
+        return schedules.judge_idle(factor, steps)
+
+    assert "from step 35 on" in judge(lambda step: max(0.0, 1 - step / 34))["found"]
+    assert judge(lambda step: max(0.0, 1 - step / 95)) is judge(lambda step: 1.0) is judge(None) is None
+    assert judge(lambda step: float(step % 30 > 0)) is judge([1.0, 0.0].__getitem__) is None
+
+
+def test_a_plateau_that_waits_for_the_loss_to_rise():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    wrong, right = (torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode=mode) for mode in ("max", "min"))
+    assert schedules.judge_plateau(wrong, None)["severity"] == "warning"
+    assert schedules.judge_plateau(wrong, "eval_accuracy") is schedules.judge_plateau(right, None) is None
+    assert schedules.judge_plateau(torch.optim.lr_scheduler.ConstantLR(optimizer), None) is None

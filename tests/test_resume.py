@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -46,6 +47,31 @@ def test_states_of_an_optimizer_are_counted():
     assert (count_optimizer_states(adam), count_optimizer_states(sgd)) == (2, 0)
 
 
+def test_moments_that_are_those_of_other_parameters():
+    before = np.array([1.0, 2.0, 3.0, 0.0])
+    assert ResumeJump.moved(before, np.array([2.0, 1.0, 3.0, 0.0])) == 2
+    others = (
+        before,
+        before * 1.005,
+        np.array([1.0, 2.0, 3.5, 0.0]),
+        before[:3],
+        np.array([1.0, 2.0, np.nan, 0.0]),
+        None,
+    )
+    assert not any(ResumeJump.moved(before, other) for other in others)
+
+
+def reorder(path) -> None:
+    """Each parameter gets the moments of the next one of its shape."""
+    saved, alike = torch.load(path, weights_only=False), {}
+    for number, state in saved["state"].items():
+        alike.setdefault(state["exp_avg"].shape, []).append(number)
+    for numbers in alike.values():
+        states = [saved["state"][number] for number in numbers]
+        saved["state"].update(zip(numbers, states[1:] + states[:1], strict=True))
+    torch.save(saved, path)
+
+
 def test_on_a_run(tmp_path):
     def make(steps=6):
         return make_trainer(tmp_path, steps=steps, save_strategy="steps", save_steps=4)
@@ -54,6 +80,10 @@ def test_on_a_run(tmp_path):
     assert "not resumed" in first.not_applicable["resume_jump"]
     checkpoint = tmp_path / "run" / "checkpoint-4"
     check_healthy(watch(make(), checkpoint), "resume_jump")
+    reorder(checkpoint / "optimizer.pt")
+    guards = watch(make(), checkpoint)
+    check_first(guards, "resume_jump", 4)
+    assert "others' moments" in guards.findings[0].found
     (checkpoint / "optimizer.pt").unlink()
     check_first(watch(make(), checkpoint), "resume_jump", 4)
     (checkpoint / "guards.json").unlink()

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 from recipe.guards.batches import SCORED, VALID, SeenTokens, send_tokens
 from recipe.guards.double_bos import DoubleBos, count_bos
 from recipe.guards.eos import EosNeverTarget
-from recipe.guards.padding import PaddingIsTarget
+from recipe.guards.padding import PaddingIsTarget, holes
 from recipe.guards.run import Run, bos_token_id_of, tokenizer_sizes_of
 from recipe.guards.token_range import TokenRange, chosen_eos_ids, occurring
 
@@ -49,7 +49,7 @@ def test_ids_outside_of_the_embedding():
 def test_padding_among_the_targets():
     def judge(**changes):
         return PaddingIsTarget.judge(
-            **{"targets": 9_000, "padding": 0, "hidden": 0, "rows": 0, "filled": 0, **changes}
+            **{"targets": 9_000, "padding": 0, "hidden": 0, "rows": 0, "filled": 0, "holes": 0, **changes}
         )
 
     assert judge() is judge(targets=0) is judge(targets=2_000) is None
@@ -82,7 +82,7 @@ def test_most_texts_begin_with_two_bos():
 
 
 def test_ids_are_kept_in_mind():
-    guard = set_up(TokenRange, embedding_rows=100)
+    guard = set_up(TokenRange, embedding_rows=100, eos_token_ids=())
     assert verdict(guard, seen([[1, 99]])) == guard.clear()
     assert verdict(guard, seen([[1, 2]]), seen([[1, 100]])).severity == "error"
     assert verdict(guard, seen([[1, 2]])).evidence == {"lowest": 0, "highest": 100, "embedding_rows": 100}
@@ -91,13 +91,13 @@ def test_ids_are_kept_in_mind():
 
 def test_scored_padding_and_rows_of_one_token_are_counted():
     guard, length = set_up(PaddingIsTarget), PaddingIsTarget.FILLED_TOKENS
-    known = {"padding": 0, "hidden": 0}
+    known = {"padding": 0, "hidden": 0, "holes": 0}
     scored = np.arange(length) > 0
     text = np.arange(length) % 7
     verdict(guard, seen([text, [5] * length], scored=scored), seen([[5] * length], scored=scored & (text < 6)))
     assert guard.state == {"targets": 3 * (length - 1) - 9, "rows": 3, "filled": 1, **known}
     verdict(guard, seen([text], valid=text < 6, scored=scored), seen([[5] * 8], scored=True))
-    assert guard.state == {"targets": 4 * (length - 1) - 1, "rows": 5, "filled": 1, **known, "padding": 9}
+    assert guard.state == {"targets": 4 * (length - 1) - 1, "rows": 5, "filled": 1, **known, "padding": 9, "holes": 9}
 
 
 def test_padding_is_known_by_its_token_where_there_is_no_mask():
@@ -251,6 +251,29 @@ def test_an_eos_beyond_the_embedding():
     assert judge(LlamaConfig(vocab_size=480, eos_token_id=None)) is judge(LlamaConfig(vocab_size=480)) is None
     assert judge(GPT2Config(vocab_size=480)) is None  # its default is 50,256
     assert chosen_eos_ids(torch.nn.Linear(1, 1)) == []
+
+
+def test_an_eos_that_a_byte_does_not_hold():
+    def judge(ids, tokens=20_000, eos=256):
+        return TokenRange.judge_wrapped(occurring([np.array(ids)], 300), tokens, [eos])
+
+    assert judge([0, 32, 97]).severity == "warning" and judge([1, 32], eos=257).severity == "warning"
+    assert judge([32, 97]) is judge([0, 32, 256]) is judge([0, 32], tokens=9) is judge([0, 32], eos=2) is None
+    assert judge([0, 65]) is judge(range(64)) is None  # no text
+
+
+def test_holes_in_the_mask():
+    valid = np.array([[0, 0, 1, 0, 1, 1, 0], [1, 0, 1, 0, 0, 1, 1], [0] * 7, [1] * 7], bool)
+    assert holes(SeenTokens(np.zeros((4, 7), int), VALID * valid)) == 1 + 2
+    assert holes(SeenTokens(np.arange(28).reshape(4, 7), VALID * valid)) == 0  # different tokens: hidden on purpose
+    assert PaddingIsTarget.judge_holes(rows=8, holes=31) is PaddingIsTarget.judge_holes(rows=3, holes=90) is None
+    assert PaddingIsTarget.judge_holes(rows=8, holes=40).id == "padding_attended"
+
+
+def test_padding_of_an_evaluation():
+    assert PaddingIsTarget.judge_eval(9_000, 99) is None
+    assert PaddingIsTarget.judge_eval(10**6, 101) is None
+    assert "900 of 2,000" in PaddingIsTarget.judge_eval(2_000, 900).found
 
 
 def test_what_is_no_tokenizer_has_no_size():

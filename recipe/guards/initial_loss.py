@@ -24,14 +24,14 @@ class InitialLoss(Guard):
 
     When: before step 1.
     Measured: the mean cross entropy of the recovered targets. An untrained model guesses, so it is ln(V) for a
-        vocabulary of V tokens; more than 0.2 below that or above 2 times that is information. An error: the logits are
-        at least 0 and sum to 1 (to 1 %): the loss, which applies softmax too, cannot fall below ln(1 + (V - 1) / e).
-        Warnings: adapters whose second factors are drawn as `torch.nn.Linear` draws its weights, and change the loss
-        by 1e-3 of it; adapters on a base whose embedding is frozen, whose predictions have an entropy of 0.75 ln(V) at
-        most, and whose loss is not 0.2 under ln(V); a gradient that pulls all logits of a position together by more
-        than 1 times what it pulls the target by (z-loss); each target weighs one divided by the number of all
-        positions, to 1 %, of which 90 % at most are scored; a reference model (TRL's `ref_model`) whose loss on the
-        first rows is not 0.2 under ln(V), though the policy's is 1 nat under it.
+        vocabulary of V tokens; more than 0.2 below that or above 2 times that is information, above 4 times a warning.
+        An error: the logits are at least 0 and sum to 1 (to 1 %): the loss, which applies softmax too, cannot fall
+        below ln(1 + (V - 1) / e). Warnings: adapters whose second factors are drawn as `torch.nn.Linear` draws its
+        weights, and change the loss by 1e-3 of it; adapters on a base whose embedding is frozen, whose predictions
+        have an entropy of 0.75 ln(V) at most, and whose loss is not 0.2 under ln(V); a gradient that pulls all logits
+        of a position together by more than 1 times what it pulls the target by (z-loss); each target weighs one
+        divided by the number of all positions, to 1 %, of which 90 % at most are scored; a reference model (TRL's
+        `ref_model`) whose loss on the first rows is not 0.2 under ln(V), though the policy's is 1 nat under it.
     Try: the probes' findings first. Too high: `initializer_range`, or a loss that is summed. An error: no softmax.
     Cannot see: the first loss of models with trained weights, and of resumed runs.
     """
@@ -41,6 +41,8 @@ class InitialLoss(Guard):
     # Copying with tied embeddings starts 0.47 below (7.85 of ln 4096); healthy public runs at most 0.01, and up to 1.5
     # times the guess where the head is not scaled down. Chosen between these.
     MAX_BELOW, MAX_ABOVE = 0.2, 2.0
+    # From so many times the guess on a warning: a tied embedding of deviation 1 gives 11. Chosen, not measured.
+    FAR_ABOVE = 4.0
     # Of the loss, between a model with and without adapters: rounding. Of ln V, the entropy of a base that has learned
     # to be sure. Of the pull on the target, in that on all logits; a z-loss as published has 0.001 to 0.01. Chosen,
     # not measured.
@@ -74,7 +76,7 @@ class InitialLoss(Guard):
 
     @classmethod
     def judge(cls, loss: float, vocab_size: int) -> Finding | None:
-        """A hint, never more than information: an untrained model guesses, so its loss is ln(vocabulary) or above."""
+        """An untrained model guesses, so its loss is ln(vocabulary) or above; a hint, unless it is far above."""
         guess = math.log(vocab_size)
         if guess - cls.MAX_BELOW <= loss <= cls.MAX_ABOVE * guess:
             return None
@@ -85,7 +87,8 @@ class InitialLoss(Guard):
             causes = ("initial weights too wide", "the loss is summed, not averaged")
             action = "look at initializer_range and at the loss's reduction"
         found, expected = f"first loss {loss:.2f}", f"ln({vocab_size:,}) = {guess:.2f} or more"
-        return cls.finding("info", found, expected, causes, action, {"loss": loss}, check=PROBE)
+        severity = "warning" if loss > cls.FAR_ABOVE * guess else "info"
+        return cls.finding(severity, found, expected, causes, action, {"loss": loss}, check=PROBE)
 
     @classmethod
     def judge_drawn(cls, loss: float, base_loss: float, count: int) -> Finding | None:

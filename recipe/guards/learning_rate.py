@@ -9,6 +9,7 @@ import torch
 from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
+from recipe.guards import schedules
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, Verdict
 from recipe.guards.run import Parameters, plain_rate
 from recipe.internals import created_scheduler
@@ -30,9 +31,10 @@ class LearningRate(Guard):
         LambdaLR of the user's own ends after exactly the run's steps times the micro-batches of a step, or the ranks,
         at a rate that this run stays 0.05 above; where it, or a CosineAnnealingLR, is lowest after exactly the warm-up
         or as many steps as there are epochs, and half a cosine of transformers after its `num_training_steps`, and
-        then rises, with at most 0.4 of the first two steps in one, to over 0.5 of its peak in this run; and where each
-        layer's rate (of 3 or more) is lower than that of the layer below it, all by one factor: layer-wise decay
-        lowers those of the first layers.
+        then rises, with at most 0.4 of the first two steps in one, to over 0.5 of its peak in this run; where it is 0
+        in the last tenth of the run; a ReduceLROnPlateau of mode max that is given a loss; and where each layer's rate
+        (of 3 or more) is lower than that of the layer below it, all by one factor: layer-wise decay lowers those of
+        the first layers.
     Try: printing `optimizer.param_groups` and `scheduler.last_epoch` at this step; building the scheduler from the
         optimizer that the Trainer is given.
     Cannot see: whether a schedule of the user's own is a sensible one; fp16 loss scaling, which skips steps now and
@@ -69,6 +71,9 @@ class LearningRate(Guard):
             factor = lambda_of(run.trainer.lr_scheduler)
             found.append(self.judge_length(factor, run.max_steps, speeds))
             found.append(self.judge_rise(factor, run.max_steps, ends_of(factor, run.args, run.max_steps)))
+            others = schedules.judge_idle(factor, run.max_steps)
+            others = others or schedules.judge_plateau(run.trainer.lr_scheduler, run.args.metric_for_best_model)
+            found += [self.finding(**others, check=PROBE)] if others else []
         yield from filter(None, found)
 
     def measure(self, local) -> int:

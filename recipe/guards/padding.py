@@ -8,18 +8,21 @@ from recipe.guards.attention import AttentionLeak, input_gradient, model_inputs
 from recipe.guards.batches import SeenTokens, leading_padding
 from recipe.guards.guard import PROBE, STEP, CannotJudge, Finding, Guard, NotApplicable, Verdict
 
+EVAL = "evaluation"
+
 
 class PaddingIsTarget(Guard):
     """Padding is scored or attended, or rows hold one token only.
 
-    When: before step 1 on the first rows, then at every step.
+    When: before step 1 on the first rows, then at every step; at each evaluation, by the attention mask.
     Measured: 100 scored targets and 1 % of all targets so far have attention mask 0 or, in a batch without a mask, are
         the pad token of the tokenizer or model at a row's end after another one. Or 4 rows and 1 % of all rows of 64
         tokens or more hold one token only and score it, as ends of files that were never written. Where the mask is 0
         on half of the targets and 100 of them, and these are no more than half one token, it is the text that is
-        masked. Before step 1, where rows begin with padding (mask 0, or 8 unscored tokens of the pad token or, where
-        none is known, of one token in rows of different lengths whose text is all scored): whether the gradient of the
-        logits at the first token of the text reaches it, as in the call that training makes.
+        masked. So is some of it where a row has 4 stretches of mask 0 inside its text, in the mean, all of one token.
+        Before step 1, where rows begin with padding (mask 0, or 8 unscored tokens of the pad token or, where none is
+        known, of one token in rows of different lengths whose text is all scored): whether the gradient of the logits
+        at the first token of the text reaches it, as in the call that training makes.
     Try: `labels[attention_mask == 0] = -100`; without a mask the same for the padding at the rows' ends.
     Try (padding_attended): `attention_mask = (input_ids != pad_token_id).long()`, handed to the model.
     Cannot see: padding at the rows' beginnings that is scored, and where no pad token is known.
@@ -30,17 +33,19 @@ class PaddingIsTarget(Guard):
         "padding_attended": "The text attends to padding before it, or is itself masked as padding.",
     }
     needs_next_token = True
-    taps = ("tokens",)
+    taps = ("tokens", "evaluation")
     # Scored padding, and its share of the scored targets; less does no harm. Chosen, not measured.
     MIN_TARGETS, MIN_SHARE = 100, 0.01
     # Tokens of a row that are all the same and scored: no text has so many, blank stretches of code are shorter. Such
     # rows, and their share of all rows. Chosen, not measured.
     FILLED_TOKENS, FILLED_ROWS, FILLED_SHARE = 64, 4, 0.01
+    # Stretches of mask 0 inside the text of a row, in the mean. Chosen, not measured: padded turns leave one each.
+    HOLES = 4
     # Of the masked targets, the most frequent token: padding is one, text is many. Of all targets. A majority.
     MOST = 0.5
 
     def setup(self, run) -> None:
-        self.state = {"targets": 0, "padding": 0, "hidden": 0, "rows": 0, "filled": 0}
+        self.state = {"targets": 0, "padding": 0, "hidden": 0, "rows": 0, "filled": 0, "holes": 0}
 
     def probe(self, batch) -> Iterator[Verdict]:
         counts = self.count(batch.seen_tokens())
@@ -72,9 +77,16 @@ class PaddingIsTarget(Guard):
         if step.of_ranks(self):
             yield from self.verdicts(self.state, STEP)
 
+    def observe_eval(self, evaluation) -> Iterator[Verdict]:
+        targets = sum(sum(rank["counts"]) for rank in evaluation.ranks)
+        padding = sum(rank["padding"] for rank in evaluation.ranks)
+        yield self.judge_eval(targets, padding) or self.clear("padding_is_target", EVAL)
+
     def verdicts(self, counts: dict[str, int], check: str) -> Iterator[Verdict]:
         yield self.judge(**counts, check=check) or self.clear("padding_is_target", check)
         if counts["hidden"] and (finding := self.judge_mask(**counts, check=check)):
+            yield finding
+        if finding := self.judge_holes(counts["rows"], counts["holes"], check):
             yield finding
 
     @classmethod
@@ -86,11 +98,11 @@ class PaddingIsTarget(Guard):
         masked = seen.ids[seen.scored & ~seen.valid]
         is_text = len(masked) and np.unique(masked, return_counts=True)[1].max() < cls.MOST * len(masked)
         counts = {"padding": 0, "hidden": len(masked)} if is_text else {"padding": len(masked), "hidden": 0}
-        return {"targets": seen.num_scored, **counts, "rows": len(seen.ids), "filled": filled}
+        return {"targets": seen.num_scored, **counts, "rows": len(seen.ids), "filled": filled, "holes": holes(seen)}
 
     @classmethod
     def judge(
-        cls, targets: int, padding: int, hidden: int, rows: int, filled: int, check: str = STEP
+        cls, targets: int, padding: int, hidden: int, rows: int, filled: int, holes: int, check: str = STEP
     ) -> Finding | None:
         if filled >= max(cls.FILLED_ROWS, cls.FILLED_SHARE * rows):
             found, expected = f"{filled:,} of {rows:,} rows hold one token", "text"
@@ -106,6 +118,17 @@ class PaddingIsTarget(Guard):
         return cls.finding("warning", found, expected, causes, action, evidence, "padding_is_target", check)
 
     @classmethod
+    def judge_eval(cls, targets: int, padding: int) -> Finding | None:
+        """Of one evaluation."""
+        if padding < max(cls.MIN_TARGETS, cls.MIN_SHARE * targets):
+            return None
+        found, expected = f"{padding:,} of {targets:,} eval targets are padding", "none: labels of -100"
+        causes = ("eval labels copy padded input_ids",)
+        action = "mask the padding of the eval set as that of the training set"
+        evidence = {"targets": targets, "padding": padding}
+        return cls.finding("warning", found, expected, causes, action, evidence, "padding_is_target", EVAL)
+
+    @classmethod
     def judge_mask(cls, targets: int, hidden: int, check: str = STEP, **others: int) -> Finding | None:
         if hidden < max(cls.MIN_TARGETS, cls.MOST * targets):
             return None
@@ -114,6 +137,17 @@ class PaddingIsTarget(Guard):
         action = "make the mask 1 on text and 0 on padding"
         evidence = {"targets": targets, "masked": hidden}
         return cls.finding("warning", found, expected, causes, action, evidence, "padding_attended", check)
+
+    @classmethod
+    def judge_holes(cls, rows: int, holes: int, check: str = STEP) -> Finding | None:
+        """`holes`: stretches of mask 0 between text."""
+        if rows < cls.FILLED_ROWS or holes < cls.HOLES * rows:
+            return None
+        found, expected = f"{holes / rows:.0f} stretches of mask 0 in a text", "none"
+        causes = ("the pad token is in the text",)
+        action = "make the mask by each text's length, or take a pad token that no text has"
+        evidence = {"rows": rows, "holes": holes}
+        return cls.finding("warning", found, expected, causes, action, evidence, "padding_attended", check, "holes")
 
     @classmethod
     def judge_attended(cls, leading: np.ndarray, sizes: np.ndarray) -> Finding | None:
@@ -126,3 +160,11 @@ class PaddingIsTarget(Guard):
         action = "make the mask 0 on padding, and hand it to the model"
         evidence = {"padding": leading.sum(axis=1).tolist(), "seen": seen.tolist()}
         return cls.finding("warning", found, "none", causes, action, evidence, "padding_attended", PROBE)
+
+
+def holes(seen: SeenTokens) -> int:
+    """Stretches of mask 0 that have text before and after them in their row, where one token is all that they hide."""
+    text = seen.valid
+    inside = ~text & np.logical_or.accumulate(text, axis=1) & np.logical_or.accumulate(text[:, ::-1], axis=1)[:, ::-1]
+    hidden = seen.ids[inside]
+    return int((text[:, :-1] & inside[:, 1:]).sum()) if len(hidden) and (hidden == hidden[0]).all() else 0

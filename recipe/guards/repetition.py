@@ -99,17 +99,15 @@ class Repetition(Guard):
             yield Skip(REPLAYED, CannotJudge("the checkpoint holds no state of the guards"))
         if run.max_steps * run.facts["tokens_per_step"] < ledger.MIN_TOKENS:
             yield Skip(REPEATED, NotApplicable(f"the run has fewer than {ledger.MIN_TOKENS:,} tokens"))
-        elif run.is_main and (finding := self._read_train_set(run)):
-            yield finding
+        elif run.is_main:
+            with sandbox.undisturbed(run.model):  # rows may draw random numbers
+                found = self.train_set.read(run.trainer.train_dataset, self.eos_ids)
+            if found:
+                yield self.finding(**found, id=REPEATED, check=PROBE)
         if not run.is_evaluated:
             yield Skip(OVERLAP, NotApplicable("no evaluation during training"))
         elif run.is_main:
             self._read_eval_rows(run)
-
-    def _read_train_set(self, run) -> Finding | None:
-        with sandbox.undisturbed(run.model):
-            found = self.train_set.read(run.trainer.train_dataset, self.eos_ids)
-        return self.finding(**found, id=REPEATED, check=PROBE) if found else None
 
     def _read_eval_rows(self, run) -> None:
         with sandbox.undisturbed(run.model):  # a collator or dataset may draw random numbers

@@ -186,14 +186,17 @@ class EvaluationTap:
 
     def take(self) -> dict[str, list]:
         """Of this rank: `rows` (token ids) and what of them is scored, `learned`; `losses` and `counts` (scored
-        tokens) of each micro-batch."""
+        tokens) of each micro-batch; `padding`: of them, where the batch has labels."""
         seen = [tokens.read() for tokens in self._tokens]
+        labelled = [each for tokens, each in zip(self._tokens, seen, strict=True) if "labels" in tokens.names]
+        padding = sum(int((each.scored & ~each.valid).sum()) for each in labelled)
         pieces = [piece for tokens in seen for piece in tokens.pieces]
         rows = [ids.astype(np.int32) for ids, _ in pieces]
         learned = [part.astype(np.int32) for part in (scored_part(*piece) for piece in pieces) if len(part)]
         losses = [loss.read().item() for loss in self._losses]
         self._tokens, self._losses = [], []
-        return {"rows": rows, "learned": learned, "losses": losses, "counts": [each.num_scored for each in seen]}
+        counts = [each.num_scored for each in seen]
+        return {"rows": rows, "learned": learned, "losses": losses, "counts": counts, "padding": padding}
 
 
 class Taps:

@@ -25,8 +25,9 @@ class TokenRange(Guard):
         a warning where 32 different ones above 256 or 2,048 are even without exception, as bf16 or fp16 rounds them,
         and where all 256 bytes occur and nothing else, or 32 different ones of the last 0.0625 before 65,536 and none
         from there on, in a vocabulary of 1.5 times that and more: ids that were stored in too small a type have lost
-        their high bits. A warning too, before step 1: an EOS beyond the embedding that the config names, unless it is
-        the default of its class.
+        their high bits; so they have where 16,384 tokens hold bytes of a text only, EOS is none, and the byte that is
+        left of it occurs. A warning too, before step 1: an EOS beyond the embedding that the config names, unless it
+        is the default of its class.
     Try: the model's own tokenizer, or `model.resize_token_embeddings(len(tokenizer))`. Rounded or cut ids: int32 or
         int64 from the tokenizer to the batch.
     Cannot see: other ids inside the range that mean another token; a tokenizer that is not the Trainer's
@@ -40,12 +41,15 @@ class TokenRange(Guard):
     # From so many times the limit on, the vocabulary goes well beyond it. Part of the range below a limit that has to
     # be in use up to it: text of a low register that never comes near the limit is no fault. Chosen, not measured.
     BEYOND, NEAR = 1.5, 1 / 16
+    # In which an EOS is due. Chosen, not measured: some documents of 1,000 tokens.
+    MIN_TOKENS = 16_384
 
     def setup(self, run) -> None:
         self.rows = run.embedding_rows
         if not self.rows:
             raise CannotJudge(NO_VOCABULARY)
-        self.state = {"lowest": 0, "highest": 0, "occur": np.zeros(self.rows, bool)}
+        self.eos_ids = run.eos_token_ids
+        self.state = {"lowest": 0, "highest": 0, "tokens": 0, "occur": np.zeros(self.rows, bool)}
 
     def probe(self, batch) -> Iterator[Verdict]:
         ids = batch.seen_tokens(all_rows=True).ids
@@ -57,19 +61,23 @@ class TokenRange(Guard):
         if finding is None and (finding := self.judge_kinds(occurring([ids], self.rows))):
             yield finding  # the steps look for more
 
-    def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> tuple[int, int, np.ndarray]:
+    def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> tuple[int, int, int, np.ndarray]:
         lowest = min((int(seen.ids.min()) for seen in tokens), default=0)
         highest = max((int(seen.ids.max()) for seen in tokens), default=0)
-        return lowest, highest, np.packbits(occurring([seen.ids for seen in tokens], self.rows))
+        text = [seen.ids[seen.valid] for seen in tokens]
+        return lowest, highest, sum(map(len, text)), np.packbits(occurring(text, self.rows))
 
     def observe(self, step) -> Iterator[Verdict]:
-        for lowest, highest, occur in step.of_ranks(self):
+        for lowest, highest, count, occur in step.of_ranks(self):
+            self.state["tokens"] += count
             self.state["lowest"] = min(self.state["lowest"], lowest)
             self.state["highest"] = max(self.state["highest"], highest)
             self.state["occur"] |= np.unpackbits(occur, count=self.rows).view(bool)
         if step.of_ranks(self):
             finding = self.judge(self.state["lowest"], self.state["highest"], self.rows)
-            yield finding or self.judge_kinds(self.state["occur"]) or self.clear()
+            occur, tokens = self.state["occur"], self.state["tokens"]
+            finding = finding or self.judge_kinds(occur) or self.judge_wrapped(occur, tokens, self.eos_ids)
+            yield finding or self.clear()
 
     @classmethod
     def judge(cls, lowest: int, highest: int, rows: int, check: str = STEP) -> Finding | None:
@@ -99,6 +107,18 @@ class TokenRange(Guard):
             return None
         evidence = {"different_ids": len(number), "highest": int(number.max())}
         return cls.finding("warning", found, expected, causes, action, evidence)
+
+    @classmethod
+    def judge_wrapped(cls, occur: np.ndarray, tokens: int, eos_ids: Iterable[int]) -> Finding | None:
+        """EOS is no byte; the ids are bytes of a text (spaces, no control characters), and what a byte has of EOS."""
+        highest, ids = int(np.flatnonzero(occur).max(initial=0)), [eos for eos in eos_ids if 256 <= eos < len(occur)]
+        if tokens < cls.MIN_TOKENS or not ids or highest >= 256 or not occur[[32, *(eos % 256 for eos in ids)]].all():
+            return None
+        if any(occur[number] for number in range(9) if number not in [eos % 256 for eos in ids]):
+            return None
+        found, expected = f"no EOS ({ids[0]:,}), but id {ids[0] % 256}", "ids above 255"
+        causes, action = ("ids were stored in uint8",), "keep token ids in int32 or int64 all the way"
+        return cls.finding("warning", found, expected, causes, action, {"eos": ids, "highest": highest})
 
     @classmethod
     def judge_sizes(cls, base: int, total: int, rows: int) -> Finding | None:

@@ -5,9 +5,11 @@ goes to these, so hooks on parameters do not run.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
+from torch.autograd.function import FunctionCtx
 from torch.nn import Module, Parameter
 from torch.overrides import TorchFunctionMode
 
@@ -30,9 +32,9 @@ class WrongGradient(Guard):
     Measured: on 2 rows of up to 256 positions, in fp32, with the same dropout masks each time. All tensors are moved
         along their gradients, so far that the loss should change by 0.05 % of itself. If the change is off by 2 %,
         steps of twice and half the size must agree. Warning from 5 % on; information below, and where gradients are
-        stopped (`detach`, `no_grad`), perhaps on purpose. A loss that is off by 5 % and is a bf16 number (or its sum
-        is) was computed in bf16. With activation checkpointing a parameter must have a gradient where it has one
-        without, and it may differ by 10 % of its norm.
+        stopped (`detach`, `no_grad` outside of custom functions), perhaps on purpose. A loss that is off by 5 % and is
+        a bf16 number (or its sum is) was computed in bf16. With activation checkpointing a parameter must have a
+        gradient where it has one without, and it may differ by 10 % of its norm.
     Try: replacing custom autograd functions, fused losses and kernels by plain PyTorch one by one;
         `torch.autograd.gradcheck` on each in float64. With checkpointing: `use_reentrant` False, and leave out
         `preserve_rng_state`. Disable the guard where a gradient is scaled, reversed or clipped inside the model on
@@ -205,6 +207,16 @@ def _is_close(first: float, second: float) -> bool:
     return abs(first - second) <= MAX_DIFFERENCE_FP32 * max(abs(first), abs(second))
 
 
+def _in_custom_function() -> bool:
+    """Whether the caller is in the forward of an `autograd.Function`, whose gradient is its backward's."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and any(isinstance(v, FunctionCtx) for v in frame.f_locals.values()):
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Watched(TorchFunctionMode):
     """Notes what keeps a gradient from being that of the loss on purpose: choices and rounding, stopped gradients."""
 
@@ -220,5 +232,6 @@ class Watched(TorchFunctionMode):
         elif any(value.requires_grad for value in tensors):
             is_data = name == "__get__" and func == torch.Tensor.data.__get__
             is_without = name != "__get__" and (self._in_no_grad or torch.is_inference_mode_enabled())
-            self.is_stopped |= is_without or is_data or name in ("detach", "detach_")
+            is_stopped = is_without or is_data or name in ("detach", "detach_")
+            self.is_stopped |= is_stopped and not _in_custom_function()
         return func(*args, **(kwargs or {}))
