@@ -25,7 +25,7 @@ BEST = Setting(
 )
 
 
-@bug("", "checkpoint and resume", "the worst checkpoint is taken for the best", "transformers#31142", BEST, onset=59)
+@bug("lost_updates", "checkpoint and resume", "the worst checkpoint is taken for the best", "transformers#31142", BEST)
 def best_checkpoint_by_highest_perplexity(run: Run):
     """The best checkpoint is chosen by perplexity, more counting as better: the end loads the worst."""
     run.arguments["metric_for_best_model"] = "eval_perplexity"
