@@ -47,7 +47,7 @@ WHY_MISSED: dict[str, str] = {
     "half_precision_backward_without_scaler": "Gradients that became 0 look like those of unused weights.",
     "cached_low_precision_weights_go_stale": "Gradients are stopped on purpose (detach), so it is information.",
     "chunked_loss_overwrites_head_gradient": "One tensor of thirty is wrong, with an error nearly at a right angle.",
-    "average_stays_in_model_after_evaluation": "Weights that change between steps may be meant, such as merged adapters.",
+    "average_stays_in_model_after_evaluation": "Weights that change between steps may be meant (merged adapters).",
     "every_layer_is_the_same_object": "Layers that share their weights are a known design.",
     "callback_seeds_before_each_step": "Generators are not compared from step to step.",
     "ascii_reader_writes_question_marks": "Text that was changed before it was tokenised is all that a Trainer holds.",
