@@ -49,7 +49,7 @@ def probe_eval(model, train_loss, eval_loss) -> dict:
         prediction_step=lambda model, inputs, prediction_loss_only: (eval_loss(inputs), None, None),
         compute_loss_context_manager=nullcontext,
     )
-    run = SimpleNamespace(is_exact=False, objective=None)
+    run = SimpleNamespace(is_exact=False, objective=None, is_evaluated=True)
     batch = SimpleNamespace(model=model, twin=twin, run=run, short_inputs=batch_of(), count_items=lambda inputs: None)
     guards = {"eval_not_repeatable": EvalNotRepeatable(), "eval_train_mismatch": EvalTrainMismatch()}
     return {name: probe(guard, batch) for name, guard in guards.items()}

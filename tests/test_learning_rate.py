@@ -259,7 +259,7 @@ def test_a_rate_of_0_long_before_the_end():
 
     assert "from step 35 on" in judge(lambda step: max(0.0, 1 - step / 34))["found"]
     assert judge(lambda step: max(0.0, 1 - step / 95)) is judge(lambda step: 1.0) is judge(None) is None
-    assert judge(lambda step: float(step % 30 > 0)) is judge([1.0, 0.0].__getitem__) is None
+    assert judge(lambda step: 0.0) is judge(lambda step: float(step % 30 > 0)) is judge([1.0, 0.0].__getitem__) is None
 
 
 def test_a_plateau_that_waits_for_the_loss_to_rise():

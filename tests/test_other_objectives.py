@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import Trainer
+from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification, BertLMHeadModel, Trainer
 
 from recipe.guards import RegressionCallback
 from tests.test_any_trainer import prompts, texts, tiny
@@ -219,3 +219,34 @@ def test_a_mask_that_leaks_inside_of_compute_loss(tmp_path):
 
     guards = watch(make_trainer(tmp_path, trainer_class=loss_trainer(leaks)))
     assert ("non_causal_attention", 0) in alarms(guards)
+
+
+# --- encoders, which see all of their tokens
+
+
+def encoder(model_class):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    return model_class(BertConfig(vocab_size=257, max_position_embeddings=64, num_labels=5, **sizes))
+
+
+def test_an_encoder_may_look_both_ways(tmp_path):
+    ids = text(4 * STEPS)
+    run = {"train": as_rows(ids, ids % 5), "steps": STEPS, "model": encoder(BertForTokenClassification)}
+    check_silent(watch(make_trainer(tmp_path, **run)), "classification of tokens")
+
+
+def test_words_that_are_replaced_are_hidden_from_an_encoder(tmp_path):
+    """As a masked model's, but behind random words."""
+    ids, generator = text(4 * STEPS), torch.Generator().manual_seed(0)
+    drawn = torch.rand(ids.shape, generator=generator) < 0.15
+    given = torch.where(drawn, torch.randint(64, 128, ids.shape, generator=generator), ids)
+    rows = as_rows(given, ids.where(drawn, -100))
+    guards = watch(make_trainer(tmp_path, train=rows, steps=STEPS, model=encoder(BertForMaskedLM)))
+    check_silent(guards, "denoising of masked tokens")
+
+
+def test_a_causal_model_of_that_family_is_judged(tmp_path):
+    config = encoder(BertForMaskedLM).config
+    guards = watch(make_trainer(tmp_path, steps=4, model=BertLMHeadModel(config)))  # is_decoder is missing
+    assert alarms(guards)[0] == ("non_causal_attention", 0)

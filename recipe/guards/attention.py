@@ -12,6 +12,7 @@ import torch
 from recipe.guards.batches import IGNORE_INDEX, input_ids_of, leading_padding
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Skip, Verdict
 from recipe.guards.head import backbone_of
+from recipe.guards.run import is_encoder
 from recipe.guards.sandbox import frozen
 
 # Of each id: severity, what is seen, likely causes, action.
@@ -195,7 +196,7 @@ def model_inputs(batch) -> dict:
     objective = batch.run.objective
     if objective is not None and (objective.is_denoising or objective.scores_rows):
         raise NotApplicable(f"the objective is {objective.words}: its model may look both ways")
-    if getattr(getattr(batch.model, "config", None), "is_encoder_decoder", False):
+    if is_encoder(batch.model) or getattr(getattr(batch.model, "config", None), "is_encoder_decoder", False):
         raise NotApplicable("an encoder sees all of its tokens")
     call = next(iter(batch.recording.calls), None)
     if call is None:

@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ LARGEST_FACTOR, FACTOR_TOLERANCE = 64, 0.02
 class EvalNotRepeatable(Guard):
     """Two evaluations of one model differ: dropout is on, random numbers are drawn, or the rows are others.
 
-    When: before step 1 and at each evaluation.
+    When: before step 1 (information where the run evaluates nothing) and at each evaluation.
     Measured: two rows, evaluated twice by the trainer's `prediction_step`, agree to 2e-5, in fp32 to 2e-6; so do the
         run's first rows at each evaluation, since an untrained model hides dropout. From the second evaluation of each
         eval set on: the same rows as at the first, in any order.
@@ -45,7 +46,7 @@ class EvalNotRepeatable(Guard):
         _need_fixed_rows(batch.run)
         with frozen(batch.model, training=False), torch.no_grad():
             losses = [_eval_loss(batch) for _ in range(2)]  # each draws other random numbers
-        yield self.judge(*losses, batch.run.is_exact) or self.clear(check=PROBE)
+        yield _unless_evaluated(batch.run, self.judge(*losses, batch.run.is_exact)) or self.clear(check=PROBE)
 
     def observe_eval(self, evaluation) -> Iterator[Verdict]:
         _need_fixed_rows(evaluation.run)
@@ -67,7 +68,7 @@ class EvalNotRepeatable(Guard):
         if difference <= limit * max(abs(first), abs(second)):
             return None
         found = f"losses {first:.6f} and {second:.6f} (of the same rows)"
-        causes = ("dropout is on while evaluating", "random numbers are drawn", "the model changes itself")
+        causes = ("dropout or other random numbers", "the model changes itself")
         action = "look for layers with training=True, or a dropout rate passed to attention, in eval mode"
         evidence = {"first": first, "second": second, "difference": difference}
         expected = f"equal to {limit:.0e}"
@@ -84,7 +85,7 @@ class EvalNotRepeatable(Guard):
 class EvalTrainMismatch(Guard):
     """Eval and train loss of the same rows and weights differ, or the reported loss is not the mean of its batches.
 
-    When: before step 1 and at each evaluation.
+    When: before step 1 (information where the run evaluates nothing) and at each evaluation.
     Measured: before step 1, two rows by the code of evaluation and of training, both in eval mode, to 1 %. At each
         evaluation, the reported loss lies among those of its batches, to 5 %, and is no whole multiple or fraction of
         their mean.
@@ -107,7 +108,7 @@ class EvalTrainMismatch(Guard):
         train_loss = loss_of(batch.twin, batch.model, rows, batch.count_items(rows))
         with frozen(batch.model, training=False), torch.no_grad():
             losses = _eval_loss(batch), float(train_loss().mean())
-        yield self.judge(*losses) or self.clear(check=PROBE)
+        yield _unless_evaluated(batch.run, self.judge(*losses)) or self.clear(check=PROBE)
 
     def observe_eval(self, evaluation) -> Iterator[Verdict]:
         losses, counts = ([each for rank in evaluation.ranks for each in rank[name]] for name in ("losses", "counts"))
@@ -230,6 +231,11 @@ def name_factor(value: float, wanted: float = 1.0) -> str:
         if 2 <= number <= LARGEST_FACTOR and abs(ratio / number - 1) <= FACTOR_TOLERANCE:
             return name.format(number)
     return ""
+
+
+def _unless_evaluated(run, finding: Finding | None) -> Finding | None:
+    """Information where nothing is evaluated: a loss may draw random numbers on purpose."""
+    return finding and (finding if run.is_evaluated else replace(finding, severity="info"))
 
 
 def _need_fixed_rows(run) -> None:

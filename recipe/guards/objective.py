@@ -19,6 +19,7 @@ from recipe.guards.guard import CannotJudge
 from recipe.guards.head import count_hits
 from recipe.guards.ngrams import UNTRAINED_SHARE
 from recipe.guards.recording import HeadCall, Recording
+from recipe.guards.run import is_encoder
 
 # Cells that are changed in a row. Chosen, not measured: with 4 rows 32 of them, so that a few ties do not matter.
 CELLS = 8
@@ -213,7 +214,7 @@ def name_objective(name: str, moves: tuple[Move, ...], change_of_loss: float, ba
     width = base.heads[0].num_classes
     if width <= MAJORITY * run.embedding_rows:
         return Objective(f"classification of tokens ({width} classes)", moves=moves)
-    if _is_denoising(moves, base.heads):
+    if _is_denoising(moves, base.heads, is_encoder(run.model)):
         return Objective("denoising of masked tokens", is_denoising=True, moves=moves)
     if getattr(getattr(run.model, "config", None), "is_encoder_decoder", False):
         return Objective("that of an encoder-decoder", has_shift=True, moves=moves)
@@ -234,12 +235,14 @@ def name_objective(name: str, moves: tuple[Move, ...], change_of_loss: float, ba
     return Objective(NEXT_TOKEN, is_next_token=True, has_shift=True, moves=moves)
 
 
-def _is_denoising(moves: Sequence[Move], heads: Sequence[HeadCall]) -> bool:
-    """Whether the targets are hidden from the model, behind one and the same token."""
+def _is_denoising(moves: Sequence[Move], heads: Sequence[HeadCall], is_encoder: bool) -> bool:
+    """Whether the targets are hidden from the model, behind one and the same token; from an encoder, behind any."""
     known = [move for move in moves if heads[move.call].ids is not None]
     hidden = [move for move in known if relation(move, heads[move.call].ids) is None]
     if not known or len(hidden) <= MAJORITY * len(known):
         return False
+    if is_encoder:
+        return True
     for shift in (0, 1):
         seen = [
             int(heads[move.call].ids[move.row, move.position + shift])

@@ -6,6 +6,10 @@ from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from recipe.guards.batches import input_ids_of
 from recipe.guards.trajectory import Reference, find_reference, optimizer_family
@@ -182,6 +186,17 @@ def was_trained(model: torch.nn.Module, is_whole: bool = True) -> bool:
 def is_compiled(trainer: Trainer) -> bool:
     """Whether any module of the model is compiled: hooks set now would never be called, or split its graph."""
     return trainer.args.torch_compile or any(map(is_compiled_module, trainer.model_wrapped.modules()))
+
+
+def is_encoder(model: torch.nn.Module) -> bool:
+    """Whether it, or what its adapters are for, is a class of transformers that sees all tokens, such as
+    BertForTokenClassification."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    config, name = getattr(model, "config", None), type(model).__name__
+    is_known = getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    has_decoder = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    is_own = type(model).__module__.startswith("transformers.")
+    return is_known and is_own and not has_decoder and name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def rows_of_embedding(model: torch.nn.Module) -> int | None:

@@ -19,6 +19,8 @@ def judge_idle(factor: Callable[[int], float] | None, steps: int) -> dict | None
         last = max((step for step in range(steps) if factor(step) != 0), default=-1)
     except Exception:  # a table of the user's own
         return None
+    if last < 0:  # Adafactor's, which finds its rate itself
+        return None
     return {
         "severity": "warning",
         "found": f"a rate of 0 from step {last + 2:,} on",

@@ -117,6 +117,7 @@ def diffused(run: Run):
 def as_bert(run: Run, model_class, **more) -> None:
     setting = run.setting
     sizes = FAMILIES["bert"] | {"max_position_embeddings": 2 * setting.block, "vocab_size": setting.vocabulary}
+    sizes["is_decoder"] = False
     torch.manual_seed(setting.seed)
     run.model = model_class.from_config(AutoConfig.for_model("bert", **sizes, **more))
 

@@ -17,7 +17,7 @@ RECIPE = Setting(kind="recipe", vocabulary=4096, steps=60)
 BOS = 1
 
 
-@bug("eos_never_target", AREA, "ids stored in too narrow a type", "knnlm#6", ENGLISH)
+@bug("eos_never_target token_out_of_range", AREA, "ids stored in too narrow a type", "knnlm#6", ENGLISH)
 def ids_stored_in_a_byte(run: Run):
     """Ids are stored in uint8, into which 256 does not fit: every EOS becomes 0."""
     for row in run.train_dataset:
