@@ -18,11 +18,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from recipe.guards import head
 from recipe.guards.batches import SeenTokens, send_tokens
 from recipe.guards.guard import CannotJudge, NotApplicable
 from recipe.guards.objective import NEXT_TOKEN, Objective, find_objective
 from recipe.guards.recording import record
 from recipe.guards.targets import LossTarget
+from tests.test_probe_targets import FusedLoss
 
 VOCABULARY, LENGTH, MASK = 61, 24, 60
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -127,6 +129,25 @@ def test_masks_of_labels(make):
     for shift, wrong in ((1, []), (0, ["missing_label_shift"])):
         batch = batch_of(llama(), shifted_by(shift, ignore_index=-100), make())
         assert batch.objective.is_next_token and found(batch) == wrong
+
+
+@pytest.mark.parametrize("make", [prompts_masked, lambda: BATCH])
+def test_a_fused_loss_that_scores_more_than_is_looked_at_or_has_longer_prompts(make, monkeypatch):
+    """Without logits 8 positions a row are looked at here: the first that are scored."""
+    monkeypatch.setattr(head, "MIN_POSITIONS", 1)
+    monkeypatch.setattr(head, "MAX_FUSED_POSITIONS", 32)
+
+    def fused(model, inputs):
+        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+        hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+        return FusedLoss.apply(hidden, model.lm_head.weight.detach(), labels)
+
+    batch = batch_of(llama(), fused, make())
+    assert batch.objective.is_next_token and found(batch) == []
+    assert ((batch.recording.heads[0].targets.targets >= 0).sum(dim=1) == 8).all()
+    labels = make()["labels"]
+    batch = batch_of(llama(), fused, {"input_ids": IDS, "labels": torch.where(labels >= 0, 63 - labels, labels)})
+    assert batch.objective.is_next_token and found(batch) == ["wrong_loss_target"]
 
 
 def test_a_batch_without_a_scored_label_shows_no_objective():
