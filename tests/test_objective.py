@@ -241,6 +241,47 @@ def test_rows_that_are_all_desired_are_no_cross_entropy():
     assert objective.has_shift and not objective.is_next_token
 
 
+def weighed(*weights, is_mean_of_rows=False):
+    """Each row's cross entropy of its scored tokens, times its weight."""
+
+    def compute_loss(model, inputs):
+        labels = inputs["labels"][:, 1:]
+        losses = F.cross_entropy(logits_of(model, inputs)[:, :-1].transpose(1, 2), labels, reduction="none")
+        sums = losses.sum(1) / ((labels >= 0).sum(1) if is_mean_of_rows else 1)
+        return (sums * torch.tensor(weights)).mean()
+
+    return compute_loss
+
+
+@pytest.mark.parametrize("weights", [(0.4, 1.1, 0.7, 2.0), (-0.4, -1.1, -0.7, -2.0), (1.0, 1.0, 1.0, 1.2)])
+def test_rows_that_weigh_differently_are_a_policy_loss(weights):
+    batch = batch_of(llama(), weighed(*weights))
+    assert not batch.objective.is_next_token and not batch.objective.is_negated and found(batch) == []
+    assert batch.objective.words.startswith("gradient ascent" if weights[0] < 0 else "a cross entropy whose rows")
+
+
+@pytest.mark.parametrize("is_mean_of_rows", [False, True])
+def test_rows_of_other_lengths_are_no_policy_loss(is_mean_of_rows):
+    labels = IDS.clone()
+    for row in range(4):
+        labels[row, : 3 * row] = labels[row, 20 - row :] = -100
+    weights = (1.0, 1.0, 1.0, 1.0)
+    batch = batch_of(llama(), weighed(*weights, is_mean_of_rows=is_mean_of_rows), BATCH | {"labels": labels})
+    assert batch.objective.is_next_token and found(batch) == []
+
+
+def test_tokens_that_weigh_differently_are_no_policy_loss():
+    """A loss weighed by prompts: what differs inside of a row is no advantage of the row."""
+
+    def compute_loss(model, inputs):
+        losses = F.cross_entropy(
+            logits_of(model, inputs)[:, :-1].transpose(1, 2), inputs["labels"][:, 1:], reduction="none"
+        )
+        return (losses * torch.where(torch.arange(LENGTH - 1) < torch.tensor([[4], [8], [10], [14]]), 0.1, 1.0)).mean()
+
+    assert objective_of(llama(), compute_loss).is_next_token
+
+
 # --- teachers
 
 
