@@ -18,11 +18,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from recipe.guards import head
 from recipe.guards.batches import SeenTokens, send_tokens
 from recipe.guards.guard import CannotJudge, NotApplicable
 from recipe.guards.objective import NEXT_TOKEN, Objective, find_objective
 from recipe.guards.recording import record
 from recipe.guards.targets import LossTarget
+from tests.test_probe_targets import FusedLoss
 
 VOCABULARY, LENGTH, MASK = 61, 24, 60
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -129,6 +131,25 @@ def test_masks_of_labels(make):
         assert batch.objective.is_next_token and found(batch) == wrong
 
 
+@pytest.mark.parametrize("make", [prompts_masked, lambda: BATCH])
+def test_a_fused_loss_that_scores_more_than_is_looked_at_or_has_longer_prompts(make, monkeypatch):
+    """Without logits 8 positions a row are looked at here: the first that are scored."""
+    monkeypatch.setattr(head, "MIN_POSITIONS", 1)
+    monkeypatch.setattr(head, "MAX_FUSED_POSITIONS", 32)
+
+    def fused(model, inputs):
+        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+        hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+        return FusedLoss.apply(hidden, model.lm_head.weight.detach(), labels)
+
+    batch = batch_of(llama(), fused, make())
+    assert batch.objective.is_next_token and found(batch) == []
+    assert ((batch.recording.heads[0].targets.targets >= 0).sum(dim=1) == 8).all()
+    labels = make()["labels"]
+    batch = batch_of(llama(), fused, {"input_ids": IDS, "labels": torch.where(labels >= 0, 63 - labels, labels)})
+    assert batch.objective.is_next_token and found(batch) == ["wrong_loss_target"]
+
+
 def test_a_batch_without_a_scored_label_shows_no_objective():
     with pytest.raises(CannotJudge, match="no label of the first batch is scored"):
         objective_of(llama(), own, BATCH | {"labels": torch.full_like(IDS, -100)})
@@ -218,6 +239,47 @@ def test_rows_that_are_all_desired_are_no_cross_entropy():
 
     objective = objective_of(llama(), compute_loss, {"input_ids": IDS})
     assert objective.has_shift and not objective.is_next_token
+
+
+def weighed(*weights, is_mean_of_rows=False):
+    """Each row's cross entropy of its scored tokens, times its weight."""
+
+    def compute_loss(model, inputs):
+        labels = inputs["labels"][:, 1:]
+        losses = F.cross_entropy(logits_of(model, inputs)[:, :-1].transpose(1, 2), labels, reduction="none")
+        sums = losses.sum(1) / ((labels >= 0).sum(1) if is_mean_of_rows else 1)
+        return (sums * torch.tensor(weights)).mean()
+
+    return compute_loss
+
+
+@pytest.mark.parametrize("weights", [(0.4, 1.1, 0.7, 2.0), (-0.4, -1.1, -0.7, -2.0), (1.0, 1.0, 1.0, 1.2)])
+def test_rows_that_weigh_differently_are_a_policy_loss(weights):
+    batch = batch_of(llama(), weighed(*weights))
+    assert not batch.objective.is_next_token and not batch.objective.is_negated and found(batch) == []
+    assert batch.objective.words.startswith("gradient ascent" if weights[0] < 0 else "a cross entropy whose rows")
+
+
+@pytest.mark.parametrize("is_mean_of_rows", [False, True])
+def test_rows_of_other_lengths_are_no_policy_loss(is_mean_of_rows):
+    labels = IDS.clone()
+    for row in range(4):
+        labels[row, : 3 * row] = labels[row, 20 - row :] = -100
+    weights = (1.0, 1.0, 1.0, 1.0)
+    batch = batch_of(llama(), weighed(*weights, is_mean_of_rows=is_mean_of_rows), BATCH | {"labels": labels})
+    assert batch.objective.is_next_token and found(batch) == []
+
+
+def test_tokens_that_weigh_differently_are_no_policy_loss():
+    """A loss weighed by prompts: what differs inside of a row is no advantage of the row."""
+
+    def compute_loss(model, inputs):
+        losses = F.cross_entropy(
+            logits_of(model, inputs)[:, :-1].transpose(1, 2), inputs["labels"][:, 1:], reduction="none"
+        )
+        return (losses * torch.where(torch.arange(LENGTH - 1) < torch.tensor([[4], [8], [10], [14]]), 0.1, 1.0)).mean()
+
+    assert objective_of(llama(), compute_loss).is_next_token
 
 
 # --- teachers

@@ -6,7 +6,14 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification, BertLMHeadModel, Trainer
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    BertLMHeadModel,
+    Trainer,
+    default_data_collator,
+)
 
 from recipe.guards import RegressionCallback
 from tests.test_any_trainer import prompts, texts, tiny
@@ -188,6 +195,26 @@ def test_gradient_ascent_on_a_trained_model(tmp_path):
 
     guards = watch(make_trainer(tmp_path, model=model, steps=30, trainer_class=loss_trainer(forget)))
     check_silent(guards, "gradient ascent")
+
+
+@pytest.mark.parametrize("signs", [(-1.0, 1.0), (1.0, -1.0), (-1.0, -1.0)])
+def test_rows_that_are_pushed_away_behind_the_ones_that_are_looked_at_first(signs, tmp_path):
+    """8 rows, of which the first 4 share a sign. All of them pushed away by a new model: the loss is negated."""
+
+    def compute(model, inputs):
+        outputs, labels = model(input_ids=inputs["input_ids"]), shifted(inputs["labels"])
+        losses = F.cross_entropy(outputs.logits.transpose(1, 2), labels, reduction="none").mean(1)
+        return (losses * inputs["advantages"]).mean(), outputs
+
+    def collate(rows):
+        return {**default_data_collator(rows), "advantages": torch.tensor(signs).repeat_interleave(4)}
+
+    own = {"per_device_train_batch_size": 8, "remove_unused_columns": False, "more": {"data_collator": collate}}
+    guards = watch(make_trainer(tmp_path, steps=2, trainer_class=loss_trainer(compute), **own))
+    if signs[0] == signs[1]:
+        assert alarms(guards) == [("wrong_loss_target", 0)]
+    else:
+        check_silent(guards, "a policy loss")
 
 
 def bidirectional(model, ids):

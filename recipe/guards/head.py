@@ -106,16 +106,23 @@ def targets_from_hidden(hidden: torch.Tensor, gradient: torch.Tensor, head: torc
     With the head's weight W the gradient at the hidden state is `w (sum_v p_v W_v - W_y)`: the target is the y in
     whose direction it points. Exact for a plain linear head; logits that are scaled or capped on the way leave a
     remainder, and positions where it is large are left out. Costs as much as four heads, so it looks at the first
-    positions of each row only.
+    positions of each row that have a gradient.
     """
     count = max(4 * MIN_POSITIONS, MAX_FUSED_POSITIONS // hidden.shape[0])
-    rows = [_target_of_hidden(h[:count], g[:count], head) for h, g in zip(hidden, gradient, strict=True)]
-    targets, *others = (torch.stack(parts) for parts in zip(*rows, strict=True))
-    rest = (0, hidden.shape[1] - targets.shape[1])
-    return LossTargets(F.pad(targets, rest, value=IGNORE_INDEX), *(F.pad(part, rest) for part in others))
+    is_silent = torch.linalg.vector_norm(gradient.float(), torch.inf, dim=-1) == 0
+    places = is_silent.byte().sort(dim=1, stable=True).indices[:, :count]
+    rows = zip(hidden, gradient, places, strict=True)
+    targets, weights, losses = zip(*(target_of_hidden(h[at], g[at], head) for h, g, at in rows), strict=True)
+
+    def spread(parts: tuple[torch.Tensor, ...], value: float) -> torch.Tensor:
+        whole = torch.full_like(is_silent, value, dtype=parts[0].dtype)
+        return whole.scatter(1, places, torch.stack(parts))
+
+    return LossTargets(spread(targets, IGNORE_INDEX), spread(weights, 0), spread(losses, 0), is_silent)
 
 
-def _target_of_hidden(hidden: torch.Tensor, gradient: torch.Tensor, head: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+def target_of_hidden(hidden: torch.Tensor, gradient: torch.Tensor, head: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    """Targets, weights and losses (`LossTargets`) of `[positions, hidden_size]`."""
     weight, bias = head.weight.detach().float(), getattr(head, "bias", None)
     hidden, gradient = hidden.float(), gradient.float()
     log_p = F.linear(hidden, weight, None if bias is None else bias.detach().float()).log_softmax(dim=-1)
@@ -129,7 +136,7 @@ def _target_of_hidden(hidden: torch.Tensor, gradient: torch.Tensor, head: torch.
     weights = (along.gather(-1, chosen) / length.gather(-1, chosen)).squeeze(-1)
     is_scored = (size > 0) & (score >= (1 - MAX_REMAINDER) * size)
     losses = -log_p.gather(-1, chosen).squeeze(-1)
-    return torch.where(is_scored, target, IGNORE_INDEX), torch.where(is_scored, weights, 0.0), losses, size == 0
+    return torch.where(is_scored, target, IGNORE_INDEX), torch.where(is_scored, weights, 0.0), losses
 
 
 def count_hits(input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

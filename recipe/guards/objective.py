@@ -31,10 +31,13 @@ MOVED = 1e-8
 MAJORITY, ALIKE = 0.5, 0.9
 # Relative, of the loss's change to the one that the moves foretell. Derived: exact in fp32, to 0.4 % in bf16.
 FORETOLD = 0.02
+# Of the largest weight in a row, or of a row, to the smallest: such that are alike. Derived: equal but for rounding.
+LIKE_WEIGHTS = 1.05
 # Integer tensors of a batch that are no targets.
 NO_TARGETS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "decoder_input_ids", "seq_idx")
 
 NEXT_TOKEN = "a next-token cross entropy"
+WEIGHTED_ROWS = "a cross entropy whose rows weigh differently (a policy loss)"
 
 
 class Cell(NamedTuple):
@@ -218,7 +221,10 @@ def name_objective(name: str, moves: tuple[Move, ...], change_of_loss: float, ba
         return Objective("denoising of masked tokens", is_denoising=True, moves=moves)
     if getattr(getattr(run.model, "config", None), "is_encoder_decoder", False):
         return Objective("that of an encoder-decoder", has_shift=True, moves=moves)
-    is_minus = signs <= 1 - ALIKE and float(base.loss) < 0 and _is_foretold(change_of_loss, moves, base)
+    is_weighted = weighs_rows(moves, base.heads)
+    is_minus = (
+        signs <= 1 - ALIKE and not is_weighted and float(base.loss) < 0 and _is_foretold(change_of_loss, moves, base)
+    )
     if is_minus and _knows_nothing(moves, base, run):
         return Objective(NEXT_TOKEN, is_next_token=True, has_shift=True, is_negated=True, moves=moves)
     if signs <= 1 - ALIKE:
@@ -232,7 +238,40 @@ def name_objective(name: str, moves: tuple[Move, ...], change_of_loss: float, ba
     if name == "input_ids" and not _is_foretold(change_of_loss, moves, base):
         words = "no cross entropy, but a loss of log-probabilities (a preference)"
         return Objective(words, has_shift=True, moves=moves)
+    if is_weighted:
+        return Objective(WEIGHTED_ROWS, has_shift=True, moves=moves)
     return Objective(NEXT_TOKEN, is_next_token=True, has_shift=True, moves=moves)
+
+
+def weighs_rows(moves: Sequence[Move], heads: Sequence[HeadCall]) -> bool:
+    """Whether the tokens of one row weigh more than those of another, and rows' lengths do not explain it, as for a
+    policy's advantages. Weights that differ inside of a row are those of tokens, and are left alone."""
+    call, own = moves[0].call, {}
+    for move in moves:
+        if move.call == call:
+            own.setdefault(move.row, []).append(abs(move.weight))
+    if not all(_are_alike(weights) for weights in own.values()):
+        return False
+    is_scored = heads[call].gradient.abs().amax(dim=-1) > 0
+    places = [is_scored[row].nonzero().flatten().tolist() for row in own]
+    lengths = [[len(each) + more for each in places] for more in (0, 1)]  # those scored, then the whole text
+    lengths += [[each[-1] + more for each in places] for more in (1, 2)]
+    means = [statistics.fmean(weights) for weights in own.values()]
+    scaled = [[w * n**power for w, n in zip(means, ns, strict=True)] for ns in lengths for power in (0, 0.5, 1)]
+    return not any(map(_are_alike, scaled))
+
+
+def _are_alike(weights: Sequence[float]) -> bool:
+    return max(weights) <= LIKE_WEIGHTS * min(weights)
+
+
+def have_both_signs(moves: Sequence[Move], others: Sequence[Move]) -> bool:
+    """Of the moves of two parts of a micro-batch: whether rows are pulled and others pushed away."""
+    sums: dict[tuple[bool, int], float] = {}
+    for part in (moves, others):
+        for move in part:
+            sums[part is moves, move.row] = sums.get((part is moves, move.row), 0.0) + move.weight
+    return min(sums.values()) < 0 < max(sums.values())
 
 
 def _is_denoising(moves: Sequence[Move], heads: Sequence[HeadCall], is_encoder: bool) -> bool:

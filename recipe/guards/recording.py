@@ -11,7 +11,14 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
 from recipe.guards.guard import CannotJudge
-from recipe.guards.head import LossTargets, backbone_of, find_head, targets_from_gradient, targets_from_hidden
+from recipe.guards.head import (
+    LossTargets,
+    backbone_of,
+    find_head,
+    target_of_hidden,
+    targets_from_gradient,
+    targets_from_hidden,
+)
 
 # Of the sum of probabilities from 1: bf16 rounds each to 0.4 %.
 SHARES_ERROR = 0.01
@@ -70,7 +77,8 @@ class HeadCall:
     def is_only(self, row: int, position: int, target: int, weight: float) -> bool:
         """Whether nothing but `target` is pulled up at a position. Label smoothing pulls all others a little."""
         if self.is_hidden:
-            return int(self.targets.targets[row, position]) == target
+            at = (row, slice(position, position + 1))  # `targets` may not have looked at it
+            return int(target_of_hidden(self.values[at], self.gradient[at], self.head)[0]) == target
         others = self.gradient[row, position].float().clone()
         others[target] = 0.0
         return float(-others.min()) * len(others) <= weight

@@ -22,7 +22,7 @@ from transformers import Trainer
 from recipe.guards.batches import IGNORE_INDEX, SeenTokens, input_ids_of, send_tokens
 from recipe.guards.guard import CannotJudge, NotApplicable
 from recipe.guards.head import LossTargets
-from recipe.guards.objective import Objective, find_objective
+from recipe.guards.objective import WEIGHTED_ROWS, Objective, find_objective, have_both_signs
 from recipe.guards.recording import Recording, record
 from recipe.guards.run import Run, is_compiled
 from recipe.internals import original_forward, prepare_inputs
@@ -32,6 +32,9 @@ from recipe.internals import original_forward, prepare_inputs
 # time and memory against 4 whole rows.
 MAX_ROWS, MIN_ROWS, MAX_TOKENS = 4, 2, 2048
 EVAL_ROWS, SHORT = 2, 256
+# As many rows again, and again, that are asked which sign they have in a loss of the user's own. Derived: signs drawn
+# by chance are alike in 16 rows once in 32,768 times.
+FURTHER_PARTS = 3
 
 logger = logging.getLogger("recipe.guards")
 
@@ -99,16 +102,36 @@ class Batch:
     @cached_property
     def objective(self) -> Objective:
         """What the loss is. Raises `CannotJudge`."""
-        base = self.recording
+        recorded = self.recording  # which may change `inputs`
+        found = self._objective_of(self.inputs, recorded)
+        if not found.is_next_token or not self.has_own_loss or self.run.world_size > 1:
+            return found
+        for inputs in self._further_rows():  # which a loss of the user's own may push away
+            try:
+                base = record(self.model, self.loss_of(inputs), ids=inputs["input_ids"])
+                other = self._objective_of(inputs, base)
+            except Exception as error:
+                logger.debug("the objective of further rows is not known", exc_info=error)
+                break
+            if other.words == WEIGHTED_ROWS or have_both_signs(found.moves, other.moves):
+                return Objective(WEIGHTED_ROWS, has_shift=True, moves=found.moves)
+        return found
 
-        def record_again(inputs: dict) -> Recording:
-            return record(self.model, self.loss_of(inputs), base, inputs["input_ids"])
+    def _objective_of(self, inputs: dict, base: Recording) -> Objective:
+        def record_again(changed: dict) -> Recording:
+            return record(self.model, self.loss_of(changed), base, changed["input_ids"])
 
         try:
-            return find_objective(record_again, base, self.inputs, self.run)
+            return find_objective(record_again, base, inputs, self.run)
         finally:
             for head in base.heads:
                 head.release()
+
+    def _further_rows(self) -> Iterator[dict]:
+        """Rows of the micro-batch behind `inputs`, as many at a time, up to FURTHER_PARTS times."""
+        count, number = (len(inputs["input_ids"]) for inputs in (self.inputs, self.all_inputs))
+        for begin in range(count, min(number, (1 + FURTHER_PARTS) * count), count):
+            yield some_rows(self.all_inputs, slice(begin, begin + count))
 
     def targets(self) -> LossTargets:
         """What the positions of `inputs` are really scored on, in train mode. Raises `CannotJudge`."""
@@ -160,12 +183,15 @@ def scaled_loss_of(twin: Trainer, model, inputs: dict, num_items_in_batch, num_m
 
 
 def first_rows(inputs: dict, count: int) -> dict:
-    """The batch's first rows: every tensor with as many rows as `input_ids` is cut."""
+    """The batch's first rows."""
+    return some_rows(inputs, slice(count))
+
+
+def some_rows(inputs: dict, rows: slice) -> dict:
+    """These rows of the batch: every tensor with as many rows as `input_ids` is cut."""
     num_rows = inputs["input_ids"].shape[0]
     return {
-        name: value[:count]
-        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == num_rows
-        else value
+        name: value[rows] if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == num_rows else value
         for name, value in inputs.items()
     }
 
