@@ -34,7 +34,7 @@ MEASURES = {
     "false_alarms": "healthy runs with an alarm",
 }
 TARGETS = {
-    "recall_matters": "100 %",
+    "recall_matters": "95 %",
     "named_first": "95 %",
     "before_step_1": "50 %",
     "soon": "95 %",
