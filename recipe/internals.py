@@ -75,6 +75,19 @@ def original_forward(model: torch.nn.Module) -> Callable | None:
     return vars(model).get("_original_forward")
 
 
+def samplers_of(loader) -> list:
+    """What draws a DataLoader's rows: its batch sampler, what that wraps (accelerate puts one to three around the
+    user's), and the user's sampler last. Empty for a stream's or another kind of loader."""
+    names, found = ("batch_sampler", "sampler"), [loader]
+    while len(found) < 10:
+        inner = [getattr(found[-1], name, None) for name in names]
+        inner = [each for each in inner if each is not None]
+        if not inner:
+            break
+        found.append(inner[0])
+    return found[1:]
+
+
 # --- torch
 
 

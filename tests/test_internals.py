@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import skip_first_batches
 from tokenizers import Tokenizer
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, WeightedRandomSampler
 from transformers import Trainer, TrainingArguments
 
 from recipe import internals
@@ -57,6 +59,24 @@ def test_transformers_load_weights(tiny_model, tmp_path):
             parameter.zero_()
     internals.load_weights(trainer, str(tmp_path / "checkpoint-1"))
     assert all(torch.equal(value, saved[name]) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("is_seedable", [True, False])
+def test_accelerate_samplers_of_a_loader(tiny_model, tmp_path, is_seedable):
+    """The user's own is the last, at a resume too; whether it draws with replacement is known."""
+    sampler = WeightedRandomSampler(torch.ones(4), 4)
+
+    class Weighted(Trainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return sampler
+
+    trainer = make_trainer(tiny_model, tmp_path, accelerator_config={"use_seedable_sampler": is_seedable})
+    assert internals.samplers_of(trainer.get_train_dataloader())[-1].replacement is False
+    trainer.__class__ = Weighted
+    loader = trainer.get_train_dataloader()
+    for each in (loader, skip_first_batches(loader, 1), DataLoader(range(4), sampler=sampler)):
+        assert internals.samplers_of(each)[-1] is sampler and sampler.replacement
+    assert internals.samplers_of(None) == internals.samplers_of([1]) == []
 
 
 def test_transformers_saves_a_model_for_from_pretrained(tiny_model, tmp_path):

@@ -107,31 +107,33 @@ class Quarter(Sampler):
     """The first quarter of a permutation, which `is_fixed` is the same in each pass."""
 
     def __init__(self, size: int, is_fixed: bool):
-        self.size, self.is_fixed, self.passes = size, is_fixed, 0
+        self.size, self.is_fixed, self.epoch = size, is_fixed, 0
 
     def __len__(self):
         return self.size // 4
 
     def __iter__(self):
-        self.passes += not self.is_fixed
+        self.epoch += not self.is_fixed
         return iter(
-            torch.randperm(self.size, generator=torch.Generator().manual_seed(self.passes))[: len(self)].tolist()
+            torch.randperm(self.size, generator=torch.Generator().manual_seed(self.epoch))[: len(self)].tolist()
         )
 
 
-@pytest.mark.parametrize("is_fixed", [True, False])
-def test_a_sampler_that_does_not_know_the_pass(tmp_path, is_fixed):
+@pytest.mark.parametrize("kind", ["ignores the pass", "knows the pass", "knows no passes"])
+def test_a_sampler_that_does_not_know_the_pass(tmp_path, kind):
     rows = as_rows(text(80 * ROWS, 2 * LENGTH))
+    sampler = Quarter(len(rows), kind != "knows the pass")
 
     class Sampled(Trainer):
         def _get_train_sampler(self, train_dataset=None):
-            return Quarter(len(rows), is_fixed)
+            return list(sampler) if kind == "knows no passes" else sampler
 
     guards = train(tmp_path, train=rows, steps=50, trainer_class=Sampled)
-    if not is_fixed:
+    if kind == "knows the pass":
         return check_healthy(guards, "repeated_data")
-    check_first(guards, "repeated_data", 36)
-    assert "25% of the rows" in guards.findings[0].found
+    found = [finding for finding in guards.findings if finding.id == "repeated_data"]
+    assert [finding.severity for finding in found] == ["info" if kind == "knows no passes" else "warning"]
+    assert found[0].step == 36 and "25% of the rows" in found[0].found
     return None
 
 

@@ -2,7 +2,8 @@
 
 Shared text: a system prompt in every row, several answers to one prompt, templates. Such a stretch begins where its
 text began earlier (at the same place of its row, or at the start of a document), and its row or document ends in
-another way than any before. Or it is one of a few texts that occur again and again, in rows that hold new text too.
+another way than any before. Or it is one of a few texts that occur again and again, in rows that hold new text too:
+then also in rows that hold nothing else, where a header was cut.
 """
 
 import math
@@ -11,15 +12,15 @@ import numpy as np
 
 # Tokens of a window. Chosen, not measured: near the 50 tokens of Lee et al. 2022.
 WINDOW = 64
-# Recent rows that hold the same copied text, from which on it is shared. Chosen, not measured: a stream that has begun
-# again gives each text once, and workers that read the same give it as often as there are of them.
+# Recent rows that hold the same copied text beside new text, from which on it is shared. Chosen, not measured: a
+# stream that has begun again gives each text once, workers that read the same as often as there are of them.
 POPULAR = 5
 # An n-gram model that has learned nothing yet says ln V for any text, so no more than this is believed: the shortest
 # copy that counts has then 18 tokens at a million tokens seen. Chosen, not measured.
 MAX_NATS = 2.0
 # Derived: a copy counts when chance would give it less than e^-10 times among all pairs of positions.
 CHANCE_NATS = 10
-COUNTS, SHARED, SHARED_IF_POPULAR = 0, 1, 2  # what a copied stretch is
+COUNTS, SHARED, BESIDE_NEW = 0, 1, 2  # what a copied stretch is
 
 
 def find_stretches(row, at, earlier, matched) -> np.ndarray:
@@ -80,14 +81,21 @@ def mark_shared(stretches, rows, units, are_new, is_same_place, every: int) -> n
     begins_document = (units[0][unit] > rows[0][row]) & (at - units[0][unit] <= 4 * every)
     is_cut = units[1][unit] == rows[1][row]  # by the row's end, so that its end says nothing
     ends_differently = np.where(is_cut, units[1][unit] - at - span >= 2 * WINDOW, unit_is_new[unit])
-    covered = np.bincount(row, span + 2 * every, minlength=len(rows[0]))
-    has_new_text = (rows[1] - rows[0] - covered >= WINDOW)[row]
+    covered = np.bincount(row, span + every, minlength=len(rows[0]))
+    has_new_text = (rows[1] - rows[0] - covered >= every)[row]
     is_shared = (is_same_place & row_is_new[row]) | (begins_document & ends_differently)
-    return np.where(is_shared, SHARED, np.where(has_new_text, SHARED_IF_POPULAR, COUNTS))
+    return np.where(is_shared, SHARED, np.where(has_new_text, BESIDE_NEW, COUNTS))
 
 
 def without_shared(copies: np.ndarray, since: int) -> np.ndarray:
-    """`copies`: the text's earlier position and what it is in the last columns."""
-    _, index, counts = np.unique(copies[:, -2], return_inverse=True, return_counts=True)
-    kind, is_asked = copies[:, -1], copies[:, 0] >= since
-    return copies[is_asked & ((kind == COUNTS) | ((kind == SHARED_IF_POPULAR) & (counts[index] < POPULAR)))]
+    """`copies`: tokens of surprise in the third column; the text's earlier position and what it is in the last ones.
+    Whole rows stay, which the fifth column tells."""
+    start, kind = copies[:, -2], copies[:, -1]
+    stop = start + np.maximum(copies[:, 2], 1)
+    starts, stops = np.sort(start[kind != COUNTS]), np.sort(stop[kind != COUNTS])
+    beside_new = [  # so many copies beside new text hold the earlier text's first token, its middle, its last token
+        np.searchsorted(starts, place, side="right") - np.searchsorted(stops, place, side="right")
+        for place in (start, (start + stop) // 2, stop - 1)
+    ]
+    is_popular = (np.min(beside_new, axis=0) >= POPULAR) & (copies[:, 4] == 0)
+    return copies[(copies[:, 0] >= since) & (kind != SHARED) & ~is_popular]

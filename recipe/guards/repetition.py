@@ -14,7 +14,8 @@ from recipe.guards.copies import least_tokens
 from recipe.guards.fingerprints import PLACE, Fingerprints, Rates, fingerprint
 from recipe.guards.guard import PROBE, CannotJudge, Finding, Guard, NotApplicable, Skip, Verdict
 from recipe.guards.ledger import Ledger
-from recipe.guards.train_set import TrainSet
+from recipe.guards.train_set import TrainSet, knows_passes
+from recipe.internals import samplers_of
 
 logger = logging.getLogger("recipe.guards")
 
@@ -39,10 +40,12 @@ class Repetition(Guard):
         %, where a token tells 1.0 nats or more. After a declared pass only copies from within a tenth of a pass count:
         30 %. The evidence names step, rank and micro-step of both copies. Shared text (system prompts, several answers
         to one prompt, templates) does not count: it begins where it began earlier, at the same place of its row or
-        after an EOS, and its row or document ends in a new way; or 5 recent rows have it beside new text.
+        after an EOS, and its row or document ends in a new way; or 5 recent rows have it beside new text, wherever it
+        stands. Where the sampler draws with replacement, copies are information.
         Of the training set itself, a warning: rows of which most begin with a quarter or more of the row before (a
         tenth: information); a part of 4 % and more, 8 rows and 4 documents at least, that is in the set twice in one
-        order; a pass that draws the same part of the set, in the same irregular order, as the pass before.
+        order; a pass that draws the same part of the set, in the same irregular order, as the pass before
+        (information where neither sampler nor dataset has `epoch` or `set_epoch`).
     Measured (resume_replay): half or more of the tokens since the resume are copies, and were not before it.
     Measured (train_eval_overlap): eval rows of which more than half was in training, at any alignment. 2 rows and 2 %
         of them are a warning, 20 % an error: natural corpora hold near-copies of 0.7 to 5 % (RealNews 14 %). Sets with
@@ -90,7 +93,9 @@ class Repetition(Guard):
         self.ledger, self.num_workers = Ledger(self.rates), run.args.dataloader_num_workers
         self.eos_ids, self.guess = run.eos_token_ids, math.log(run.vocab_size or 256)
         self.novel = np.zeros(2)  # nats and tokens of what was no copy
-        self.train_set = TrainSet()
+        samplers = samplers_of(run.trainer.callback_handler.train_dataloader)
+        self.is_drawn_again = any(getattr(each, "replacement", None) is True for each in samplers)
+        self.train_set = TrainSet(knows_passes(samplers, run.trainer.train_dataset))
 
     def inspect(self, run) -> Iterator[Verdict]:
         if not run.step:
@@ -132,7 +137,7 @@ class Repetition(Guard):
             yield self.finding(**found, id=REPEATED, check=PROBE)
         new_share = 1 - copied / max(1, sum(part.tokens for part in parts))
         nats = self._measure(step.ngrams.loss if step.ngrams is not None else None, new_share)
-        finding = self.judge_repetition(self.ledger, nats, self.num_workers, self.train_set.share)
+        finding = self.judge_repetition(self.ledger, nats, self.num_workers, self.train_set.share, self.is_drawn_again)
         if finding is not None:
             yield finding
         found = finding.id if finding is not None else None
@@ -172,12 +177,18 @@ class Repetition(Guard):
 
     @classmethod
     def judge_repetition(
-        cls, seen: Ledger, nats_per_token: float, num_workers: int | None = None, set_share: float = 0.0
+        cls,
+        seen: Ledger,
+        nats_per_token: float,
+        num_workers: int | None = None,
+        set_share: float = 0.0,
+        is_drawn_again: bool = False,
     ) -> Finding | None:
         """The share of the recent tokens that are copies of what was consumed before in this pass.
 
         `nats_per_token`: what a token of this text tells where it is no copy. `num_workers`: of the DataLoader, for
-        the wording. `set_share`: what of them the training set itself explains.
+        the wording. `set_share`: what of them the training set itself explains. `is_drawn_again`: rows are drawn with
+        replacement, on purpose.
         """
         since = seen.replay_since
         rows, copies = seen.recent(nats_per_token, since or 0)
@@ -188,21 +199,25 @@ class Repetition(Guard):
         copied, is_whole = copies[:, 1], copies[:, 4] == 1
         is_near = is_whole & (seen.micro_steps_apart(copies) < cls.FEW_MICRO_STEPS)
         share, whole, near = (copied[which].sum() / tokens - set_share for which in (copied > 0, is_whole, is_near))
-        is_aligned = near >= cls.ALIGNED_SHARE and cls._is_spread(copies[is_near], tokens)
-        if nats_per_token >= cls.WHOLE_NATS and whole >= cls.WHOLE_SHARE:
-            is_aligned |= cls._is_spread(copies[is_whole], tokens)
-        is_aligned &= bool((length == length[0]).all()) and not seen.passes
+        texts = None
+        if (length == length[0]).all() and not seen.passes and not is_drawn_again:
+            if nats_per_token >= cls.WHOLE_NATS:
+                texts = cls._judge_whole_rows("again", copies[is_whole], tokens, whole, cls.WHOLE_SHARE)
+            texts = texts or cls._judge_whole_rows("soon again", copies[is_near], tokens, near, cls.ALIGNED_SHARE)
         warn = cls.WARN_SHARE_NEAR if seen.passes else cls.WARN_SHARE
         least = warn if seen.passes else ledger.INFO_SHARE
-        if share < least and not is_aligned:
+        if share < least and texts is None:
             return None
-        causes, evidence = cls.find_origin(seen, copies, num_workers)
+        causes, evidence = find_origin(seen, copies, num_workers, is_drawn_again)
         shares = {"share": float(share), "whole_row_share": float(whole), "near_whole_row_share": float(near)}
         numbers = {"tokens": tokens, "nats_per_token": nats_per_token, "passes_declared": seen.passes}
+        is_warning = texts is not None or since is not None or (share >= warn and not is_drawn_again)
+        if texts is None or share >= warn:
+            expected = f"under {least:.0%}" + (" (within a tenth of a pass)" if seen.passes else "")
+            texts = f"{share:.0%} of {tokens:,} recent tokens copied", expected
         return cls.finding(
-            "warning" if share >= warn or is_aligned or since is not None else "info",
-            found=f"{share:.0%} of {tokens:,} recent tokens copied",
-            expected=f"under {least:.0%}" + (" (within a tenth of a pass)" if seen.passes else ""),
+            "warning" if is_warning else "info",
+            *texts,
             causes=causes,
             action="count the documents that the loader gives out: verify-data, or a set of their indices",
             evidence=evidence | shares | numbers,
@@ -211,42 +226,13 @@ class Repetition(Guard):
         )
 
     @classmethod
-    def _is_spread(cls, copies: np.ndarray, tokens: int) -> bool:
-        """Whether these copies are many, and over so much of the recent tokens that one document is not enough."""
+    def _judge_whole_rows(cls, when, copies, tokens: int, share: float, least: float) -> tuple[str, str] | None:
+        """Texts of a finding, where these copies are many, and over so much of the recent tokens that one document is
+        not enough."""
         starts = copies[:, 0]
-        return len(starts) >= cls.ALIGNED_ROWS and bool(starts[-1] - starts[0] >= cls.ALIGNED_SPREAD * tokens)
-
-    @classmethod
-    def find_origin(cls, seen: Ledger, copies: np.ndarray, num_workers: int | None) -> tuple[tuple, dict]:
-        """Where most of the copied tokens come from, as likely causes, and its numbers."""
-        tokens, distance = copies[:, 1], copies[:, 3]
-        now, then = seen.rows.places(copies[:, 0]), seen.rows.places(copies[:, 5])
-        micro_steps, same_rank = seen.micro_steps_apart(copies), now[:, 1] == then[:, 1]
-        near = micro_steps < (num_workers or cls.FEW_MICRO_STEPS)
-        typical = float(np.median(distance))
-        same_distance = abs(distance - typical) <= 0.01 * typical
-        if seen.replay_since is not None:
-            cause = "data position was not restored"
-        elif tokens[near & ~same_rank].sum() > 0.5 * tokens.sum():
-            cause = "ranks read the same data"
-        elif tokens[near & same_rank & (micro_steps > 0)].sum() > 0.5 * tokens.sum():
-            workers = f": {num_workers} DataLoader workers" if num_workers else ""
-            cause = f"each worker reads all the data{workers}"
-            if num_workers == 0:
-                cause = "the iterator starts again; or it does not advance"
-        elif tokens[same_distance].sum() > 0.9 * tokens.sum():
-            cause = f"the stream restarted: in the same order, after {typical:,.0f} tokens"
-        else:
-            cause = "the stream restarted: in another order"
-        first, again = (dict(zip(PLACE, map(int, place), strict=False)) for place in (then[-1], now[-1]))
-        others = (
-            "the stream restarted",
-            "each worker reads all the data",
-            "ranks read the same data",
-            "the corpus holds its documents more than once",
-        )
-        causes = (cause, *(other for other in others if not cause.startswith(other[:16])))
-        return causes, {"first_consumed": first, "again": again, "typical_distance_tokens": typical}
+        if share < least or len(starts) < cls.ALIGNED_ROWS or starts[-1] - starts[0] < cls.ALIGNED_SPREAD * tokens:
+            return None
+        return f"whole rows {when}: {share:.0%} of recent tokens", f"under {least:.0%}"
 
     @classmethod
     def judge_overlap(cls, seen: Ledger, nats_per_token: float) -> Finding | None:
@@ -274,6 +260,40 @@ class Repetition(Guard):
             },
             id=OVERLAP,
         )
+
+
+def find_origin(seen: Ledger, copies: np.ndarray, num_workers: int | None, is_drawn_again: bool) -> tuple[tuple, dict]:
+    """Where most of the copied tokens come from, as likely causes, and its numbers."""
+    tokens, distance = copies[:, 1], copies[:, 3]
+    now, then = seen.rows.places(copies[:, 0]), seen.rows.places(copies[:, 5])
+    micro_steps, same_rank = seen.micro_steps_apart(copies), now[:, 1] == then[:, 1]
+    near = micro_steps < (num_workers or Repetition.FEW_MICRO_STEPS)
+    typical = float(np.median(distance))
+    same_distance = abs(distance - typical) <= 0.01 * typical
+    if seen.replay_since is not None:
+        cause = "data position was not restored"
+    elif is_drawn_again:
+        cause = "on purpose: the sampler draws with replacement"
+    elif tokens[near & ~same_rank].sum() > 0.5 * tokens.sum():
+        cause = "ranks read the same data"
+    elif tokens[near & same_rank & (micro_steps > 0)].sum() > 0.5 * tokens.sum():
+        workers = f": {num_workers} DataLoader workers" if num_workers else ""
+        cause = f"each worker reads all the data{workers}"
+        if num_workers == 0:
+            cause = "the iterator starts again; or it does not advance"
+    elif tokens[same_distance].sum() > 0.9 * tokens.sum():
+        cause = f"the stream restarted: in the same order, after {typical:,.0f} tokens"
+    else:
+        cause = "the stream restarted: in another order"
+    first, again = (dict(zip(PLACE, map(int, place), strict=False)) for place in (then[-1], now[-1]))
+    others = (
+        "the stream restarted",
+        "each worker reads all the data",
+        "ranks read the same data",
+        "the corpus holds its documents more than once",
+    )
+    causes = (cause, *(other for other in others if not cause.startswith(other[:16])))
+    return causes, {"first_consumed": first, "again": again, "typical_distance_tokens": typical}
 
 
 def read_eval_rows(trainer: Trainer, pad_token_id: int | None) -> list[np.ndarray]:

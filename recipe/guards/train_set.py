@@ -147,31 +147,36 @@ def judge(shape: tuple[int, int], overlap: int, twice: Twice | None) -> dict | N
     }
 
 
-def judge_order(pass_tokens: int, set_tokens: int) -> dict:
-    """The same, of a pass that has drawn a part of the rows as the one before had."""
+def judge_order(pass_tokens: int, set_tokens: int, knows_passes: bool) -> dict:
+    """The same, of a pass that has drawn a part of the rows as the one before had. `knows_passes`: of what draws."""
     share = pass_tokens / set_tokens
     return {
-        "severity": "warning",
+        "severity": "warning" if knows_passes else "info",
         "found": f"the same {share:.0%} of the rows in one order again",
         "expected": "drawn anew",
-        "causes": ("set_epoch is not called",),
+        "causes": ("set_epoch is not called", "a fixed order on purpose"),
         "action": "call set_epoch of the sampler or dataset at the beginning of each pass",
         "evidence": {"tokens_in_pass": int(pass_tokens), "tokens_in_set": int(set_tokens)},
     }
 
 
+def knows_passes(samplers: list, dataset) -> bool:
+    """Whether one of them is told, or counts, which pass it is in."""
+    return any(hasattr(each, name) for each in (*samplers, dataset) for name in ("epoch", "set_epoch"))
+
+
 class TrainSet:
     """What is known of a training set on the main process. `of_set`: digests of its first rows; `tokens`: of all, 0
-    where they are not known; `share`: of them, that are in it twice. Of passes: digests of their first rows, `before`
-    and `now`; tokens of the one that ended."""
+    where they are not known; `share`: of them, that are in it twice. `knows_passes`: what draws from it has a number
+    of the pass. Of passes: digests of their first rows, `before` and `now`; tokens of the one that ended."""
 
     STATE = ("before", "now", "pass_tokens")
     LENGTH = 64  # rows of a pass. Chosen, not measured
 
-    def __init__(self):
+    def __init__(self, knows_passes: bool = False):
         self.of_set, self.before, self.now = np.zeros((3, 0), np.int64)
         self.tokens = self.pass_tokens = 0
-        self.share = 0.0
+        self.share, self.knows_passes = 0.0, knows_passes
 
     def read(self, dataset, eos_ids: tuple[int, ...]) -> dict | None:
         """What `judge` says of its first rows."""
@@ -209,7 +214,7 @@ class TrainSet:
         if len(self.now) < self.LENGTH or self.pass_tokens > MOST_OF_SET * self.tokens:
             return None
         is_same = np.array_equal(self.before, self.now) and not self.is_regular()
-        return judge_order(self.pass_tokens, self.tokens) if is_same else None
+        return judge_order(self.pass_tokens, self.tokens, self.knows_passes) if is_same else None
 
     def is_regular(self) -> bool:
         """Whether the rows follow one another in the set at one distance, or it cannot be told."""
