@@ -182,7 +182,7 @@ def make_result(records: list[dict]) -> Result:
         for r in records
         if r["seed"] == SEEDS[0]
     ]
-    return Result("until the demo is at a loss", measured, rows, " ".join([*ratios, "The sweep:", *sweep]))
+    return Result("until the demo is at a loss", measured, rows, " ".join([*ratios, "The sweep:", "; ".join(sweep)]))
 
 
 def describe(settings: dict) -> str:
