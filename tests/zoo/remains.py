@@ -51,6 +51,7 @@ WHY_MISSED: dict[str, str] = {
     "every_layer_is_the_same_object": "Layers that share their weights are a known design.",
     "callback_seeds_before_each_step": "Generators are not compared from step to step.",
     "ascii_reader_writes_question_marks": "Text that was changed before it was tokenised is all that a Trainer holds.",
+    "teacher_answers_for_other_rows": "A loss that differs each time is information where nothing is evaluated.",
     "reward_head_stays_random": "What PEFT freezes is frozen on purpose; a head may have been trained before.",
 }
 # Bugs whose run is their twin's to the last digit. Any other that is so and is not caught is a problem: exit code 1.

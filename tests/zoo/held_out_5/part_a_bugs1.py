@@ -19,7 +19,6 @@ QUICK = PLAIN.changed(accumulation=4, batch=4)
     "a schedule of a fixed length that is too short",
     "SafeAILab/EAGLE#107",
     PLAIN.changed(rows="prompts"),
-    onset=12,
 )
 def linear_decay_of_fixed_length_ends_early(run: Run):
     """The own linear schedule has another corpus's length: the rate is zero after a third of the run."""
@@ -50,7 +49,6 @@ PLATEAU = Setting(
     "a plateau schedule that waits for the loss to rise",
     "facebookresearch/fairseq#2205",
     PLATEAU,
-    onset=12,
 )
 def plateau_schedule_takes_loss_for_accuracy(run: Run):
     """ReduceLROnPlateau was written for accuracy (mode max), and so cuts the rate while the loss falls."""
