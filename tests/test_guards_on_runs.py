@@ -680,9 +680,16 @@ class Doubled(Trainer):
         return (2 * loss, *others)
 
 
+def evaluated(**run) -> dict:
+    held_out = {"eval_dataset": as_rows(text(8, seed=2))}
+    return {"eval_strategy": "steps", "eval_steps": 4, "more": held_out, **run}
+
+
 def test_dropout_left_on_in_evaluation(tmp_path):
     model = make_model(attention_dropout=0.1)
-    check_first(train(tmp_path, model=model, trainer_class=DropoutLeftOn), "eval_not_repeatable", 0)
+    check_first(train(tmp_path, **evaluated(model=model, trainer_class=DropoutLeftOn)), "eval_not_repeatable", 0)
+    guards = train(tmp_path, model=model, trainer_class=DropoutLeftOn)  # nothing is evaluated
+    assert alarms(guards) == [] and guards.findings[0].id == "eval_not_repeatable"
 
 
 def test_dropout_in_training_only(tmp_path):
@@ -706,7 +713,7 @@ def test_an_eval_stream_that_goes_on(tmp_path):
 
 
 def test_an_evaluation_on_another_scale(tmp_path):
-    check_first(train(tmp_path, trainer_class=Doubled), "eval_train_mismatch", 0)
+    check_first(train(tmp_path, **evaluated(trainer_class=Doubled)), "eval_train_mismatch", 0)
 
 
 def test_an_eval_text_of_another_kind(tmp_path):
