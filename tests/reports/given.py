@@ -211,7 +211,6 @@ REPORTS = [
         NEGATIVE,
         SHORT.changed(rows="padded"),
         healthy=True,
-        missed="gradients of pairs without a preference are noise, and over half of the elements move against theirs.",
     ),
     Report(
         "inactive_adapter",
