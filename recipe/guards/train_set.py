@@ -16,7 +16,8 @@ from recipe.guards.fingerprints import EVERY, hash_rows
 
 logger = logging.getLogger("recipe.guards")
 
-# How much of a set is read, and for how long. Chosen, not measured: hashing 2M tokens takes 0.2 s.
+# How much of a set is read, and for how long. Chosen; 2M tokens in 2,048 tensors were read, hashed and judged in 0.1
+# to 0.5 s of processor time.
 MAX_TOKENS, MAX_ROWS, SECONDS = 1 << 21, 1 << 14, 1.0
 # Tokens that two rows have to share to overlap, and pairs of rows that are looked at. Derived: 16 tokens agree by
 # chance in less than one of 10^6 pairs where a token tells 1 nat; half of all pairs never do so at one distance.
@@ -153,7 +154,7 @@ def judge_order(pass_tokens: int, set_tokens: int, knows_passes: bool) -> dict:
     return {
         "severity": "warning" if knows_passes else "info",
         "found": f"the same {share:.0%} of the rows in one order again",
-        "expected": "drawn anew",
+        "expected": "other rows",
         "causes": ("set_epoch is not called", "a fixed order on purpose"),
         "action": "call set_epoch of the sampler or dataset at the beginning of each pass",
         "evidence": {"tokens_in_pass": int(pass_tokens), "tokens_in_set": int(set_tokens)},

@@ -75,7 +75,7 @@ def half_precision_backward_without_scaler(run: Run):
     PLAIN.changed(family="qwen2"),
 )
 def cached_low_precision_weights_go_stale(run: Run):
-    """The linear layers compute with a bf16 copy of their weights that is made anew only every tenth call."""
+    """The linear layers compute with a bf16 copy of their weights that is made again only every tenth call."""
 
     def make(linear):
         cache = {"calls": 0, "copy": None}

@@ -109,7 +109,7 @@ def adapts_with_embedding(run, **options) -> None:
 
 
 def fills_gaps(run) -> None:
-    """BERT learns the 15 % of the bytes that it does not see, drawn anew in each batch."""
+    """BERT learns the 15 % of the bytes that it does not see, drawn again in each batch."""
     config = BertConfig(**TINY, vocab_size=run.setting.vocabulary, max_position_embeddings=2 * run.setting.block)
     torch.manual_seed(run.setting.seed)
     run.model, run.eval_dataset = BertForMaskedLM(config), None
