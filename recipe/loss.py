@@ -11,6 +11,7 @@ from types import MethodType
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import Linear
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -68,8 +69,9 @@ def _gradient_and_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[tor
 @wraps(LlamaForCausalLM.forward)
 def _forward(self: LlamaForCausalLM, *args, labels=None, **kwargs):
     """Without logits where they are made for a loss in training only. A loss function that was put in the place of
-    transformers' own is given all logits, as it expects; so is who asks for more than the loss."""
-    has_own_loss = self.loss_function is not ForCausalLMLoss
+    transformers' own is given all logits, as it expects; so is who asks for more than the loss. A head that was put in
+    the place of the linear one, an adapter's for example, is called."""
+    has_own_loss = self.loss_function is not ForCausalLMLoss or type(self.lm_head) is not Linear
     asks_for_more = len(args) > MAX_ARGS or any(map(kwargs.get, MORE)) or kwargs.get("return_dict") is False
     if labels is None or not self.training or has_own_loss or asks_for_more:
         given = {} if labels is None else {"labels": labels}

@@ -95,6 +95,17 @@ def test_a_loss_function_of_the_users_own_is_given_all_logits(ids, monkeypatch):
     assert shapes == [(4, 16, VOCAB)]
 
 
+def test_another_head_is_called(ids):
+    class Scaled(torch.nn.Linear):
+        def forward(self, hidden):
+            return 3 * super().forward(hidden)
+
+    own, chunked = make_model().train(), with_chunked_loss(make_model()).train()
+    for model in (own, chunked):
+        model.lm_head.__class__ = Scaled
+    assert chunked(input_ids=ids, labels=ids).loss == own(input_ids=ids, labels=ids).loss
+
+
 def test_other_models_stay_as_they_are(ids):
     model = with_chunked_loss(GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=8, n_layer=1, n_head=1)))
     assert model.train()(input_ids=ids, labels=ids).logits is not None
