@@ -18,7 +18,7 @@ from recipe.report import write_report
 from recipe.verdict import context_of, describe_guards, verdict
 
 logger = logging.getLogger("recipe.guards")
-ENDED, STOPPED_BY_GUARD = 0, 3
+ENDED, FAILED, STOPPED_BY_GUARD, BY_CTRL_C = 0, 1, 3, 130
 
 
 def describe(guards: RegressionCallback, trainer: Trainer, checkpoint: Path | None) -> None:
@@ -37,14 +37,16 @@ def describe(guards: RegressionCallback, trainer: Trainer, checkpoint: Path | No
     rundir.write_json(guards.output_dir / "run.json", described)
 
 
-def conclude(guards: RegressionCallback) -> None:
-    """Logs the verdict, and where the report is. Completes `run.json` and writes the report."""
-    judged, folder, facts = verdict(guards, None), guards.output_dir, guards.facts
+def conclude(guards: RegressionCallback, interrupted_by: str | None = None) -> None:
+    """Logs the verdict, and where the report is. Completes `run.json` and writes the report. `interrupted_by`: the
+    name of an exception."""
+    judged, folder, facts = verdict(guards, interrupted_by), guards.output_dir, guards.facts
     last = guards.history[-1] if guards.history else {"step": 0}
     result = {
         "verdict": judged.text,
         "verdict_kind": judged.kind,
-        "exit_code": STOPPED_BY_GUARD if guards.stopped_by is not None else ENDED,
+        "exit_code": _exit_code(guards, interrupted_by),
+        "interrupted_by": interrupted_by,
         "steps": last["step"],
         "tokens_seen": guards.tokens_seen,
         "train_seconds": round(guards.seconds, 1),
@@ -63,6 +65,12 @@ def conclude(guards: RegressionCallback) -> None:
     for line in [whole] if shorten(whole) == whole else [said, where]:
         is_path = line == where
         logger.info("%s", line if is_path else shorten(line), extra={"colour": judged.colour})
+
+
+def _exit_code(guards: RegressionCallback, interrupted_by: str | None) -> int:
+    if interrupted_by is not None:
+        return BY_CTRL_C if interrupted_by == KeyboardInterrupt.__name__ else FAILED
+    return STOPPED_BY_GUARD if guards.stopped_by is not None else ENDED
 
 
 def _now() -> str:

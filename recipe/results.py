@@ -5,6 +5,7 @@ import logging
 import math
 import shlex
 import shutil
+import signal
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -149,7 +150,8 @@ def conclude(
     entropy = unigram_entropy(data.eval_rows)
     if is_whole:
         save_whole_model(trainer, str(output_dir / "final"))  # `write_results` uploads it with its card
-    judged = verdict(guards, signals.agreed, metrics.get("eval_loss"), entropy)
+    received = signal.Signals(signals.agreed).name if signals.agreed else None
+    judged = verdict(guards, received, metrics.get("eval_loss"), entropy)
     code = GOOD if is_whole else 128 + signals.agreed if signals.agreed else STOPPED_BY_GUARD
     result = {
         "verdict": judged.text,

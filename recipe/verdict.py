@@ -10,7 +10,6 @@ context gets there.
 """
 
 import math
-import signal
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,7 +93,7 @@ def judge_run(
     interrupted_by: str | None = None,
 ) -> Verdict:
     """`judged`: ids that could judge; `reasons`: id -> why it could not, or did not apply; `failure`: why the guards
-    were not in force to the end. `interrupted_by`: the name of the signal that ended the run."""
+    were not in force to the end. `interrupted_by`: the name of the signal or exception that ended the run."""
     if words := say_findings(findings):
         return Verdict("findings", words)
     verdict = (
@@ -263,11 +262,15 @@ def _measured_without_samples(loss: float, first: float | None, run) -> Measured
 
 
 def verdict(
-    guards: RegressionCallback, received: int | None, eval_loss: float | None = None, entropy: float | None = None
+    guards: RegressionCallback,
+    interrupted_by: str | None = None,
+    eval_loss: float | None = None,
+    entropy: float | None = None,
 ) -> Verdict:
-    """`entropy`: of the tokens that `eval_loss` is about. Without it, or without an evaluation (an interrupted run, a
-    Trainer of one's own), the loss is compared with what the frequencies of the training tokens give, scored before
-    they are learned. For any `RegressionCallback`, after training."""
+    """For any `RegressionCallback`, after training. `interrupted_by`: the name of a signal or an exception. `entropy`:
+    of the tokens that `eval_loss` is about. Without it, or without an evaluation (an interrupted run, a Trainer of
+    one's own), the loss is compared with what the frequencies of the training tokens give, scored before they are
+    learned."""
     context = context_of(guards)
     measured, session = measure(guards), guards.session
     is_repeated = session is not None and session.passes > 1 and measured.is_same_unit
@@ -283,9 +286,8 @@ def verdict(
         is_prequential=is_prequential,
         **context,
     )
-    name = signal.Signals(received).name if received else None
     reasons = guards.not_applicable | guards.cannot_judge
-    return judge_run(guards.findings, learned, guards.judged, reasons, guards.failure, name)
+    return judge_run(guards.findings, learned, guards.judged, reasons, guards.failure, interrupted_by)
 
 
 def describe_guards(guards: RegressionCallback) -> dict:

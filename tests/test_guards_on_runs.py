@@ -531,7 +531,7 @@ def test_a_fault_of_the_guards_does_not_end_the_training(tmp_path, monkeypatch, 
     assert all(map(torch.equal, alone.model.parameters(), watched.model.parameters()))
     assert guards.failure == "the guards failed with ZeroDivisionError: a bug"
     assert guards.failure in guards.cannot_judge.values()
-    assert verdict(guards, received=None).text == f"not judged: {guards.failure}"
+    assert verdict(guards, interrupted_by=None).text == f"not judged: {guards.failure}"
     assert "the training goes on without them" in caplog.text
 
 

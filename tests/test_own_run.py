@@ -12,12 +12,12 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from tqdm import tqdm
-from transformers import Trainer, TrainingArguments, trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments, trainer
 
 from recipe import own_run
 from recipe.__main__ import run
 from recipe.console import BesideBars, LineFormatter, wants_colour
-from recipe.guards import MEANINGS, RegressionCallback
+from recipe.guards import MEANINGS, RegressionCallback, callback
 from recipe.report import load_run
 from tests.test_any_trainer import rows, tiny
 from tests.test_callback import unshifted
@@ -221,3 +221,45 @@ def test_a_line_in_colour_is_the_line():
     assert coloured == "\x1b[33mWARNING\x1b[0m \x1b[2mrecipe.x | \x1b[0m\x1b[32ma | b\x1b[0m"
     assert re.sub(r"\x1b\[\d+m", "", coloured) == line(logging.WARNING, False)
     assert line(logging.INFO, True).startswith("\x1b[2mINFO") and line(logging.ERROR, True).startswith("\x1b[31m")
+
+
+class FailsAt(TrainerCallback):
+    """In the middle of the given step, or at its end."""
+
+    def __init__(self, trainer, step, error, is_at_the_end=False):
+        self.error, self.is_at_the_end = error, is_at_the_end
+        compute_loss = trainer.compute_loss
+
+        def compute(*args, **kwargs):
+            if trainer.state.global_step == step - 1 and not is_at_the_end:
+                raise error
+            return compute_loss(*args, **kwargs)
+
+        trainer.compute_loss, self.step = compute, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and self.is_at_the_end:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "is_at_the_end", "code"),
+    [(KeyboardInterrupt, False, 130), (ValueError, False, 1), (ValueError, True, 1)],
+)
+def test_a_training_that_an_exception_ends_is_judged_and_reported(tmp_path, monkeypatch, error, is_at_the_end, code):
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(RegressionCallback())
+    trainer.add_callback(FailsAt(trainer, 4, error("by hand"), is_at_the_end))
+    with pytest.raises(error, match="by hand"):
+        trainer.train()
+    if is_at_the_end:  # noticed when the process ends
+        monkeypatch.setattr(sys, "last_value", error("by hand"), raising=False)
+        callback._end_the_rest()
+        callback._end_the_rest()
+    folder = tmp_path / "_recipe"
+    result = json.loads((folder / "run.json").read_text())["result"]
+    assert result["verdict"].startswith(f"interrupted by {error.__name__}, ")
+    assert (result["exit_code"], result["steps"]) == (code, 4 if is_at_the_end else 3)
+    assert len((folder / "steps.jsonl").read_text().splitlines()) == result["steps"]
+    assert f"The training ended with {error.__name__}." in (folder / "report.html").read_text()
+    assert "training_step" not in vars(trainer)  # as it was

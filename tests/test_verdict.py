@@ -195,9 +195,9 @@ def test_json_has_no_nan():
 def test_in_a_trainer_of_ones_own(tmp_path):
     """A text of order 1 over 64 tokens, of which a small model learns the bigrams in 150 steps."""
     guards = train(tmp_path / "healthy", steps=150, learning_rate=1e-2)
-    assert verdict(guards, received=None).text == "healthy"
+    assert verdict(guards, interrupted_by=None).text == "healthy"
     frozen = train(tmp_path / "frozen", steps=40, learning_rate=0.0)
-    assert verdict(frozen, received=None).text.startswith(f"{NOTHING}the learning rate was 0 (final loss 5.5")
+    assert verdict(frozen, interrupted_by=None).text.startswith(f"{NOTHING}the learning rate was 0 (final loss 5.5")
 
 
 def strict(file) -> list[dict]:

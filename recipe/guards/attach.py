@@ -38,9 +38,10 @@ class Wrapping:
         self._replaced.append((owner, name, own))
         setattr(owner, name, make(getattr(owner, name)))
 
-    def watch(self, session: Session, checkpoint: Path | None) -> None:
+    def watch(self, session: Session, checkpoint: Path | None, on_error: Callable[[BaseException], None]) -> None:
         """Wraps the three methods of the session's trainer. The first micro-batch sets the session up. A wrapper stays
-        in place when other code has copied it, and then does nothing."""
+        in place when other code has copied it, and then does nothing. `on_error`: what to do when a micro-batch ends
+        the training."""
         trainer, own_step = session.trainer, vars(session.trainer).get("training_step")
 
         def wrap_training_step(training_step: Callable) -> Callable:
@@ -50,7 +51,11 @@ class Wrapping:
                 if not session.is_watching:
                     return training_step(model, inputs, num_items_in_batch, *args, **kwargs)
                 tokens = session.before_micro_step(inputs, num_items_in_batch)
-                loss = training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+                try:
+                    loss = training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+                except BaseException as error:
+                    on_error(error)
+                    raise
                 session.after_micro_step(loss, inputs, tokens)
                 return loss
 

@@ -6,17 +6,20 @@ It knows no guard by name. A step's numbers leave the device without waiting and
 the main process; what other ranks record is gathered there over the host's network.
 """
 
+import atexit
 import logging
+import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakSet
 
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from recipe.console import BesideBars
+from recipe.guards.answers import Answers
 from recipe.guards.attach import Wrapping, find_trainer
 from recipe.guards.guard import CannotJudge, Finding, Guard, NotApplicable, shorten
 from recipe.guards.ranks import Ranks
@@ -24,66 +27,12 @@ from recipe.guards.records import StepRecord, append_evaluation, prepare_files, 
 from recipe.guards.reporter import Reporter
 from recipe.guards.run import plain_rate
 from recipe.guards.session import Options, Session
-from recipe.guards.trajectory import Reference, load_reference
+from recipe.guards.trajectory import load_reference
 from recipe.guards.worker import HISTORY, why
 
 logger = logging.getLogger("recipe.guards")
 FILES = ("steps.jsonl", "evals.jsonl", "findings.jsonl")
 FOLDER = "_recipe"  # of the files, in a Trainer's `output_dir`: `push_to_hub` uploads no `_*`
-
-
-class Answers(TrainerCallback):
-    """What can be asked of a `RegressionCallback`."""
-
-    reporter: Reporter
-    session: Session | None  # of the training that goes on, or the last one
-    _why_off: str | None  # from the beginning
-    _history: list[StepRecord]
-    _facts: dict
-
-    @property
-    def findings(self) -> list[Finding]:
-        return self.reporter.findings
-
-    @property
-    def judged_steps(self) -> Counter[str]:
-        return self.reporter.judged_steps
-
-    @property
-    def judged(self) -> set[str]:
-        return {name for name, count in self.judged_steps.items() if count}
-
-    @property
-    def cannot_judge(self) -> dict[str, str]:
-        return self.reporter.cannot_judge
-
-    @property
-    def not_applicable(self) -> dict[str, str]:
-        return self.reporter.not_applicable
-
-    @property
-    def is_main(self) -> bool:
-        return self.reporter.is_main
-
-    @property
-    def failure(self) -> str | None:
-        return self.session.failure if self.session else self._why_off
-
-    @property
-    def tokens_seen(self) -> int:
-        return self.session.tokens_seen if self.session else self._history[-1]["tokens_seen"] if self._history else 0
-
-    @property
-    def history(self) -> list[StepRecord]:
-        return self.session.history if self.session else self._history
-
-    @property
-    def facts(self) -> dict:
-        return self.session.run.facts if self.session and self.session.run else self._facts
-
-    @property
-    def reference(self) -> Reference | None:
-        return self.session.run.reference if self.session and self.session.run else None
 
 
 class RegressionCallback(Answers):
@@ -173,7 +122,8 @@ class RegressionCallback(Answers):
         self.session.history = self._history
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
         self._checkpoint = _checkpoint_of(args, state, checkpoint)
-        self._wrapping.watch(self.session, self._checkpoint)
+        self._wrapping.watch(self.session, self._checkpoint, self._on_error)
+        _not_ended.add(self)
         _write_own_files(self, lambda own_run: own_run.describe(self, self._trainer, self._checkpoint))
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -240,9 +190,18 @@ class RegressionCallback(Answers):
             self.session.attempt(self.session.taps.take_evaluation)  # a prediction's rows are no evaluation's
 
     def on_train_end(self, args, state, control, **kwargs):
+        self._end(control)
+
+    def _on_error(self, error: BaseException | None) -> None:
+        """It ends the training without `on_train_end`. Several ranks might wait for each other."""
+        if self._trainer is not None and not self.is_saved_by_trainer and self._trainer.args.world_size == 1:
+            self._end(self._trainer.control, type(error).__name__ if error is not None else "the end of its process")
+
+    def _end(self, control, interrupted_by: str | None = None) -> None:
+        _not_ended.discard(self)
         self._judge_last(control)
         self.seconds = time.perf_counter() - self._begun
-        _write_own_files(self, lambda own_run: own_run.conclude(self))
+        _write_own_files(self, lambda own_run: own_run.conclude(self, interrupted_by))
         self._release()
         self._lines.detach()
 
@@ -303,6 +262,16 @@ class RegressionCallback(Answers):
         self.reporter.begin(self.output_dir / "findings.jsonl", is_main, until)
         if is_main:
             prepare_files(self.output_dir, FILES, until)
+
+
+_not_ended: WeakSet[RegressionCallback] = WeakSet()  # their trainings have begun
+
+
+@atexit.register
+def _end_the_rest() -> None:
+    """Those that an exception ended between two micro-batches."""
+    for callback in list(_not_ended):
+        callback._on_error(getattr(sys, "last_value", None))
 
 
 def _switch_off(reporter: Reporter, error: Exception, is_main: bool) -> str:
