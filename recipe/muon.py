@@ -9,12 +9,15 @@ rate serves both. torch's own iterates in bf16 on every device, which most CPUs 
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import Embedding, Module, Parameter
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
-from transformers import Trainer
+
+if TYPE_CHECKING:  # a second of start-up, for which `plan` has no use
+    from transformers import Trainer
 
 from recipe.errors import UserError
 from recipe.internals import has_fast_bf16_cpu
@@ -190,7 +193,7 @@ def group_parameters(
     return groups
 
 
-def make_muon(model: Module, trainer: Trainer) -> Muon:
+def make_muon(model: Module, trainer: "Trainer") -> Muon:
     """With the settings of the trainer's arguments."""
     args, decayed = trainer.args, trainer.get_decay_parameter_names(model)
     betas = (args.adam_beta1, args.adam_beta2)
