@@ -91,12 +91,14 @@ def chosen(part: str, bugs: list[Bug], healthy: dict[str, Setting], names: set[s
 
 
 def run_zoo(
-    parts: dict[str, tuple[list[Bug], dict[str, Setting]]], processes: int | None = None, more_seeds: bool = True
+    parts: dict[str, tuple[list[Bug], dict[str, Setting]]], processes: int | None = None, *, only_guards: bool = False
 ) -> dict:
     """Every bug, its healthy twin (one for all bugs of a setting) and every healthy run of the parts, scored.
-    `more_seeds`: see `measure_missed`."""
+    `only_guards`: without other tools and without `measure_missed`."""
     start = time.perf_counter()
     tasks = [task for bugs, healthy in parts.values() for task in tasks_of(bugs, healthy)]
+    if only_guards:
+        tasks = [task._replace(with_others=False) for task in tasks]
     records, problems = run_all(list({task.key: task for task in tasks}.values()), processes)
     results = {"environment": environment(), "runs": len(records), "parts": {}, "problems": problems}
     for part, (bugs, healthy) in parts.items():
@@ -105,7 +107,7 @@ def run_zoo(
         silent = score_all_healthy(bugs, healthy, records)
         results["parts"][part] = {"bugs": rows, "healthy": silent}
     healthy_records = [records[task.key] for task in tasks if task.bug is None and "error" not in records[task.key]]
-    if more_seeds:
+    if not only_guards:
         results["runs"] += measure_missed(parts, results, records, processes)
     for part in results["parts"].values():
         part["summary"] = summarize(part["bugs"], part["healthy"], TOOLS)
