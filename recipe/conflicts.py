@@ -25,6 +25,24 @@ def find_machine_conflicts(values: Mapping[str, Any], unsound: Set[str]) -> dict
     return _first_keys([*_of_machine(v), *_of_schedule(v)], unsound)
 
 
+def embedding_lr_ratio(optim_args: str | None) -> float:
+    """Of `"optim_args": "embedding_lr_ratio=2"`, which is all that muon takes; 1 where it is not given. Raises
+    `ValueError`."""
+    if not optim_args:
+        return 1.0
+    name, _, value = optim_args.replace(" ", "").partition("=")
+    try:
+        ratio = float(value)
+    except ValueError:
+        ratio = math.nan
+    if name != "embedding_lr_ratio" or not 0 < ratio < math.inf:
+        raise ValueError(
+            "muon takes embedding_lr_ratio=2, or another number above 0, and nothing else; learning_rate, "
+            "weight_decay, adam_beta1 and adam_beta2 are keys of their own"
+        )
+    return ratio
+
+
 def num_steps(v: SimpleNamespace) -> int:
     """Of the run; -1 where neither tokens nor steps are set."""
     if v.train_tokens is None:
@@ -60,8 +78,11 @@ def _conflicts(v: SimpleNamespace, given: Set[str], options: Set[str]) -> Iterat
 
     if v.optim == "muon" and (v.fsdp or v.deepspeed):
         yield "optim fsdp deepspeed", "muon needs whole matrices, and these shard them; use adamw_torch_fused"
-    if v.optim == "muon" and v.optim_args:
-        yield "optim_args optim", "muon takes none; learning_rate, weight_decay, adam_beta1 and adam_beta2 apply"
+    if v.optim == "muon":
+        try:
+            embedding_lr_ratio(v.optim_args)
+        except ValueError as error:
+            yield "optim_args optim", str(error)
 
     if v.document_masking and v.use_cache:
         yield "use_cache document_masking", "true silently turns document_masking off; remove it"

@@ -4,9 +4,11 @@
 
 Keller Jordan's post (kellerjordan.github.io/posts/muon) and torch.optim.Muon define the update; Moonlight (arXiv
 2502.16982) scales it by 0.2 sqrt(max(rows, columns)), so that its elements are as large as AdamW's and one learning
-rate serves both. torch's own iterates in bf16 on every device, which most CPUs emulate, and matrix by matrix.
+rate serves both. torch's own iterates in bf16 on every device, which most CPUs emulate, and matrix by matrix. The rate
+of embeddings and head may be a multiple of it: `"optim_args": "embedding_lr_ratio=2"`.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ from torch.optim.adamw import adamw
 if TYPE_CHECKING:  # a second of start-up, for which `plan` has no use
     from transformers import Trainer
 
+from recipe.conflicts import embedding_lr_ratio
 from recipe.errors import UserError
 from recipe.internals import has_fast_bf16_cpu
 
@@ -172,10 +175,17 @@ def outer_parameters(model: Module) -> set[int]:
 
 
 def group_parameters(
-    model: Module, decayed: Collection[str], *, weight_decay: float, betas: tuple[float, float], eps: float
+    model: Module,
+    decayed: Collection[str],
+    *,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    embedding_lr: float | None = None,
 ) -> list[dict]:
-    """Groups for `Muon`: hidden matrices, other weights with decay, weights without. `decayed`: names, of Trainer's
-    `get_decay_parameter_names`. Raises `UserError` for models without hidden matrices and for adapters."""
+    """Groups for `Muon`: hidden matrices, embeddings and head, other weights; each with decay and without. `decayed`:
+    names, of Trainer's `get_decay_parameter_names`. `embedding_lr`: of embeddings and head; None: the optimizer's.
+    Raises `UserError` for models without hidden matrices and for adapters."""
     if getattr(model, "peft_config", None):
         raise UserError("optim muon: an adapter's matrices are factors of an update; use adamw_torch_fused")
     outer = outer_parameters(model)
@@ -186,16 +196,24 @@ def group_parameters(
     taken = {id(p) for p in matrices}
     adam = {"betas": betas, "eps": eps, "fused": True}
     groups = [{"params": matrices, "weight_decay": weight_decay, "momentum": MOMENTUM}]
-    for is_decayed in (True, False):
-        others = [p for name, p in named if id(p) not in taken and (name in decayed) is is_decayed]
-        if others:
-            groups.append({"params": others, "weight_decay": weight_decay * is_decayed, **adam})
+    rest = [(p, (id(p) in outer, name in decayed)) for name, p in named if id(p) not in taken]
+    for kind in itertools.product((True, False), repeat=2):
+        is_outer, is_decayed = kind
+        rate = {"lr": embedding_lr} if is_outer and embedding_lr is not None else {}
+        if others := [p for p, its_kind in rest if its_kind == kind]:
+            groups.append({"params": others, "weight_decay": weight_decay * is_decayed, **adam, **rate})
     return groups
 
 
 def make_muon(model: Module, trainer: "Trainer") -> Muon:
     """With the settings of the trainer's arguments."""
     args, decayed = trainer.args, trainer.get_decay_parameter_names(model)
-    betas = (args.adam_beta1, args.adam_beta2)
-    groups = group_parameters(model, decayed, weight_decay=args.weight_decay, betas=betas, eps=args.adam_epsilon)
+    groups = group_parameters(
+        model,
+        decayed,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        embedding_lr=args.learning_rate * embedding_lr_ratio(args.optim_args),
+    )
     return Muon(groups, lr=args.learning_rate, world_size=args.world_size)

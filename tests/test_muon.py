@@ -182,11 +182,39 @@ def test_models_that_it_does_not_suit_are_refused():
         make_optimizer(adapted)
 
 
-@pytest.mark.parametrize(("key", "value"), [("fsdp", "full_shard"), ("optim_args", "momentum=0.9")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("fsdp", "full_shard"),
+        *(("optim_args", f"{each}") for each in ("momentum=0.9", "embedding_lr_ratio", "embedding_lr_ratio=0")),
+        *(("optim_args", f"embedding_lr_ratio={each}") for each in ("nan", "inf", "-1", "2,momentum=0.9", "two")),
+    ],
+)
 def test_settings_that_it_does_not_suit_are_refused(tmp_path, key, value):
     words = ["--optim", "muon", f"--{key}", value, "--use_cpu", "true"]
     with pytest.raises(ConfigError, match="muon"):
         parse_config("recipe/configs/cpu_demo.json", words)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_the_rate_of_embeddings_and_head_is_a_multiple(is_tied):
+    model = make_model(tie_word_embeddings=is_tied)
+    decayed = [name for name, p in model.named_parameters() if p.dim() > 1]
+    optimizer = Muon(group_parameters(model, decayed, **SETTINGS, embedding_lr=3e-2), lr=1e-2)
+    rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rates = {name: rate_of[id(p)] for name, p in model.named_parameters()}
+    assert {name for name, rate in rates.items() if rate == 3e-2} == {
+        "model.embed_tokens.weight",
+        *([] if is_tied else ["lm_head.weight"]),
+    }
+    assert set(rates.values()) == {1e-2, 3e-2}
+    fill_gradients(model, 1)
+    before = model.get_input_embeddings().weight.clone()
+    optimizer.step()
+    moved = model.get_input_embeddings().weight - before
+    fill_gradients(other := make_model(tie_word_embeddings=is_tied), 1)
+    make_optimizer(other, lr=3e-2).step()
+    torch.testing.assert_close(moved, other.get_input_embeddings().weight - before)
 
 
 # --- whole runs
@@ -197,8 +225,9 @@ def train(path: str, out, *words) -> list[float]:
     return [record["loss"] for record in read_lines(out / "steps.jsonl")]
 
 
-def test_a_resumed_run_has_the_same_bits_and_keeps_its_optimizer(write_config, tmp_path, capsys):
-    path = write_config(optim="muon", eval_strategy="no", eval_steps=None)
+@pytest.mark.parametrize("optim_args", [None, "embedding_lr_ratio=2"])
+def test_a_resumed_run_has_the_same_bits_and_keeps_its_optimizer(write_config, tmp_path, capsys, optim_args):
+    path = write_config(optim="muon", optim_args=optim_args, eval_strategy="no", eval_steps=None)
     whole = train(path, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "parted/checkpoint-3")
     parted = train(path, tmp_path / "parted", "--resume_from_checkpoint", str(tmp_path / "parted/checkpoint-3"))
