@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM, TrainingArguments, masking_utils
 from transformers import modeling_flash_attention_utils as flash
 from transformers.masking_utils import create_causal_mask
 
@@ -186,8 +186,11 @@ def test_documents_are_apart_for_flash_attention_too(tiny_model, monkeypatch):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_documents_are_apart_for_flex_attention_too(tiny_model):
-    """Flex has no backward on a CPU; the mask that it would be given is looked at."""
+def test_documents_are_apart_for_flex_attention_too(tiny_model, monkeypatch):
+    """Flex has no backward on a CPU; the mask that it would be given is looked at. transformers compiles what makes
+    it: half a minute, for the same mask."""
+    make = masking_utils.create_block_mask
+    monkeypatch.setattr(masking_utils, "create_block_mask", lambda **keys: make(**{**keys, "_compile": False}))
     batch = packed_batch(flash_attention=False)
     model, positions = tiny_model, batch["position_ids"]
     model.config._attn_implementation = "flex_attention"
