@@ -56,7 +56,7 @@ SWEEP = {
         cosine(8e-3, 8, 512_000, floor=0.0),
         wsd(8e-3, 8, 512_000),
         wsd(6e-3, 4, 512_000),
-        wsd(6e-3, 4, 486_400) | EMBEDDINGS,
+        wsd(6e-3, 4, 512_000) | EMBEDDINGS,
     ],
     ("stock", 5.03): [
         cosine(3e-3, 8, 1_638_400),
