@@ -1,7 +1,7 @@
 """Training on a machine that others use too: tokens/s alone and beside busy processes, by how OpenMP's threads wait.
 
 `python -m tests.benchmarks load`. Every setting has a process of its own, since OpenMP reads its variables once. The
-parent asks it for one measurement at a time: alone, beside as many busy processes as there are cores, alone, ...
+parent asks it for one measurement at a time: alone, beside one busy process, beside as many as there are cores.
 """
 
 import os
@@ -27,16 +27,14 @@ VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKT
 
 def measure_load(_options) -> Result:
     cores = len(os.sched_getaffinity(0))
-    found = {name: {"alone": [], "loaded": []} for name in SETTINGS}
+    found = {name: {others: [] for others in (0, 1, cores)} for name in SETTINGS}
     children = {name: start(variables) for name, variables in SETTINGS.items()}
     for child in children.values():
         child.stdout.readline()  # it is ready
-    for _ in range(ROUNDS):
+    for others in [*found["no spins"]] * ROUNDS:
+        busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(others)]
         for name, child in children.items():
-            found[name]["alone"].append(ask(child))
-        busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(cores)]
-        for name, child in children.items():
-            found[name]["loaded"].append(ask(child))
+            found[name][others].append(ask(child))
         for each in busy:
             each.kill()
             each.wait()
@@ -46,27 +44,35 @@ def measure_load(_options) -> Result:
     return describe(found, cores)
 
 
-def describe(found: dict, cores: int) -> Result:
-    own = next(iter(found.values()))
+def describe(found: dict[str, dict[int, list[float]]], cores: int) -> Result:
+    """`found`: by setting and number of others, tokens/s."""
+    alone_by_itself = statistics.median(found["OpenMP's own"][0])
     rows = []
     for name, rates in found.items():
-        alone, loaded = (statistics.median(rates[kind]) for kind in ("alone", "loaded"))
+        alone, *loaded = (statistics.median(each) for each in rates.values())
         rows.append(
             {
                 "waiting": f"{name} (the recipe's)" if SETTINGS[name] == WAITING else name,
                 "alone, tokens/s": alone,
-                "alone, against OpenMP's own": alone / statistics.median(own["alone"]),
-                "beside others, tokens/s": loaded,
-                "smallest to largest": f"{min(rates['loaded']):,.0f} to {max(rates['loaded']):,.0f}",
-                "slower by": alone / loaded,
+                "alone, against OpenMP's own": alone / alone_by_itself,
+                **{
+                    f"slower beside {others} by": f"{alone / rate:.2f} ({fair(cores, others):.2f} is fair)"
+                    for others, rate in zip([*rates][1:], loaded, strict=True)
+                },
+                f"smallest to largest beside {cores}": f"{min(rates[cores]):,.0f} to {max(rates[cores]):,.0f}",
             }
         )
     measured = (
         f"The demo's model, 8 rows of 256 tokens, forward, backward and AdamW in fp32, {cores} threads on {cores} "
-        f"cores; medians of {ROUNDS} alternating measurements of {SECONDS:g} s. Others: {cores} processes that only "
-        "count. A fair scheduler gives each side half of the machine then: slower by 2."
+        f"cores; medians of {ROUNDS} alternating measurements of {SECONDS:g} s. Others: processes that only count. "
+        "Fair: each thread, the training's and the others', gets the same share of the cores."
     )
     return Result("training beside other processes", measured, rows)
+
+
+def fair(cores: int, others: int) -> float:
+    """By how much a training with a thread on each core is slower beside `others` that use one each."""
+    return (cores + others) / cores
 
 
 def start(variables: dict[str, str]) -> subprocess.Popen:
