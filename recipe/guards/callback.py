@@ -8,6 +8,7 @@ the main process; what other ranks record is gathered there over the host's netw
 
 import atexit
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -123,6 +124,7 @@ class RegressionCallback(Answers):
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
         self._checkpoint = _checkpoint_of(args, state, checkpoint)
         self._wrapping.watch(self.session, self._checkpoint, self._on_error)
+        self._process = os.getpid()
         _not_ended.add(self)
         _write_own_files(self, lambda own_run: own_run.describe(self, self._trainer, self._checkpoint))
 
@@ -271,7 +273,8 @@ _not_ended: WeakSet[RegressionCallback] = WeakSet()  # their trainings have begu
 def _end_the_rest() -> None:
     """Those that an exception ended between two micro-batches."""
     for callback in list(_not_ended):
-        callback._on_error(getattr(sys, "last_value", None))
+        if callback._process == os.getpid():  # else it is this one's parent that trains
+            callback._on_error(getattr(sys, "last_value", None))
 
 
 def _switch_off(reporter: Reporter, error: Exception, is_main: bool) -> str:
