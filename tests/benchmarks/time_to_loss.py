@@ -175,7 +175,7 @@ def make_result(records: list[dict]) -> Result:
     measured = (
         "The demo's model and rows, one thread, eval loss on its whole hold-out every 51,200 tokens once the training "
         "loss is near; evaluation is not counted. The recipe in the precision that it chooses, stock Trainer in its "
-        "own, fp32; `throughput` has how much faster bf16 is. Each arm at the best of its sweep, whose runs are all in "
+        "own, fp32; `throughput` has how much faster bf16 is. Each arm at the best of its sweep, all of it in "
         "time_to_loss.json."
     )
     sweep = [
