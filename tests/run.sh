@@ -14,6 +14,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tiny models are slower on more 
 
 "$env_python" -m ruff check .
 "$env_python" -m ruff format --check . || fail 1 "some files are not formatted: run \`ruff format\`"
-# All of them: one process a core. A few: without the seconds that it takes to start those.
-[ $# -gt 0 ] || set -- -n auto --dist worksteal
+# All of them: one process a core and one more, since many tests wait for processes of their own. A few: without the
+# seconds that it takes to start those.
+[ $# -gt 0 ] || set -- -n "$("$env_python" -c 'import os; print(1 + (os.cpu_count() or 1))')" --dist worksteal
 exec "$env_python" -m pytest "$@"
