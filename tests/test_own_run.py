@@ -250,16 +250,88 @@ def test_a_training_that_an_exception_ends_is_judged_and_reported(tmp_path, monk
     trainer = make_trainer(tmp_path)
     trainer.add_callback(RegressionCallback())
     trainer.add_callback(FailsAt(trainer, 4, error("by hand"), is_at_the_end))
-    with pytest.raises(error, match="by hand"):
+    with pytest.raises(error, match="by hand") as raised:
         trainer.train()
     if is_at_the_end:  # noticed when the process ends
-        monkeypatch.setattr(sys, "last_value", error("by hand"), raising=False)
+        monkeypatch.setattr(sys, "last_value", raised.value, raising=False)
         callback._end_the_rest()
         callback._end_the_rest()
-    folder = tmp_path / "_recipe"
-    result = json.loads((folder / "run.json").read_text())["result"]
+    result = result_of(tmp_path)
     assert result["verdict"].startswith(f"interrupted by {error.__name__}, ")
     assert (result["exit_code"], result["steps"]) == (code, 4 if is_at_the_end else 3)
-    assert len((folder / "steps.jsonl").read_text().splitlines()) == result["steps"]
-    assert f"The training ended with {error.__name__}." in (folder / "report.html").read_text()
-    assert "training_step" not in vars(trainer)  # as it was
+    assert len((tmp_path / "_recipe/steps.jsonl").read_text().splitlines()) == result["steps"]
+    assert f"The training ended with {error.__name__}." in (tmp_path / "_recipe/report.html").read_text()
+
+
+def result_of(output_dir) -> dict:
+    return json.loads((output_dir / "_recipe/run.json").read_text())["result"]
+
+
+def test_a_training_that_goes_on_after_an_exception_is_watched_to_its_end(tmp_path):
+    """Other code catches it around `training_step`."""
+    watched = RegressionCallback()
+    trainer = make_trainer(tmp_path, steps=30)
+    trainer.add_callback(watched)
+    trainer.add_callback(SkipsErrors(trainer))
+    trainer.add_callback(FailsAt(trainer, 4, ValueError("by hand")))
+    trainer.train()
+    result = result_of(tmp_path)
+    assert (result["steps"], result["exit_code"], result["interrupted_by"]) == (30, 0, None)
+    assert watched.failure is None and [f.id for f in watched.findings if f.severity != "info"] == []
+
+
+class SkipsErrors(TrainerCallback):
+    """Of micro-batches: a loss of 0 instead."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            step = self.trainer.training_step
+
+            def training_step(*arguments, **keywords):
+                try:
+                    return step(*arguments, **keywords)
+                except ValueError:
+                    return torch.tensor(0.0)
+
+            self.trainer.training_step = training_step
+
+
+def test_what_the_guards_raise_at_an_exception_does_not_hide_it(tmp_path, monkeypatch, caplog):
+    watched = RegressionCallback()
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(watched)
+    trainer.add_callback(FailsAt(trainer, 4, ValueError("by hand")))
+    monkeypatch.setattr(watched, "_judge_last", lambda control: 1 / 0)
+    with pytest.raises(ValueError, match="by hand"):
+        trainer.train()
+    assert "the guards failed at the end of a training" in caplog.text
+
+
+def test_a_training_that_was_ended_is_recorded_when_the_next_begins(tmp_path):
+    watched = RegressionCallback()
+    trainer = make_trainer(tmp_path / "first")
+    trainer.add_callback(watched)
+    trainer.add_callback(FailsAt(trainer, 4, KeyboardInterrupt("by hand"), is_at_the_end=True))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(FailsAt)
+    trainer.args.output_dir = str(tmp_path / "second")
+    trainer.train()
+    assert result_of(tmp_path / "first")["verdict"].startswith("interrupted by an exception, ")
+    assert result_of(tmp_path / "second")["exit_code"] == 0
+    assert watched not in callback._unfinished
+
+
+def test_a_forked_child_does_not_end_its_parents_training(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(RegressionCallback())
+    trainer.add_callback(FailsAt(trainer, 4, ValueError("by hand"), is_at_the_end=True))
+    with pytest.raises(ValueError, match="by hand"):
+        trainer.train()
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    callback._end_the_rest()
+    assert "result" not in json.loads((tmp_path / "_recipe/run.json").read_text())
+    callback._unfinished.clear()

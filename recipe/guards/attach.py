@@ -40,8 +40,8 @@ class Wrapping:
 
     def watch(self, session: Session, checkpoint: Path | None, on_error: Callable[[BaseException], None]) -> None:
         """Wraps the three methods of the session's trainer. The first micro-batch sets the session up. A wrapper stays
-        in place when other code has copied it, and then does nothing. `on_error`: what to do when a micro-batch ends
-        the training."""
+        in place when other code has copied it, and then does nothing. `on_error`: is told of an exception in a
+        micro-batch, and raises none."""
         trainer, own_step = session.trainer, vars(session.trainer).get("training_step")
 
         def wrap_training_step(training_step: Callable) -> Callable:
@@ -54,6 +54,7 @@ class Wrapping:
                 try:
                     loss = training_step(model, inputs, num_items_in_batch, *args, **kwargs)
                 except BaseException as error:
+                    session.drop_micro_step()
                     on_error(error)
                     raise
                 session.after_micro_step(loss, inputs, tokens)
@@ -90,7 +91,7 @@ class Wrapping:
     def undo(self) -> None:
         for owner, name, own in reversed(self._replaced):
             if own is None:
-                delattr(owner, name)
+                vars(owner).pop(name, None)  # other code may have taken it away
             else:
                 setattr(owner, name, own)
         self._replaced.clear()

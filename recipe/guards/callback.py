@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,7 @@ class RegressionCallback(Answers):
     # --- Trainer's events
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._control = control
         try:
             self._begin(args, state)
         except Exception as error:
@@ -100,7 +102,9 @@ class RegressionCallback(Answers):
 
     def _begin(self, args, state) -> None:
         """Raises `CannotJudge` where there is nothing to watch."""
-        self._release()  # of a training that ended with an exception
+        if self in _unfinished:
+            self._end_unfinished()
+        self._release()
         self.session = self._why_off = None
         self.reporter.findings.clear()
         self.reporter.is_main = state.is_world_process_zero
@@ -124,8 +128,9 @@ class RegressionCallback(Answers):
         self.session.tokens_seen = self._history[-1]["tokens_seen"] if self._history else 0
         self._checkpoint = _checkpoint_of(args, state, checkpoint)
         self._wrapping.watch(self.session, self._checkpoint, self._on_error)
-        self._process = os.getpid()
-        _not_ended.add(self)
+        self._process, self._was_interrupted = os.getpid(), False
+        if args.world_size == 1 and not self.is_saved_by_trainer and not args.auto_find_batch_size:
+            _unfinished.add(self)
         _write_own_files(self, lambda own_run: own_run.describe(self, self._trainer, self._checkpoint))
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -147,6 +152,9 @@ class RegressionCallback(Answers):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.session is not None:
+            if self._was_interrupted:  # and goes on
+                self._was_interrupted, self.seconds = False, 0.0
+                _unfinished.add(self)
             self._flush(control, is_final=False)
             self.session.end_step(state.global_step)
             if self.session.stop_asked and args.world_size == 1:
@@ -192,20 +200,32 @@ class RegressionCallback(Answers):
             self.session.attempt(self.session.taps.take_evaluation)  # a prediction's rows are no evaluation's
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._end(control)
+        self._conclude()
+        self._end()
 
-    def _on_error(self, error: BaseException | None) -> None:
-        """It ends the training without `on_train_end`. Several ranks might wait for each other."""
-        if self._trainer is not None and not self.is_saved_by_trainer and self._trainer.args.world_size == 1:
-            self._end(self._trainer.control, type(error).__name__ if error is not None else "the end of its process")
-
-    def _end(self, control, interrupted_by: str | None = None) -> None:
-        _not_ended.discard(self)
-        self._judge_last(control)
+    def _conclude(self, interrupted_by: str | None = None) -> None:
+        """Judges the last step, and writes what there is to say."""
+        _unfinished.discard(self)
+        self._judge_last(self._control)
         self.seconds = time.perf_counter() - self._begun
         _write_own_files(self, lambda own_run: own_run.conclude(self, interrupted_by))
+
+    def _end(self) -> None:
         self._release()
         self._lines.detach()
+
+    def _on_error(self, error: BaseException) -> None:
+        """In a micro-batch: most trainings end by it, without `on_train_end`. One that goes on is watched on."""
+        if self in _unfinished:
+            self._was_interrupted = True
+            with _errors_logged():
+                self._conclude(type(error).__name__)
+
+    def _end_unfinished(self) -> None:
+        """A training that an exception has ended between two micro-batches."""
+        with _errors_logged():
+            self._conclude(_name_of_error(self._trainer))
+            self._end()
 
     def _judge_last(self, control) -> None:
         """The last step, and what has waited for the probes."""
@@ -266,15 +286,32 @@ class RegressionCallback(Answers):
             prepare_files(self.output_dir, FILES, until)
 
 
-_not_ended: WeakSet[RegressionCallback] = WeakSet()  # their trainings have begun
+# Trainings whose end is to be recorded: of one process, since several might wait for each other, and not of those that
+# Trainer begins again when memory runs out.
+_unfinished: WeakSet[RegressionCallback] = WeakSet()
 
 
 @atexit.register
 def _end_the_rest() -> None:
-    """Those that an exception ended between two micro-batches."""
-    for callback in list(_not_ended):
+    for callback in list(_unfinished):
         if callback._process == os.getpid():  # else it is this one's parent that trains
-            callback._on_error(getattr(sys, "last_value", None))
+            callback._end_unfinished()
+
+
+def _name_of_error(trainer: Trainer) -> str:
+    """Of the exception that ended the process or a notebook's cell, if it came out of this trainer."""
+    error = getattr(sys, "last_value", None)
+    frames = traceback.walk_tb(error.__traceback__ if error is not None else None)
+    is_its = any(trainer is not None and frame.f_locals.get("self") is trainer for frame, _ in frames)
+    return type(error).__name__ if is_its else "an exception"
+
+
+@contextmanager
+def _errors_logged() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # beside one of the user's own
+        logger.error("the guards failed at the end of a training", exc_info=error)
 
 
 def _switch_off(reporter: Reporter, error: Exception, is_main: bool) -> str:

@@ -241,6 +241,12 @@ class Taps:
         if self.head is not None and (sampled := self.head.take()) is not None:
             local.head.append((len(local.losses) - 1, sampled))
 
+    def drop_micro_step(self) -> None:
+        for tap in self.gradients:
+            tap.is_listening = False
+        if self.head is not None:
+            self.head.take()
+
     def choose_rows(self, step: int, tokens: list[SeenTokens]) -> NgramRows | None:
         """What the n-gram model on the main process is given of this rank's step."""
         every, ranks = choose_every(self.run.step_size[0]), (self.run.rank, self.run.world_size)
