@@ -13,6 +13,9 @@ NO_BF16 = "no GPU here computes in bf16, and on most CPUs it is slower than fp32
 LENGTH = {"train_tokens", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "block_size"}
 
 
+EMBEDDING_LR_RATIO = "embedding_lr_ratio"
+
+
 def find_conflicts(values: Mapping[str, Any], given: Set[str], options: Set[str], unsound: Set[str]) -> dict[str, str]:
     """Key -> what is wrong with its combination with others, on any machine. `given` are the keys that the user set,
     `options` those of the command line. Combinations with an `unsound` key are not checked."""
@@ -35,7 +38,7 @@ def embedding_lr_ratio(optim_args: str | None) -> float:
         ratio = float(value)
     except ValueError:
         ratio = math.nan
-    if name != "embedding_lr_ratio" or not 0 < ratio < math.inf:
+    if name != EMBEDDING_LR_RATIO or not 0 < ratio < math.inf:
         raise ValueError(
             "muon takes embedding_lr_ratio=2, or another number above 0, and nothing else; learning_rate, "
             "weight_decay, adam_beta1 and adam_beta2 are keys of their own"
@@ -83,6 +86,8 @@ def _conflicts(v: SimpleNamespace, given: Set[str], options: Set[str]) -> Iterat
             embedding_lr_ratio(v.optim_args)
         except ValueError as error:
             yield "optim_args optim", str(error)
+    elif EMBEDDING_LR_RATIO in (v.optim_args or ""):
+        yield "optim_args optim", f"is muon's, and {v.optim} does not read it; --optim_args '' leaves it out"
 
     if v.document_masking and v.use_cache:
         yield "use_cache document_masking", "true silently turns document_masking off; remove it"

@@ -66,13 +66,21 @@ def _gradient_and_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[tor
     return logits.mul_(is_scored / sums).scatter_add_(1, chosen, -is_scored.float()), loss
 
 
+def _is_only_weight(head: torch.nn.Module) -> bool:
+    """Whether calling it does nothing but multiply by its weight. The guards' own hooks only look."""
+    hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+    is_plain = type(head) is Linear and head.bias is None and "forward" not in vars(head)
+    return is_plain and all((hook.__module__ or "").startswith("recipe.guards") for hook in hooks)
+
+
 @wraps(LlamaForCausalLM.forward)
 def _forward(self: LlamaForCausalLM, *args, labels=None, **kwargs):
     """Without logits where they are made for a loss in training only. A loss function that was put in the place of
-    transformers' own is given all logits, as it expects; so is who asks for more than the loss. A head that was put in
-    the place of the linear one, an adapter's for example, is called."""
-    has_own_loss = self.loss_function is not ForCausalLMLoss or type(self.lm_head) is not Linear
+    transformers' own is given all logits, as it expects; so is who asks for more than the loss. A head that is more
+    than its weight, an adapter's for example, is called."""
+    has_own_loss = self.loss_function is not ForCausalLMLoss or not _is_only_weight(self.lm_head)
     asks_for_more = len(args) > MAX_ARGS or any(map(kwargs.get, MORE)) or kwargs.get("return_dict") is False
+    asks_for_more |= kwargs.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX
     if labels is None or not self.training or has_own_loss or asks_for_more:
         given = {} if labels is None else {"labels": labels}
         return LlamaForCausalLM.forward(self, *args, **given, **kwargs)

@@ -143,6 +143,8 @@ def _words_for(name: str, value: Any, values: Mapping[str, Any]) -> str | None:
         return f"--use_cpu {'true' if str(value).lower() in ('cpu', 'true') else 'false'}"
     if name in ("use_flash_attn", "flash_attention", "flash_attn", "use_flash_attention_2", "use_flash_attention"):
         return "--attn_implementation auto"  # takes a flash kernel where there is one
+    if name in ("embedding_lr_ratio", "embedding_lr_multiplier"):
+        return f"--optim_args embedding_lr_ratio={value}"  # of muon
     if name in ("betas", "adam_betas") and isinstance(value, list) and len(value) == 2:
         return f"--adam_beta1 {value[0]} --adam_beta2 {value[1]}"
     if name in ("min_lr", "min_learning_rate", "lr_min", "final_lr"):

@@ -191,7 +191,7 @@ def load_position(
 def keep_configured(optimizer, scheduler, configured: list[dict], step: int) -> None:
     """Trainer has loaded a checkpoint's optimizer and schedule: put back the configuration's own values, which differ
     where `allow_change` lets them, and say by how much the learning rate jumps. `configured`: the groups before."""
-    before = optimizer.param_groups[0]["lr"]
+    before = [group["lr"] for group in optimizer.param_groups]
     for group, own in zip(optimizer.param_groups, configured, strict=True):
         group.update({name: own[name] for name in CONFIGURED if name in own})
         if group.get("fused"):  # it counts steps on the device
@@ -205,9 +205,9 @@ def keep_configured(optimizer, scheduler, configured: list[dict], step: int) -> 
     for group, factor in zip(optimizer.param_groups, factors, strict=True):
         group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
     set_last_rates(scheduler, [group["lr"] for group in optimizer.param_groups])
-    if abs(optimizer.param_groups[0]["lr"] - before) > 1e-6 * before:
-        now = optimizer.param_groups[0]["lr"]
-        logger.warning("learning rate of step %d: %.6g in the checkpoint, %.6g now", step + 1, before, now)
+    now = [group["lr"] for group in optimizer.param_groups]
+    for saved, own in {(a, b): None for a, b in zip(before, now, strict=True) if abs(b - a) > 1e-6 * a}:
+        logger.warning("learning rate of step %d: %.6g in the checkpoint, %.6g now", step + 1, saved, own)
 
 
 # --- differences

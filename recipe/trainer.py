@@ -314,8 +314,10 @@ class SampleCallback(TrainerCallback):
         if not has_finite_logits(model, self.prompts[0]):
             logger.warning("step %d | no sample: the model's logits are not finite", state.global_step)
             return
+        longest = getattr(model.config, "max_position_embeddings", None) or math.inf  # learned ones have no more
         for number, prompt in enumerate(self.prompts):
-            ids = sample_tokens(model, self.tokenizer, prompt, Sampling(SAMPLE_TOKENS, seed=args.seed + number))
+            count = max(1, min(SAMPLE_TOKENS, longest - len(prompt)))
+            ids = sample_tokens(model, self.tokenizer, prompt, Sampling(count, seed=args.seed + number))
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             record = {
                 "step": state.global_step,

@@ -95,15 +95,40 @@ def test_a_loss_function_of_the_users_own_is_given_all_logits(ids, monkeypatch):
     assert shapes == [(4, 16, VOCAB)]
 
 
-def test_another_head_is_called(ids):
-    class Scaled(torch.nn.Linear):
-        def forward(self, hidden):
-            return 3 * super().forward(hidden)
+class Scaled(torch.nn.Linear):
+    def forward(self, hidden):
+        return 3 * super().forward(hidden)
 
+
+def replace_forward(head):
+    forward = head.forward
+    head.forward = lambda hidden: 3 * forward(hidden)
+
+
+HEADS = {
+    "class": lambda head: setattr(head, "__class__", Scaled),
+    "forward": replace_forward,
+    "hook": lambda head: head.register_forward_hook(lambda module, args, output: 3 * output),
+    "hook before": lambda head: head.register_forward_pre_hook(lambda module, args: (3 * args[0],)),
+    "bias": lambda head: setattr(head, "bias", torch.nn.Parameter(torch.ones(VOCAB).cumsum(0))),
+    "weight norm": torch.nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_that_is_more_than_its_weight_is_called(ids, name):
     own, chunked = make_model().train(), with_chunked_loss(make_model()).train()
     for model in (own, chunked):
-        model.lm_head.__class__ = Scaled
-    assert chunked(input_ids=ids, labels=ids).loss == own(input_ids=ids, labels=ids).loss
+        HEADS[name](model.lm_head)
+    wanted, found = (model(input_ids=ids, labels=ids).loss for model in (own, chunked))
+    assert found == wanted and torch.isfinite(found)
+
+
+def test_another_ignored_label_is_ignored(ids):
+    own, chunked = make_model().train(), with_chunked_loss(make_model()).train()
+    for model in (own, chunked):
+        model(input_ids=ids, labels=ids, ignore_index=int(ids[0, 3])).loss.backward()
+    assert all(map(torch.equal, gradients(own), gradients(chunked)))
 
 
 def test_other_models_stay_as_they_are(ids):

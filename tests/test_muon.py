@@ -217,6 +217,14 @@ def test_the_rate_of_embeddings_and_head_is_a_multiple(is_tied):
     torch.testing.assert_close(moved, other.get_input_embeddings().weight - before)
 
 
+def test_other_optimizers_do_not_ignore_its_argument(tmp_path):
+    with pytest.raises(ConfigError, match="optim_args: is muon's, and sgd does not read it; --optim_args ''"):
+        parse_config("recipe/configs/cpu_demo.json", ["--optim", "sgd", "--use_cpu", "true"])
+    parse_config("recipe/configs/cpu_demo.json", ["--optim", "sgd", "--optim_args", "", "--use_cpu", "true"])
+    with pytest.raises(ConfigError, match="did you mean --optim_args embedding_lr_ratio=2"):
+        parse_config("recipe/configs/cpu_demo.json", ["--embedding_lr_ratio", "2"])
+
+
 # --- whole runs
 
 
@@ -236,6 +244,7 @@ def test_a_resumed_run_has_the_same_bits_and_keeps_its_optimizer(write_config, t
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
     assert not [f for f in read_lines(tmp_path / "parted/findings.jsonl") if f["severity"] != "info"]
     words = ["--resume_from_checkpoint", "latest", "--optim", "adamw_torch_fused", "--allow_change", "optim"]
+    words += ["--optim_args", ""]
     assert run(["train", path, "--output_dir", str(tmp_path / "whole"), "--use_cpu", "true", *words]) == 2
     assert "optim: checkpoint muon, config adamw_torch_fused" in capsys.readouterr().err
 

@@ -42,7 +42,7 @@ def arms_of(model: str, is_quick: bool) -> Iterator[Arm]:
     if is_compiled:  # as the recipe compiles a long run on a CPU (`plan.compiling_pays_on_cpu`)
         yield recipe_with({"bf16": "true" if has_fast_bf16_cpu() else "false", "torch_compile": "true"})
     if is_compiled and model != "demo":  # with stock Trainer's optimizer
-        yield recipe_with({"torch_compile": "true", "optim": "adamw_torch_fused"})
+        yield recipe_with({"torch_compile": "true", "optim": "adamw_torch_fused", "optim_args": ""})
     yield Arm("stock Trainer", measure.stock, {"switches": {}})
     bf16 = {"bf16": True} if has_fast_bf16_cpu() else {}
     compiled = {"torch_compile": True} if is_compiled else {}
@@ -55,7 +55,7 @@ def arms_of(model: str, is_quick: bool) -> Iterator[Arm]:
 
 
 def recipe_with(switches: dict) -> Arm:
-    name = ", ".join(["recipe without guards", *(f"{key} {value}" for key, value in switches.items())])
+    name = ", ".join(["recipe without guards", *(f"{key} {value}" for key, value in switches.items() if value)])
     return Arm(name, measure.recipe, {"has_guards": False, "switches": switches})
 
 

@@ -127,7 +127,8 @@ def main() -> None:
         return
     section = format_section(NAME, make_result(records), "python -m tests.benchmarks.time_to_loss")
     print(section)
-    write_section(NAME, section)
+    if arguments.runs:  # else nothing was measured
+        write_section(NAME, section)
 
 
 NAME = "time-to-loss"
