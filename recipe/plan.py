@@ -226,12 +226,14 @@ def format_plan(plan: dict) -> str:
         "evaluation": f"{_size(plan['evaluation_memory'])} beside weights and optimizer"
         + (f"; Muon's step: {_size(memory['update'])} beside these and gradients" if memory["update"] else ""),
         "disk": f"{_size(disk['needed'])}: {disk['kept'] + 1} checkpoints of {_size(disk['checkpoint'])} at most, and "
-        f"final/; {_size(plan['disk_free'])} are free",
+        f"final/; {'only ' * (disk['needed'] > plan['disk_free'])}{_size(plan['disk_free'])} are free",
     }
     lines = [f"{name:<16}{value}" for name, value in values.items()]
     lines += ["", f"{'device':<16}{'precision':>10}{'usable':>10}{'peak':>10}{'rows x accumulation':>21}{'hours':>9}"]
     lines += [_device_line(device) for device in plan["devices"]]
     own, gpu = plan["devices"][0], plan["devices"][1]
+    if own["peak"] > own["memory"]:
+        lines += ["", *textwrap.wrap(_too_much(own), WIDTH)]
     note = (
         "Freed: what malloc keeps of freed blocks, on a CPU. Peak: with the config's micro-batch, eager, beside what "
         "the process holds anyway. rows x accumulation: the largest micro-batch that fits, for the same global batch. "
@@ -241,10 +243,19 @@ def format_plan(plan: dict) -> str:
     return "\n".join([*lines, "", *textwrap.wrap(note, WIDTH)])
 
 
+def _too_much(own: dict) -> str:
+    fix = "no micro-batch fits"
+    if own["rows"]:
+        fix = f"per_device_train_batch_size {own['rows']}, gradient_accumulation_steps {own['accumulation']} would do"
+    needed, usable = _size(own["peak"]), _size(own["memory"])
+    return f"The config's micro-batch needs {needed} on {own['name']}, and {usable} are usable: {fix}."
+
+
 def _device_line(device: dict) -> str:
     fit = f"{device['rows']} x {device['accumulation']}" if device["rows"] else "does not fit"
     sizes = f"{_size(device['memory']):>10}{_size(device['peak']):>10}"
-    return f"{device['name']:<16}{device['precision']:>10}{sizes}{fit:>21}{_hours(device['hours']):>9}"
+    hours = _hours(device["hours"]) if device["rows"] else "-"
+    return f"{device['name']:<16}{device['precision']:>10}{sizes}{fit:>21}{hours:>9}"
 
 
 def _hours(hours: float) -> str:

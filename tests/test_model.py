@@ -5,12 +5,13 @@ import json
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM, TrainingArguments, masking_utils
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, TrainingArguments, masking_utils
 from transformers import modeling_flash_attention_utils as flash
 from transformers.masking_utils import create_causal_mask
 
@@ -21,6 +22,7 @@ from recipe.data.packing import LaneState, Row
 from recipe.errors import UserError
 from recipe.model import agree_on_tf32, build_model, check_fit, count_flops_per_token, load_model_config
 from recipe.resolve import resolve
+from recipe.trainer import SampleCallback
 
 CONFIGS = Path(model_module.__file__).parent / "configs"
 
@@ -293,3 +295,12 @@ def test_no_compiler_is_said_in_words(monkeypatch):
 def test_kernels_in_force_are_said_in_one_line(tiny_model, tmp_path):
     line = model_module.describe_kernels(tiny_model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     assert line == "attention sdpa | precision fp32 | eager | device cpu"
+
+
+def test_a_sample_is_no_longer_than_learned_positions(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipe.trainer.words_of_sources", lambda *_: set())
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=16, n_embd=8, n_layer=1, n_head=1))
+    callback = SampleCallback([list(range(12))], tokenizer, [], SimpleNamespace(tokens_seen=0))
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1)
+    callback.on_evaluate(SimpleNamespace(seed=0, output_dir=str(tmp_path)), state, None, model=model)
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 1

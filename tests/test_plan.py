@@ -118,11 +118,14 @@ def test_plan_of_a_shipped_config(monkeypatch):
 def test_rows_that_do_not_fit_are_divided(monkeypatch):
     monkeypatch.setattr("recipe.plan.free_memory", lambda device: 3.4e9)
     overrides = ["--use_cpu", "true", "--per_device_train_batch_size", "128", "--per_device_eval_batch_size", "8"]
-    own = make_plan(parse_config(CONFIGS / "cpu_demo.json", overrides))["devices"][0]
+    plan = make_plan(parse_config(CONFIGS / "cpu_demo.json", overrides))
+    own, text = plan["devices"][0], " ".join(format_plan(plan).split())
     assert own["peak"] > 3.4e9 > own["memory"] - 1
+    assert "3.4 GB are usable: per_device_train_batch_size 64, gradient_accumulation_steps 2 would do" in text
     assert own["rows"] == 64 and own["accumulation"] == 2
     monkeypatch.setattr("recipe.plan.free_memory", lambda device: 1e7)
-    assert make_plan(parse_config(CONFIGS / "cpu_demo.json", overrides))["devices"][0]["rows"] is None
+    plan = make_plan(parse_config(CONFIGS / "cpu_demo.json", overrides))
+    assert plan["devices"][0]["rows"] is None and "no micro-batch fits" in format_plan(plan)
 
 
 @pytest.mark.parametrize(
