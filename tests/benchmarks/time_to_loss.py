@@ -65,7 +65,11 @@ SWEEP = {
         wsd(3e-3, 4, 1_024_000, 2 * WARM_UP),
         cosine(3e-3, 8, 1_843_200, 2 * WARM_UP),
     ],
-    ("ours", 4.6): [wsd(6e-3, 4, 983_040) | EMBEDDINGS, cosine(6e-3, 8, 983_040) | EMBEDDINGS],
+    ("ours", 4.6): [
+        wsd(6e-3, 4, 983_040) | EMBEDDINGS,
+        cosine(6e-3, 8, 983_040) | EMBEDDINGS,
+        cosine(6e-3, 8, 1_075_200) | EMBEDDINGS,
+    ],
     ("stock", 4.6): [cosine(3e-3, 8, 6_144_000, 2 * WARM_UP), cosine(3e-3, 8, 2_457_600, 2 * WARM_UP)],
 }
 # --- the runs and their records
