@@ -112,8 +112,9 @@ def set_last_rates(scheduler, rates: list[float]) -> None:
     scheduler._last_lr = rates
 
 
-def has_forward_hooks(module: torch.nn.Module) -> bool:
-    return bool(module._forward_hooks)
+def forward_hooks_of(module: torch.nn.Module) -> list[Callable]:
+    """Those before the forward pass, then those after it."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def has_step_post_hooks(optimizer: torch.optim.Optimizer) -> bool:

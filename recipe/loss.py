@@ -17,6 +17,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from recipe.internals import forward_hooks_of
+
 IGNORE_INDEX = -100
 MORE = ("logits_to_keep", "output_hidden_states", "output_attentions")
 MAX_ARGS = 5  # by position, before the labels
@@ -68,9 +70,8 @@ def _gradient_and_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[tor
 
 def _is_only_weight(head: torch.nn.Module) -> bool:
     """Whether calling it does nothing but multiply by its weight. The guards' own hooks only look."""
-    hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
     is_plain = type(head) is Linear and head.bias is None and "forward" not in vars(head)
-    return is_plain and all((hook.__module__ or "").startswith("recipe.guards") for hook in hooks)
+    return is_plain and all((hook.__module__ or "").startswith("recipe.guards") for hook in forward_hooks_of(head))
 
 
 @wraps(LlamaForCausalLM.forward)

@@ -188,11 +188,13 @@ def test_torch_is_compiled_module():
     assert internals.is_compiled_module(plain)
 
 
-def test_torch_has_forward_hooks():
+def test_torch_forward_hooks():
     module = torch.nn.Linear(2, 2)
-    assert not internals.has_forward_hooks(module)
-    module.register_forward_hook(lambda *arguments: None)
-    assert internals.has_forward_hooks(module)
+    assert internals.forward_hooks_of(module) == []
+    hooks = [lambda *arguments: None for _ in range(2)]
+    module.register_forward_hook(hooks[1])
+    module.register_forward_pre_hook(hooks[0])
+    assert internals.forward_hooks_of(module) == hooks
 
 
 def test_torch_has_step_post_hooks():

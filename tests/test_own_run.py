@@ -331,7 +331,9 @@ def test_a_forked_child_does_not_end_its_parents_training(tmp_path, monkeypatch)
     trainer.add_callback(FailsAt(trainer, 4, ValueError("by hand"), is_at_the_end=True))
     with pytest.raises(ValueError, match="by hand"):
         trainer.train()
-    monkeypatch.setattr("os.getpid", lambda: -1)
-    callback._end_the_rest()
+    with monkeypatch.context() as patched:
+        patched.setattr("os.getpid", lambda: -1)
+        callback._end_the_rest()
     assert "result" not in json.loads((tmp_path / "_recipe/run.json").read_text())
-    callback._unfinished.clear()
+    callback._end_the_rest()
+    assert result_of(tmp_path)["verdict"].startswith("interrupted by an exception, ")

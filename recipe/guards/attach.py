@@ -54,7 +54,7 @@ class Wrapping:
                 try:
                     loss = training_step(model, inputs, num_items_in_batch, *args, **kwargs)
                 except BaseException as error:
-                    session.drop_micro_step()
+                    session.attempt(session.taps.drop_micro_step)
                     on_error(error)
                     raise
                 session.after_micro_step(loss, inputs, tokens)

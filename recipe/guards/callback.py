@@ -155,6 +155,7 @@ class RegressionCallback(Answers):
             if self._was_interrupted:  # and goes on
                 self._was_interrupted, self.seconds = False, 0.0
                 _unfinished.add(self)
+                self._lines.attach()
             self._flush(control, is_final=False)
             self.session.end_step(state.global_step)
             if self.session.stop_asked and args.world_size == 1:
@@ -220,6 +221,7 @@ class RegressionCallback(Answers):
             self._was_interrupted = True
             with _errors_logged():
                 self._conclude(type(error).__name__)
+            self._lines.detach()
 
     def _end_unfinished(self) -> None:
         """A training that an exception has ended between two micro-batches."""

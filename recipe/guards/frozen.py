@@ -13,7 +13,7 @@ from recipe.guards.head import find_head
 from recipe.guards.recording import embeddings_of
 from recipe.guards.run import LOW_PRECISION, Parameters
 from recipe.guards.updates import FIRST_STEPS, MOVING_RATE, PLAIN_GRADIENT
-from recipe.internals import has_forward_hooks
+from recipe.internals import forward_hooks_of
 
 
 class FrozenParameters(Guard):
@@ -252,7 +252,7 @@ def cuts_gradients(model: torch.nn.Module) -> bool:
     nothing inside the layers has one. `enable_input_require_grads` leaves a hook at the embedding."""
     functions = [vars(m).get("_gradient_checkpointing_func") for m in model.modules() if _is_checkpointed(m)]
     is_reentrant = any(getattr(f, "keywords", {}).get("use_reentrant") for f in functions)
-    return is_reentrant and not any(e.weight.requires_grad or has_forward_hooks(e) for e in embeddings_of(model))
+    return is_reentrant and not any(e.weight.requires_grad or forward_hooks_of(e) for e in embeddings_of(model))
 
 
 def _is_checkpointed(module: torch.nn.Module) -> bool:

@@ -184,11 +184,6 @@ class Session:
         self.taps.end_micro_step(self.local, inputs, tokens)
         self.runner.after_micro_step(self.run, loss, self.local.step, self.tokens_seen)
 
-    @survives
-    def drop_micro_step(self) -> None:
-        """An exception came instead of its loss."""
-        self.taps.drop_micro_step()
-
     # --- steps
 
     @survives
