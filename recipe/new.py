@@ -57,7 +57,7 @@ def write_config(path: Path, size: str, tokens: float | None = None) -> str:
 
 def how_long(config: "Config") -> str:
     """Hours of the run here, as `recipe plan` estimates them; on a CPU that would take long, what suits it."""
-    from recipe.model import read_model_config
+    from recipe.model import bf16_pays_on_cpu, read_model_config
     from recipe.plan import tokens_per_second
 
     training, total = config.training, config.max_steps * config.tokens_per_step
@@ -68,7 +68,8 @@ def how_long(config: "Config") -> str:
     if training.device.type != "cpu" or hours <= LONG_HOURS:
         return text
     small = read_model_config(str(CONFIGS / f"llama_{CPU_SIZE}_model.json"), None)
-    tokens = 3600 * tokens_per_second(small, SIZES[CPU_SIZE].block_size, "fp32", training.device)
+    precision = "bf16" if bf16_pays_on_cpu(small) else "fp32"
+    tokens = 3600 * tokens_per_second(small, SIZES[CPU_SIZE].block_size, precision, training.device)
     other = config.path.with_name(f"{config.path.stem}-1h.json")
     words = f"{other} --size {CPU_SIZE} --train_tokens {float(f'{tokens:.2g}'):.0f}"
     return f"{text}; a run of about one hour: python -m recipe new {words}"

@@ -44,7 +44,7 @@ GPUS = {
 GPU_MFU = 0.40  # assumed: no run of the recipe on a GPU has been measured yet
 # Of the matrix-product rate in that precision, by 6 N: two cores with AVX512-BF16 reached 0.41, 0.44 and 0.55 in fp32
 # with the demo, 13.8M and 180M, and 0.25, 0.33 and 0.39 in bf16 (`python -m tests.benchmarks.throughput`).
-CPU_MFU = 0.45
+CPU_MFU = {"fp32": 0.45, "bf16": 0.35}
 # Seconds of training on a CPU: twice what repays a minute at 0.9 of the time. FLOP/s of a core with units for bf16 in
 # training: two cores with AVX512-BF16 reached 0.16 to 0.2 T (`python -m tests.benchmarks.throughput`).
 COMPILING_PAYS_AFTER, CORE_RATE = 1200, 1e11
@@ -83,7 +83,7 @@ def make_plan(config: Config) -> dict:
             f"({type(error).__name__}); `train` may take it all the same"
         ) from error
     device = training.device
-    own_mfu = mfu_of(device)
+    own_mfu = mfu_of(device, here)
     name, rate = f"this {device.type}", matrix_rate(device, here)
     own = _device(name, free_memory(device), sizes[here], config, rate, own_mfu)
     gpus = [
@@ -118,12 +118,12 @@ def _parts(memory: StepMemory, update: int, device: str) -> dict:
 def tokens_per_second(model: PretrainedConfig, block_size: int, precision: str, device: torch.device) -> float:
     """Expected of the device, as in `make_plan`."""
     flops = flops_per_token(model, sum(count_parameters(model).values()), block_size)
-    return matrix_rate(device, precision) * mfu_of(device) / flops
+    return matrix_rate(device, precision) * mfu_of(device, precision) / flops
 
 
-def mfu_of(device: torch.device) -> float:
+def mfu_of(device: torch.device, precision: str) -> float:
     """The share of the rate of matrix products that training is expected to reach."""
-    return CPU_MFU if device.type == "cpu" else GPU_MFU
+    return CPU_MFU.get(precision, CPU_MFU["fp32"]) if device.type == "cpu" else GPU_MFU
 
 
 def compiling_pays_on_cpu(config: Config, model: PretrainedConfig) -> bool:

@@ -141,8 +141,10 @@ def test_a_new_config_is_explained_and_trains(tmp_path, write_parquet, monkeypat
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="on a CPU")
-def test_new_proposes_what_a_cpu_trains_in_an_hour(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("recipe.plan.matrix_rate", lambda device, precision: 1e11)
+@pytest.mark.parametrize("has_units", [False, True])
+def test_new_proposes_what_a_cpu_trains_in_an_hour(tmp_path, monkeypatch, capsys, has_units):
+    monkeypatch.setattr("recipe.plan.matrix_rate", lambda device, precision: {"fp32": 1e11, "bf16": 3e11}[precision])
+    monkeypatch.setattr("recipe.model.has_fast_bf16_cpu", lambda: has_units)
     monkeypatch.chdir(tmp_path)
     assert run(["new", "my.json", "--size", "15m"]) == 0
     long = capsys.readouterr().out.splitlines()[-1]
