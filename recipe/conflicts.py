@@ -11,8 +11,6 @@ from recipe.config_checks import ALTERNATIVES
 NO_BF16 = "no GPU here computes in bf16, and on most CPUs it is slower than fp32 (many emulate it)"
 # What changes the number of steps.
 LENGTH = {"train_tokens", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "block_size"}
-
-
 EMBEDDING_LR_RATIO = "embedding_lr_ratio"
 
 
@@ -88,6 +86,8 @@ def _conflicts(v: SimpleNamespace, given: Set[str], options: Set[str]) -> Iterat
             yield "optim_args optim", str(error)
     elif EMBEDDING_LR_RATIO in (v.optim_args or ""):
         yield "optim_args optim", f"is muon's, and {v.optim} does not read it; --optim_args '' leaves it out"
+    if v.optim_target_modules and not v.optim.startswith(("galore", "apollo")):
+        yield "optim_target_modules optim", f"is read by galore and apollo, and {v.optim} ignores it; remove it"
 
     if v.document_masking and v.use_cache:
         yield "use_cache document_masking", "true silently turns document_masking off; remove it"

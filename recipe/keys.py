@@ -38,7 +38,7 @@ TEXTS = {
     "gradient_accumulation_steps": "micro-batches of a step",
     "bf16": "mixed precision in bfloat16; default: on where a GPU has it, or a CPU is faster with it",
     "optim": "the optimizer; muon: hidden matrices by Muon, all else by AdamW",
-    "optim_args": "muon: embedding_lr_ratio=X, the rate of embeddings and head as a multiple of learning_rate",
+    "optim_args": "muon: embedding_lr_ratio=X, times learning_rate for embeddings and head; GaLore and others: theirs",
     "tf32": "TF32 in fp32 matrix products; default: on where the GPU has it",
     "use_cpu": "train on the CPU; default: on where there is no GPU",
     "report_to": "trackers: trackio, tensorboard, wandb, ...; several as a list",

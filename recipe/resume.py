@@ -206,8 +206,9 @@ def keep_configured(optimizer, scheduler, configured: list[dict], step: int) -> 
         group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
     set_last_rates(scheduler, [group["lr"] for group in optimizer.param_groups])
     now = [group["lr"] for group in optimizer.param_groups]
-    for saved, own in {(a, b): None for a, b in zip(before, now, strict=True) if abs(b - a) > 1e-6 * a}:
-        logger.warning("learning rate of step %d: %.6g in the checkpoint, %.6g now", step + 1, saved, own)
+    for saved, own in dict.fromkeys(zip(before, now, strict=True)):
+        if abs(own - saved) > 1e-6 * saved:
+            logger.warning("learning rate of step %d: %.6g in the checkpoint, %.6g now", step + 1, saved, own)
 
 
 # --- differences

@@ -221,6 +221,8 @@ def test_other_optimizers_do_not_ignore_its_argument(tmp_path):
     with pytest.raises(ConfigError, match="optim_args: is muon's, and sgd does not read it; --optim_args ''"):
         parse_config("recipe/configs/cpu_demo.json", ["--optim", "sgd", "--use_cpu", "true"])
     parse_config("recipe/configs/cpu_demo.json", ["--optim", "sgd", "--optim_args", "", "--use_cpu", "true"])
+    with pytest.raises(ConfigError, match="optim_target_modules: is read by galore and apollo, and muon ignores it"):
+        parse_config("recipe/configs/cpu_demo.json", ["--optim_target_modules", "all-linear", "--use_cpu", "true"])
     with pytest.raises(ConfigError, match="did you mean --optim_args embedding_lr_ratio=2"):
         parse_config("recipe/configs/cpu_demo.json", ["--embedding_lr_ratio", "2"])
 
@@ -247,6 +249,17 @@ def test_a_resumed_run_has_the_same_bits_and_keeps_its_optimizer(write_config, t
     words += ["--optim_args", ""]
     assert run(["train", path, "--output_dir", str(tmp_path / "whole"), "--use_cpu", "true", *words]) == 2
     assert "optim: checkpoint muon, config adamw_torch_fused" in capsys.readouterr().err
+
+
+def test_a_rate_of_embeddings_that_changes_at_a_resume_is_said(write_config, tmp_path, caplog):
+    path = write_config(optim="muon", optim_args="embedding_lr_ratio=2", eval_strategy="no", eval_steps=None)
+    train(path, tmp_path / "run")
+    checkpoint = str(tmp_path / "run/checkpoint-3")
+    words = ["--resume_from_checkpoint", checkpoint, "--allow_change", "optim_args"]
+    train(path, tmp_path / "run", *words, "--optim_args", "embedding_lr_ratio=4")
+    said = [record for record in caplog.records if record.msg.startswith("learning rate of step")]
+    assert [record.args[0] for record in said] == [4]
+    assert said[0].args[2] == pytest.approx(2 * said[0].args[1])
 
 
 @pytest.mark.slow
