@@ -9,8 +9,14 @@ from tests.benchmarks.races import eval_loss
 from tests.benchmarks.time_to_loss import SEEDS, SWEEP, best_of, make_result, next_run, summary
 
 
-def record(arm="ours", number=0, seed=SEEDS[0], tokens=100, reached=True, target=5.03) -> dict:
-    ends = {"tokens": tokens, "seconds": tokens / 10, "processor_seconds": tokens / 5, "evals": [[tokens, 5.0]]}
+def record(arm="ours", number=0, seed=SEEDS[0], tokens=100, reached=True, target=5.03, slower=1) -> dict:
+    ends = {
+        "tokens": tokens,
+        "seconds": tokens / 10,
+        "processor_seconds": slower * tokens / 5,
+        "evals": [[tokens, 5.0]],
+    }
+    ends["processor"] = "one, AVX2, 2 CPUs" if slower > 1 else "one, AVX512, 2 CPUs"
     known = {"arm": arm, "target": target, "settings": SWEEP[arm, target][number], "seed": seed}
     return {**known, "reached": reached, **ends}
 
@@ -50,7 +56,24 @@ def test_the_table_has_the_ratio_of_the_medians():
     sizes = [len(SWEEP[arm, 5.03]) for arm in ("ours", "stock")]
     result = make_result(whole_sweep([200] * sizes[0], [500] * sizes[1]))
     assert [row["tokens, median"] for row in result.rows] == [200, 500]
-    assert "0.40 of the tokens and 0.40 of the processor time" in result.note
+    assert "0.40 of the tokens and of the processor time 0.40 on AVX512." in result.note
+
+
+def test_times_are_compared_with_those_of_the_same_processor():
+    records = [
+        record("ours", 0, seed, tokens, slower=slower)
+        for seed, tokens, slower in zip(SEEDS, (200, 210, 220), (1, 3, 3), strict=True)
+    ]
+    records += [
+        record("stock", 0, seed, tokens, slower=slower)
+        for seed, tokens, slower in zip(SEEDS, (400, 500, 700), (1, 3, 1), strict=True)
+    ]
+    result = make_result(records)
+    assert [row["processor s, median"] for row in result.rows] == [
+        "40 (1 on AVX512); 129 (2 on AVX2)",
+        "110 (2 on AVX512); 300 (1 on AVX2)",
+    ]
+    assert "0.42 of the tokens and of the processor time 0.36 on AVX512, 0.43 on AVX2." in result.note
 
 
 def test_an_eval_loss_is_the_mean_over_all_rows():

@@ -139,7 +139,8 @@ NAME = "time-to-loss"
 
 
 def summary(records: list[dict]) -> list[dict]:
-    """Of each arm and loss: the winner's settings, and tokens and seconds by seed."""
+    """Of each arm and loss: the winner's settings, and by seed the tokens, the seconds and the processor, whose
+    seconds are compared with its own alone."""
     rows = []
     for arm, target in SWEEP:
         best = best_of(records, arm, target)
@@ -148,7 +149,7 @@ def summary(records: list[dict]) -> list[dict]:
         runs = [find(records, arm, target, best["settings"], seed) for seed in SEEDS]
         runs = [run for run in runs if run is not None]
         rows.append({"arm": arm, "target": target, "settings": best["settings"], "seeds": len(runs)})
-        for name in ("tokens", "seconds", "processor_seconds"):
+        for name in ("tokens", "seconds", "processor_seconds", "processor"):
             rows[-1][name] = [run[name] for run in runs if run["reached"]]
     return rows
 
@@ -163,7 +164,10 @@ def make_result(records: list[dict]) -> Result:
             "schedule": describe(row["settings"]),
             "seeds that reached it": f"{len(row['tokens'])} of {row['seeds']}",
             "tokens, median": int(statistics.median(row["tokens"])),
-            "processor s, median": statistics.median(row["processor_seconds"]),
+            "processor s, median": "; ".join(
+                f"{seconds:,.0f} ({seeds} on {name.split(', ')[1]})"
+                for name, (seconds, seeds) in seconds_by_processor(row).items()
+            ),
         }
         for row in summary(records)
     ]
@@ -171,12 +175,7 @@ def make_result(records: list[dict]) -> Result:
     for target in dict.fromkeys(target for _, target in SWEEP):
         found = {row["arm"]: row for row in summary(records) if row["target"] == target}
         if len(found) == len(ARMS):
-            ours, stock = (found[arm] for arm in ARMS)
-            parts = [
-                f"{statistics.median(ours[name]) / statistics.median(stock[name]):.2f} of the {words}"
-                for name, words in (("tokens", "tokens"), ("processor_seconds", "processor time"))
-            ]
-            ratios.append(f"To {target:g} the recipe needs {' and '.join(parts)}.")
+            ratios.append(compare(target, *(found[arm] for arm in ARMS)))
     measured = (
         "The demo's model and rows, one thread, eval loss on its whole hold-out every 51,200 tokens once the training "
         "loss is near; evaluation is not counted. The recipe in the precision that it chooses, stock Trainer in its "
@@ -190,7 +189,23 @@ def make_result(records: list[dict]) -> Result:
         for r in records
         if r["seed"] == SEEDS[0]
     ]
-    return Result("until the demo is at a loss", measured, rows, " ".join([*ratios, "The sweep:", "; ".join(sweep)]))
+    note = " ".join([*ratios, "The sweep:\n"])
+    return Result("until the demo is at a loss", measured, rows, "\n- ".join([note, *sweep]))
+
+
+def seconds_by_processor(row: dict) -> dict[str, tuple[float, int]]:
+    """Of a row of `summary`: median of the processor time, and seeds."""
+    found: dict[str, list[float]] = {}
+    for name, seconds in zip(row["processor"], row["processor_seconds"], strict=True):
+        found.setdefault(name, []).append(seconds)
+    return {name: (statistics.median(each), len(each)) for name, each in found.items()}
+
+
+def compare(target: float, ours: dict, stock: dict) -> str:
+    tokens = statistics.median(ours["tokens"]) / statistics.median(stock["tokens"])
+    own, other = seconds_by_processor(ours), seconds_by_processor(stock)
+    times = [f"{own[name][0] / other[name][0]:.2f} on {name.split(', ')[1]}" for name in own if name in other]
+    return f"To {target:g} the recipe needs {tokens:.2f} of the tokens and of the processor time {', '.join(times)}."
 
 
 def describe(settings: dict) -> str:
