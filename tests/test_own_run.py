@@ -310,7 +310,7 @@ def test_what_the_guards_raise_at_an_exception_does_not_hide_it(tmp_path, monkey
     assert "the guards failed at the end of a training" in caplog.text
 
 
-def test_a_training_that_was_ended_is_recorded_when_the_next_begins(tmp_path):
+def test_a_training_that_was_ended_is_recorded_when_the_next_starts(tmp_path):
     watched = RegressionCallback()
     trainer = make_trainer(tmp_path / "first")
     trainer.add_callback(watched)

@@ -289,7 +289,7 @@ class RegressionCallback(Answers):
 
 
 # Trainings whose end is to be recorded: of one process, since several might wait for each other, and not of those that
-# Trainer begins again when memory runs out.
+# Trainer starts again when memory runs out.
 _unfinished: WeakSet[RegressionCallback] = WeakSet()
 
 
