@@ -119,7 +119,7 @@ def test_padding_is_known_by_its_token_where_there_is_no_mask():
 @pytest.mark.parametrize(("tokenizer", "config", "pad"), [(3, 4, 3), (None, 4, 4), (None, None, None), (0, 4, 0)])
 def test_the_pad_token_is_the_tokenizers_or_the_models(tokenizer, config, pad):
     own, model = SimpleNamespace(pad_token_id=tokenizer), SimpleNamespace(config=SimpleNamespace(pad_token_id=config))
-    assert Run.pad_token_id.fget(SimpleNamespace(tokenizer=own, model=model)) == pad
+    assert Run.pad_token_id.func(SimpleNamespace(tokenizer=own, model=model)) == pad
 
 
 def test_eos_is_counted_in_the_text_and_among_the_targets():

@@ -165,11 +165,14 @@ def send_tokens(inputs, pad_token_id: int | None) -> PendingTokens | None:
     computed here token by token: the training waits for this."""
     if (ids := input_ids_of(inputs)) is None:
         return None
-    shape, device, given = ids.shape, ids.device, [(name, inputs.get(name)) for name in SENT]
-    given = [(name, each) for name, each in given if isinstance(each, torch.Tensor)]
-    tensors = {name: each for name, each in given if each.shape == shape and each.device == device}
-    copy = torch.stack(list(tensors.values())).detach()  # others may change them in place before they are read
-    return PendingTokens(AsyncCopy(copy), list(tensors), pad_token_id)
+    shape, device, names, tensors = ids.shape, ids.device, [], []
+    for name in SENT:
+        each = inputs.get(name)
+        if isinstance(each, torch.Tensor) and each.shape == shape and each.device == device:
+            names.append(name)
+            tensors.append(each)
+    copy = torch.stack(tensors)  # others may change them in place before they are read
+    return PendingTokens(AsyncCopy(copy.detach() if copy.requires_grad else copy), names, pad_token_id)
 
 
 def flags_of(ids, labels, mask, starts, pad_token_id: int | None) -> np.ndarray:

@@ -67,6 +67,7 @@ class LostUpdates(Guard):
         self.groups = {name: groups[id(p)] for name, p in self.full}
         modules = () if run.is_sharded or run.is_compiled else run.model.modules()
         self.linear = next((module for module in modules if _is_cast(module)), None)
+        self._device_type = self.linear.weight.device.type if self.linear is not None else ""
         self._hook = None
         # Samples of weights and gradients: before the step, and at the start of the window
         self._before: tuple[updates.Samples, updates.Samples] | None = None
@@ -95,7 +96,7 @@ class LostUpdates(Guard):
         if self._loss_before is not None:
             self._payload["rise"] = (self._pinned_loss() or math.nan) - self._loss_before
             self._loss_before = None
-        if self.linear is not None and torch.is_autocast_enabled(self.linear.weight.device.type):
+        if self._device_type and torch.is_autocast_enabled(self._device_type):
             self._hook = self.linear.register_forward_hook(self._compare_cast)
 
     def after_micro_step(self, run, loss) -> Iterator[Verdict]:

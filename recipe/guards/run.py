@@ -120,7 +120,7 @@ class Run:
     def tokenizer(self):
         return self.trainer.processing_class
 
-    @property
+    @cached_property
     def pad_token_id(self) -> int | None:
         """What the tokenizer calls padding, else the model's config."""
         tokenizer, config = getattr(self.tokenizer, "tokenizer", self.tokenizer), getattr(self.model, "config", None)
