@@ -260,7 +260,6 @@ def test_comment_keys_and_byte_order_mark_are_ignored(write):
         (["--bf16", "--learning_rate", "1"], "bf16", True),
         (["--bf16", "false"], "bf16", False),
         (["--max_steps", "1e3"], "max_steps", 1000),
-        (["--optim_target_modules", '["q", "k"]'], "optim_target_modules", ["q", "k"]),
         (["--activation_checkpointing_kwargs", '{"a": true}'], "activation_checkpointing_kwargs", {"a": True}),
         (["--disabled_guards", "loss_spike,row_leak"], "disabled_guards", ["loss_spike", "row_leak"]),
         (["--disabled_guards", '["loss_spike"]'], "disabled_guards", ["loss_spike"]),

@@ -59,8 +59,8 @@ OTHER = {
     "seed": 7,
     "document_masking": True,
     "neftune_noise_alpha": 5.0,
-    "optim_target_modules": "all-linear",
-    "use_liger_kernel": None,  # no value that this machine accepts
+    "optim_target_modules": None,  # no value that this machine accepts
+    "use_liger_kernel": None,
     "liger_kernel_config": {"rope": False},
     "use_cache": None,
     "fsdp": None,
