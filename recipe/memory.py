@@ -110,10 +110,11 @@ def step_memory(
             model.activation_checkpointing_enable()
         live = _LiveBytes(weights, config.get_text_config().vocab_size)
         with live:
-            for _ in range(1 + is_accumulating):
-                loss = _loss_of(model.train(), rows, block_size, precision)
-                kept = live.now - live.logits
-                loss.backward()
+            for weight in weights if is_accumulating else ():
+                weight.grad = torch.zeros_like(weight)  # of the micro-batch before
+            loss = _loss_of(model.train(), rows, block_size, precision)
+            kept = live.now - live.logits
+            loss.backward()
     activations = kept - num_bytes * is_accumulating
     return StepMemory(num_bytes, optimizer_bytes(model, optim), activations, live.most_logits, live.peak)
 

@@ -76,7 +76,8 @@ def make_plan(config: Config) -> dict:
     flops = flops_per_token(model, count, block_size)
     here = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
     try:
-        sizes = {name: StepSizes(config, model, name) for name in {here, *(gpu[2] for gpu in GPUS.values())}}
+        half = StepSizes(config, model, "bf16")  # fp16 is as large
+        sizes = {"bf16": half, "fp16": half} | ({here: StepSizes(config, model, here)} if here == "fp32" else {})
     except Exception as error:
         raise UserError(
             f"plan cannot tell what a {model.model_type} model needs: it does not run without its data "
@@ -85,9 +86,9 @@ def make_plan(config: Config) -> dict:
     device = training.device
     own_mfu = mfu_of(device, here)
     name, rate = f"this {device.type}", matrix_rate(device, here)
-    own = _device(name, free_memory(device), sizes[here], config, rate, own_mfu)
+    own = _device(name, free_memory(device), here, sizes[here], config, rate, own_mfu)
     gpus = [
-        _device(name, USABLE * memory * GB, sizes[kind], config, tflops * 1e12, GPU_MFU)
+        _device(name, USABLE * memory * GB, kind, sizes[kind], config, tflops * 1e12, GPU_MFU)
         for name, (memory, tflops, kind) in GPUS.items()
     ]
     hours = {each.name: flops * tokens / (each.rate * each.mfu) / 3600 for each in (own, *gpus)}
@@ -144,7 +145,7 @@ class StepSizes:
 
     def __init__(self, config: Config, model: PretrainedConfig, precision: str):
         training = config.training
-        self.precision, self.optim = precision, str(getattr(training.optim, "value", training.optim))
+        self.optim = str(getattr(training.optim, "value", training.optim))
         self._shared = {
             "block_size": config.data.block_size,
             "precision": precision,
@@ -194,14 +195,16 @@ def extrapolate(one: StepMemory, two: StepMemory, count: int) -> StepMemory:
     return StepMemory(**{name: first[name] + (count - 1) * (second[name] - first[name]) for name in first})
 
 
-def _device(name: str, memory: float, sizes: StepSizes, config: Config, rate: float, mfu: float) -> Device:
+def _device(
+    name: str, memory: float, precision: str, sizes: StepSizes, config: Config, rate: float, mfu: float
+) -> Device:
     training, is_cpu = config.training, name == "this cpu"
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     fitting = [each for each in range(1, rows + 1) if rows % each == 0 and sizes.peak(each, is_cpu) <= memory]
     best = max(fitting, default=None)
     peak = sizes.peak(training.per_device_train_batch_size, is_cpu)
     accumulation = rows // best if best else None
-    return Device(name, memory, sizes.precision, peak, best, accumulation, rate, mfu)
+    return Device(name, memory, precision, peak, best, accumulation, rate, mfu)
 
 
 def matrix_rate(device: torch.device, precision: str, size: int = 1024) -> float:
