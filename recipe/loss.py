@@ -29,15 +29,14 @@ CHUNK = {"cpu": 512, "cuda": 2048}
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The sum over all positions: `hidden` `[positions, hidden_size]`, `weight` `[vocab_size, hidden_size]`, `targets`
-    int64 `[positions]`, IGNORE_INDEX where nothing is scored. Matrix products in autocast's type where it is on, all
-    else in float32. Cannot be differentiated twice."""
+    int64 `[positions]`, IGNORE_INDEX where nothing is scored. `size`: positions of a chunk, None: as suits the device.
+    Matrix products in autocast's type where it is on, all else in float32. Cannot be differentiated twice."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
+    def forward(ctx, hidden, weight, targets, size=None):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        rows, head = hidden.to(dtype), weight.to(dtype)
-        size = CHUNK.get(device, CHUNK["cuda"])
+        rows, head, size = hidden.to(dtype), weight.to(dtype), size or chunk_size(device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         of_rows, of_head = [], torch.zeros_like(weight)
         for part, target in zip(rows.split(size), targets.split(size), strict=True):
@@ -54,7 +53,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale):
         rows, head = ctx.saved_tensors
-        return rows * scale, head * scale, None
+        return rows * scale, head * scale, None, None
+
+
+def chunk_size(device: str) -> int:
+    """Positions of a chunk on a type of device."""
+    return CHUNK.get(device, CHUNK["cuda"])
 
 
 def _gradient_and_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +84,8 @@ def _forward(self: LlamaForCausalLM, *args, labels=None, **kwargs):
     transformers' own is given all logits, as it expects; so is who asks for more than the loss. A head that is more
     than its weight, an adapter's for example, is called."""
     has_own_loss = self.loss_function is not ForCausalLMLoss or not _is_only_weight(self.lm_head)
-    asks_for_more = len(args) > MAX_ARGS or any(map(kwargs.get, MORE)) or kwargs.get("return_dict") is False
+    asked = {name: getattr(self.config, name, None) for name in MORE} | kwargs
+    asks_for_more = len(args) > MAX_ARGS or any(map(asked.get, MORE)) or kwargs.get("return_dict") is False
     asks_for_more |= kwargs.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX
     if labels is None or not self.training or has_own_loss or asks_for_more:
         given = {} if labels is None else {"labels": labels}
@@ -89,15 +94,16 @@ def _forward(self: LlamaForCausalLM, *args, labels=None, **kwargs):
     targets = kwargs.get("shift_labels")
     if targets is None:
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    total = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
+    total = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.loss_chunk)
     count = kwargs.get("num_items_in_batch")
     count = (targets != IGNORE_INDEX).sum() if count is None else count
     return CausalLMOutputWithPast(loss=total / count)
 
 
-def with_chunked_loss(model: PreTrainedModel) -> PreTrainedModel:
+def with_chunked_loss(model: PreTrainedModel, chunk: int | None = None) -> PreTrainedModel:
     """A Llama then gives its loss in training and no logits; in evaluation, and without labels, it is as before. Other
-    models stay as they are."""
+    models stay as they are. `chunk`: positions of one; None: as suits the device."""
     if type(model) is LlamaForCausalLM and model.lm_head.bias is None:
+        model.loss_chunk = chunk
         model.forward = MethodType(_forward, model)
     return model

@@ -200,6 +200,14 @@ def test_who_asks_for_more_than_the_loss_gets_it(ids, call):
     assert torch.equal(call(own.train(), ids), call(plain.train(), ids))
 
 
+def test_and_so_does_who_asks_in_the_models_config(ids):
+    plain, own = make_model(), with_chunked_loss(make_model())
+    for model in (plain, own):
+        model.train().config.output_hidden_states = True
+    first, second = (model(input_ids=ids, labels=ids).hidden_states for model in (plain, own))
+    assert len(first) == len(second) > 1 and torch.equal(first[-1], second[-1])
+
+
 def test_a_label_that_is_no_token_is_refused_as_by_transformers(ids):
     labels = ids.clone()
     labels[1, 3] = -1
