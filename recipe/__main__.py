@@ -108,7 +108,8 @@ def plan(arguments: list[str]) -> int:
     from recipe.plan import format_plan, make_plan
 
     result = make_plan(config)
-    print(dumps(result) if options.json else format_plan(result))
+    if os.environ.get("RANK", "0") == "0":
+        print(dumps(result) if options.json else format_plan(result))
     return GOOD
 
 

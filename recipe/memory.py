@@ -98,12 +98,14 @@ def step_memory(
     is_accumulating: bool = False,
     is_checkpointing: bool = False,
     attention: str = "sdpa",
+    chunk: int | None = None,
 ) -> StepMemory:
     """`precision`: fp32, or that of the autocast, bf16 or fp16. `is_accumulating`: gradients stay through a forward
-    pass. `is_checkpointing`: activations are computed again in the backward pass."""
+    pass. `is_checkpointing`: activations are computed again in the backward pass. `chunk`: positions of one in the
+    loss, None: as on a CPU."""
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs what it raises
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = with_chunked_loss(_empty_model(config, attn_implementation=attention, dtype=torch.float32))
+        model = with_chunked_loss(_empty_model(config, attn_implementation=attention, dtype=torch.float32), chunk)
         weights = list(model.parameters())
         num_bytes = sum(weight.untyped_storage().nbytes() for weight in weights)
         if is_checkpointing:

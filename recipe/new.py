@@ -1,6 +1,7 @@
 """`recipe new`: a starting configuration for a model size, with the reason for each choice beside it."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -83,7 +84,7 @@ def starting_config(size: str, tokens: float | None = None) -> dict:
     tokens = round(tokens or optimal)
     rate, batch = step_law(rest, tokens)
     accumulation = max(1, round(batch / (MICRO_BATCH * block_size)))
-    steps = tokens // (MICRO_BATCH * accumulation * block_size)
+    steps = math.ceil(tokens / (MICRO_BATCH * accumulation * block_size))
     every = max(50, 10 * round(steps / 200))
     return {
         "_comment": f"Written by `recipe new --size {size}`. `recipe train --help` lists all keys",

@@ -13,8 +13,10 @@ import torch
 from transformers import PretrainedConfig
 
 from recipe.arguments import Config
+from recipe.conflicts import num_ranks
 from recipe.errors import UserError
-from recipe.loss import CHUNK
+from recipe.internals import has_fast_bf16_cpu
+from recipe.loss import chunk_size
 from recipe.memory import (
     GB,
     StepMemory,
@@ -42,9 +44,10 @@ GPUS = {
     "B200 192 GB": (192, 2250, "bf16"),
 }
 GPU_MFU = 0.40  # assumed: no run of the recipe on a GPU has been measured yet
-# Of the matrix-product rate in that precision, by 6 N: two cores with AVX512-BF16 reached 0.41, 0.44 and 0.55 in fp32
-# with the demo, 13.8M and 180M, and 0.25, 0.33 and 0.39 in bf16 (`python -m tests.benchmarks.throughput`).
-CPU_MFU = {"fp32": 0.45, "bf16": 0.35}
+# Of the matrix-product rate in that precision, attention counted: two cores with AVX512-BF16 reached 0.49, 0.52 and
+# 0.67 in fp32 with the demo, 13.8M and 180M, and 0.30, 0.39 and 0.48 in bf16; with AVX2 0.41 in fp32 with the demo
+# (`python -m tests.benchmarks.throughput`, whose shares are by 6 N).
+CPU_MFU = {"fp32": 0.5, "bf16": 0.4}
 # Seconds of training on a CPU: twice what repays a minute at 0.9 of the time. FLOP/s of a core with units for bf16 in
 # training: two cores with AVX512-BF16 reached 0.16 to 0.2 T (`python -m tests.benchmarks.throughput`).
 COMPILING_PAYS_AFTER, CORE_RATE = 1200, 1e11
@@ -76,8 +79,9 @@ def make_plan(config: Config) -> dict:
     flops = flops_per_token(model, count, block_size)
     here = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
     try:
-        half = StepSizes(config, model, "bf16")  # fp16 is as large
-        sizes = {"bf16": half, "fp16": half} | ({here: StepSizes(config, model, here)} if here == "fp32" else {})
+        sizes = StepSizes(config, model, here, training.device.type)
+        is_known = here != "fp32" and training.device.type == "cuda"  # in fp16 it is as large as in bf16
+        on_gpu = sizes if is_known or not GPUS else StepSizes(config, model, "bf16", "cuda")
     except Exception as error:
         raise UserError(
             f"plan cannot tell what a {model.model_type} model needs: it does not run without its data "
@@ -86,14 +90,15 @@ def make_plan(config: Config) -> dict:
     device = training.device
     own_mfu = mfu_of(device, here)
     name, rate = f"this {device.type}", matrix_rate(device, here)
-    own = _device(name, free_memory(device), here, sizes[here], config, rate, own_mfu)
+    own = _device(name, free_memory(device), here, sizes, config, rate, own_mfu)
     gpus = [
-        _device(name, USABLE * memory * GB, kind, sizes[kind], config, tflops * 1e12, GPU_MFU)
+        _device(name, USABLE * memory * GB, kind, on_gpu, config, tflops * 1e12, GPU_MFU)
         for name, (memory, tflops, kind) in GPUS.items()
     ]
-    hours = {each.name: flops * tokens / (each.rate * each.mfu) / 3600 for each in (own, *gpus)}
-    own_step = sizes[here].step(training.per_device_train_batch_size)
-    checkpoint = 4 * count + optimizer_bytes(meta_model(model), sizes[here].optim)
+    ranks = num_ranks()
+    hours = {each.name: flops * tokens / (each.rate * each.mfu * ranks) / 3600 for each in (own, *gpus)}
+    own_step = sizes.step(training.per_device_train_batch_size)
+    checkpoint = 4 * count + optimizer_bytes(meta_model(model), sizes.optim)
     kept = training.save_total_limit or math.ceil(config.max_steps / max(1, training.save_steps))
     return {
         "parameters": {"total": count, **parts},
@@ -102,8 +107,11 @@ def make_plan(config: Config) -> dict:
         "steps": config.max_steps,
         "tokens_per_step": config.tokens_per_step,
         "tokens_per_parameter": tokens / count,
-        "step_memory": _parts(own_step, sizes[here].update, device.type),
-        "evaluation_memory": sizes[here].evaluation,
+        "step_memory": _parts(own_step, sizes.update, device.type),
+        "evaluation_memory": sizes.evaluation,
+        "ranks": ranks,
+        "is_checkpointing_on_cpu": bool(training.activation_checkpointing) and device.type == "cpu",
+        "is_emulated": here == "bf16" and device.type == "cpu" and not has_fast_bf16_cpu(),
         "devices": [{**asdict(each), "hours": hours[each.name]} for each in (own, *gpus)],
         "disk": {"checkpoint": checkpoint, "kept": kept, "needed": checkpoint * (kept + 1) + 4 * count},
         "disk_free": shutil.disk_usage(_existing(Path(training.output_dir))).free,
@@ -137,13 +145,13 @@ def compiling_pays_on_cpu(config: Config, model: PretrainedConfig) -> bool:
 
 
 class StepSizes:
-    """Memory of one step in one precision for any number of rows.
+    """Memory of one step in one precision, on a type of device, for any number of rows.
 
     It grows in proportion to rows and, where all layers are alike, to layers. So it is measured for two numbers of
     each, which takes a second, and extrapolated.
     """
 
-    def __init__(self, config: Config, model: PretrainedConfig, precision: str):
+    def __init__(self, config: Config, model: PretrainedConfig, precision: str, device: str):
         training = config.training
         self.optim = str(getattr(training.optim, "value", training.optim))
         self._shared = {
@@ -155,13 +163,16 @@ class StepSizes:
             "optim": self.optim,
             "is_accumulating": training.gradient_accumulation_steps > 1,
             "is_checkpointing": bool(training.activation_checkpointing),
+            "chunk": chunk_size(device),
         }
         # From the rows on that fill a chunk of the loss: more of them need no more logits
-        self._first = math.ceil(CHUNK["cpu"] / config.data.block_size)
+        self._first = math.ceil(chunk_size(device) / config.data.block_size)
         self._one, self._two = (self._measure(model, self._first + more) for more in (0, 1))
         self.update = update_bytes(meta_model(model), self.optim)
-        shallow = with_layers(model, 1) or model
-        self.evaluation = evaluation_memory(shallow, rows=training.per_device_eval_batch_size, **self._shared)
+        depths = [with_layers(model, 1) or model, with_layers(model, 2) or model]  # autocast keeps copies of weights
+        rows = training.per_device_eval_batch_size
+        one, two = (evaluation_memory(each, rows=rows, **self._shared) for each in depths)
+        self.evaluation = one + (model.num_hidden_layers - 1) * (two - one)
 
     def _measure(self, model: PretrainedConfig, rows: int) -> StepMemory:
         shallow = [with_layers(model, layers) for layers in (1, 2)]
@@ -207,16 +218,19 @@ def _device(
     return Device(name, memory, precision, peak, best, accumulation, rate, mfu)
 
 
-def matrix_rate(device: torch.device, precision: str, size: int = 1024) -> float:
-    """FLOP/s of this device's matrix products, the fastest of a few."""
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """FLOP/s of this device's matrix products, the fastest of a few; of small ones alone where a large one takes
+    longer than half a second, as in a precision that is emulated."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    left = torch.ones(size, size, dtype=dtype, device=device)
-    best = math.inf
-    for _ in range(5):
+    best = 0.0
+    for size in (256, 256, 1024, 1024, 1024, 1024, 1024):
+        if best and 2 * size**3 / best > 0.5:
+            break
+        left = torch.ones(size, size, dtype=dtype, device=device)
         start = time.perf_counter()
         (left @ left)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
 
 
 def _existing(path: Path) -> Path:
@@ -244,11 +258,16 @@ def format_plan(plan: dict) -> str:
     own, gpu = plan["devices"][0], plan["devices"][1]
     if own["peak"] > own["memory"]:
         lines += ["", *textwrap.wrap(_too_much(own), WIDTH)]
+    if plan["is_emulated"]:
+        lines += ["", "This CPU has no units for bf16 and emulates it: --bf16 false trains faster."]
+    if plan["is_checkpointing_on_cpu"]:
+        lines += ["", "With activation_checkpointing malloc keeps more: runs took 1.5 to 2 times this CPU's peak."]
+    devices = "one device" if plan["ranks"] == 1 else f"{plan['ranks']} devices, one a rank"
     note = (
         "Freed: what malloc keeps of freed blocks, on a CPU. Peak: with the config's micro-batch, eager, beside what "
         "the process holds anyway. rows x accumulation: the largest micro-batch that fits, for the same global batch. "
-        f"Hours: without evaluation; at {own['mfu']:.0%} of the {own['rate'] / 1e9:,.0f} GFLOP/s that matrix products "
-        f"reach here now; GPUs at {gpu['mfu']:.0%} of their data sheets' rate (assumed, not measured)."
+        f"Hours: of {devices}, without evaluation; at {own['mfu']:.0%} of the {own['rate'] / 1e9:,.0f} GFLOP/s that "
+        f"matrix products reach here now; GPUs at {gpu['mfu']:.0%} of their data sheets' rate (assumed, not measured)."
     )
     return "\n".join([*lines, "", *textwrap.wrap(note, WIDTH)])
 

@@ -116,6 +116,7 @@ def test_a_new_config_of_each_size_plans(size, tmp_path, capsys, monkeypatch):
     assert config.tokens_per_step == pytest.approx(batch, rel=0.1)
     assert config.training.learning_rate == pytest.approx(rate, rel=0.05)
     assert config.training.warmup_steps <= min(2000, 0.1 * config.max_steps + 1)
+    assert f"{plan['steps']:,} steps in all" == json.loads(path.read_text())["_comment_often"]
 
 
 def test_step_law_at_the_size_of_the_demo_is_near_the_demo():

@@ -8,11 +8,28 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from recipe import memory
+from recipe.__main__ import run
 from recipe.arguments import parse_config
 from recipe.errors import UserError
-from recipe.memory import check_fits, count_parameters, meta_model, optimizer_bytes, step_memory, update_bytes
-from recipe.model import flops_per_token
-from recipe.plan import compiling_pays_on_cpu, extrapolate, format_plan, make_plan, with_layers
+from recipe.memory import (
+    check_fits,
+    count_parameters,
+    evaluation_memory,
+    meta_model,
+    optimizer_bytes,
+    step_memory,
+    update_bytes,
+)
+from recipe.model import flops_per_token, read_model_config
+from recipe.plan import (
+    StepSizes,
+    compiling_pays_on_cpu,
+    extrapolate,
+    format_plan,
+    make_plan,
+    matrix_rate,
+    with_layers,
+)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "recipe" / "configs"
 DEMO = CONFIGS / "llama_3m_model.json"
@@ -113,6 +130,49 @@ def test_plan_of_a_shipped_config(monkeypatch):
     json.dumps(plan)
     text = format_plan(plan)
     assert "3,148,224" in text and max(map(len, text.splitlines())) <= 120
+
+
+def test_hours_are_of_all_ranks_and_only_one_prints(monkeypatch, capsys):
+    monkeypatch.setattr("recipe.plan.matrix_rate", lambda device, precision: 1e11)
+    words = [str(CONFIGS / "cpu_demo.json"), "--use_cpu", "true"]
+    alone = make_plan(parse_config(words[0], words[1:]))
+    monkeypatch.setattr("recipe.plan.num_ranks", lambda: 2)
+    both = make_plan(parse_config(words[0], words[1:]))
+    assert both["devices"][0]["hours"] == pytest.approx(alone["devices"][0]["hours"] / 2)
+    assert "Hours: of one device" in format_plan(alone) and "Hours: of 2 devices, one a rank" in format_plan(both)
+    monkeypatch.setenv("RANK", "1")
+    assert run(["plan", *words]) == 0 and capsys.readouterr().out == ""
+
+
+def test_a_gpu_has_chunks_of_its_own():
+    config = parse_config(CONFIGS / "cpu_demo.json", ["--use_cpu", "true"])
+    model = read_model_config(config.model.model_config, None)
+    on_cpu, on_gpu = (StepSizes(config, model, "bf16", device) for device in ("cpu", "cuda"))
+    assert on_gpu.step(8).logits == 4 * on_cpu.step(8).logits  # 2,048 positions instead of 512
+
+
+def test_an_evaluation_in_bf16_keeps_copies_of_all_layers():
+    config = parse_config(CONFIGS / "cpu_demo.json", ["--use_cpu", "true"])
+    model = read_model_config(config.model.model_config, None)
+    sizes, shared = StepSizes(config, model, "bf16", "cpu"), {"block_size": 256, "attention": "sdpa"}
+    whole = evaluation_memory(model, rows=config.training.per_device_eval_batch_size, precision="bf16", **shared)
+    assert sizes.evaluation == pytest.approx(whole, rel=1e-3)
+
+
+def test_what_a_cpu_emulates_is_measured_shortly_and_said(monkeypatch):
+    sizes = []
+    ones = torch.ones
+    monkeypatch.setattr("recipe.plan.time.perf_counter", iter(range(100)).__next__)  # a second a product
+    monkeypatch.setattr("recipe.plan.torch.ones", lambda *size, **given: sizes.append(size) or ones(*size, **given))
+    assert matrix_rate(torch.device("cpu"), "bf16") == 2 * 256**3 and sizes == [(256, 256)]
+    monkeypatch.undo()
+    monkeypatch.setattr("recipe.plan.has_fast_bf16_cpu", lambda: False)
+    monkeypatch.setattr("recipe.plan.matrix_rate", lambda device, precision: 1e9)
+    config = parse_config(CONFIGS / "cpu_demo.json", ["--use_cpu", "true", "--bf16", "true"])
+    assert "emulates it: --bf16 false trains faster" in format_plan(make_plan(config))
+    words = ["--use_cpu", "true", "--activation_checkpointing", "true"]
+    text = format_plan(make_plan(parse_config(CONFIGS / "cpu_demo.json", words)))
+    assert "emulates" not in text and "With activation_checkpointing malloc keeps more" in text
 
 
 def test_rows_that_do_not_fit_are_divided(monkeypatch):
