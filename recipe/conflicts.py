@@ -9,6 +9,7 @@ from typing import Any
 from recipe.config_checks import ALTERNATIVES
 
 NO_BF16 = "no GPU here computes in bf16, and on most CPUs it is slower than fp32 (many emulate it)"
+NO_FP16 = "needs a GPU; on a CPU use --fp16 false: fp32 is faster there"
 # What changes the number of steps.
 LENGTH = {"train_tokens", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "block_size"}
 EMBEDDING_LR_RATIO = "embedding_lr_ratio"
@@ -68,6 +69,8 @@ def _conflicts(v: SimpleNamespace, given: Set[str], options: Set[str]) -> Iterat
         if num_set != 1:
             yield " ".join(pair), f"give {' or '.join(pair)}; {'both are' if num_set else 'neither is'} set"
 
+    if v.fp16 and v.use_cpu and not v.bf16:  # `_of_machine` says so where no GPU is found
+        yield "fp16 bf16 use_cpu", NO_FP16
     lanes = 32 if v.num_lanes == "auto" else v.num_lanes
     ranks, workers = num_ranks(), max(1, v.dataloader_num_workers)
     if lanes % ranks:
@@ -127,7 +130,7 @@ def _of_machine(v: SimpleNamespace) -> Iterator[tuple[str, str]]:
     elif v.bf16 and not v.use_cpu and not is_torch_bf16_gpu_available():
         yield "bf16 fp16 use_cpu", f"{NO_BF16}; use --bf16 false"
     elif v.fp16 and on_cpu:
-        yield "fp16 bf16 use_cpu", "needs a GPU; on a CPU use --fp16 false: fp32 is faster there"
+        yield "fp16 bf16 use_cpu", NO_FP16
     if v.fsdp and on_cpu:
         yield "fsdp use_cpu", "needs GPUs: on a CPU accelerate ignores it without a message, and every rank holds all"
     if v.tf32 and not is_torch_tf32_available():

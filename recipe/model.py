@@ -1,9 +1,11 @@
 """LlamaConfig JSON -> LlamaForCausalLM, and what the hardware supports: attention kernel, precision, compilation."""
 
+import difflib
 import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import sysconfig
 from pathlib import Path
@@ -158,15 +160,23 @@ def load_model_config(path: str) -> LlamaConfig:
             f"model_config {path}: model_type {values['model_type']!r}; the recipe builds llama models from a JSON "
             "(others can be continued with model_name_or_path)"
         )
-    unknown = sorted(set(values) - set(LlamaConfig().to_dict()) - {"unk_token_id"})
+    known = set(LlamaConfig().to_dict()) | {"unk_token_id"}
+    unknown = sorted(values.keys() - known)
     if unknown:
-        raise UserError(f"model_config {path}: LlamaConfig has no key {', '.join(unknown)}")
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"model_config {path}: LlamaConfig has no key {', '.join(unknown)}{hint}")
     try:
         config = LlamaConfig(**values)
     except (TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"model_config {path}: {str(error).strip().splitlines()[-1].strip()}") from error
+        raise UserError(f"model_config {path}: {_last_line(error)}") from error
     check_shape(config, path)
     return config
+
+
+def _last_line(error: Exception) -> str:
+    """Without the name of an exception, which huggingface_hub writes before it."""
+    return re.sub(r"^\w+Error: ", "", str(error).strip().splitlines()[-1].strip())
 
 
 def check_shape(config: LlamaConfig, path: str) -> None:

@@ -168,6 +168,8 @@ def _resolve_paths(values: dict[str, Any], config_path: Path, unsound: Set[str])
         elif place is not None and place.is_dir() != is_folder:
             kind, fix = ("file", "folder that holds it") if is_folder else ("folder", "JSON file in it")
             problems[name] = f"{value} is a {kind}; name the {fix}"
+        elif name == "model_config" and place is not None and (problem := _why_no_json(place)):
+            problems[name] = f"{value}: {problem}"
         elif place is not None and is_folder and not any((place / file).exists() for file in HOLDS[name]):
             problems[name] = _why_empty(name, value, place)
     if "source" not in unsound:
@@ -252,6 +254,9 @@ def _read_json(path: str | os.PathLike) -> tuple[dict[str, Any], list[checks.Pro
         is_array = isinstance(given, list) and given and isinstance(given[0], (str, dict))
         hint = _data_hint(path) if is_array else None
         raise ConfigError(path, [("", hint or f"must be a JSON object of keys and values, not {checks.show(given)}")])
+    if {"hidden_size", "num_hidden_layers"} <= given.keys():
+        hint = f'is a model\'s configuration; name that of a training, with "model_config": "{path}" in it'
+        raise ConfigError(path, [("", hint)])
     return given, repeated
 
 
@@ -270,6 +275,15 @@ def _data_hint(path: str | os.PathLike) -> str | None:
     except (UserError, DataError):
         return None
     return f"is no configuration, but data; did you mean --source {shlex.quote(name)}?" if is_data else None
+
+
+def _why_no_json(path: Path) -> str | None:
+    """None where it is JSON: what is in it is read when torch is there."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        return _why_unreadable(error, path)
 
 
 def _why_unreadable(error: Exception, path: Path) -> str:

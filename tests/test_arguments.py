@@ -22,7 +22,7 @@ from recipe.arguments import (
 from recipe.conflicts import find_conflicts
 from recipe.errors import UserError
 from recipe.keys import HINTS, TEXTS, source_types
-from recipe.read_config import find_path
+from recipe.read_config import ConfigError, find_path
 
 CONFIGS = Path(arguments.__file__).parent / "configs"
 TRAINING_NAMES = {field.name for field in fields(TrainingArguments)}
@@ -521,3 +521,12 @@ def test_the_commands_find_the_shipped_configs_from_anywhere(tmp_path, monkeypat
     for command in (["train"], ["train", "recipe/configs/cpu_demo.json"], ["plan", "recipe/configs/cpu_demo.json"]):
         assert run([*command, "--no_such_key", "1"]) == 2
         assert "recipe/configs/cpu_demo.json: 1 problem" in capsys.readouterr().err
+
+
+def test_a_models_json_is_told_from_a_trainings_and_read_before_torch_is(write, tmp_path):
+    (tmp_path / "model.json").write_text('{"hidden_size": 8, "num_hidden_layers": 1,}')
+    with pytest.raises(ConfigError, match="model_config: .*model.json: line 1 .*: trailing comma"):
+        parse_config(write(model_config=str(tmp_path / "model.json")))
+    (tmp_path / "model.json").write_text('{"hidden_size": 8, "num_hidden_layers": 1}')
+    with pytest.raises(ConfigError, match="1 problem\\n.*is a model's configuration; name that of a training"):
+        parse_config(tmp_path / "model.json")
