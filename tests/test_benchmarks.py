@@ -26,6 +26,12 @@ def whole_sweep(ours: list[int], stock: list[int]) -> list[dict]:
     return [record(arm, number, tokens=each) for arm, many in tokens.items() for number, each in enumerate(many)]
 
 
+def test_a_number_of_runs_is_not_negative():
+    assert time_to_loss.natural("0") == 0
+    with pytest.raises(ValueError):
+        time_to_loss.natural("-1")
+
+
 def test_a_sweep_has_at_most_8_runs_an_arm():
     assert all(len(runs) <= 8 for runs in SWEEP.values())
     assert {arm for arm, _ in SWEEP} == set(time_to_loss.ARMS)

@@ -51,7 +51,7 @@ def format_value(value) -> str:
 def environment() -> str:
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     when = f"{datetime.now():%Y-%m-%d %H:%M}, commit {commit()}"
-    return f"{when}, {os.cpu_count()} CPUs, Python {python_version()}, {versions}"
+    return f"{when}, {processor()}, Python {python_version()}, {versions}"
 
 
 def processor() -> str:

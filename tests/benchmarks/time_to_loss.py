@@ -72,6 +72,14 @@ SWEEP = {
     ],
     ("stock", 4.6): [cosine(3e-3, 8, 6_144_000, 2 * WARM_UP), cosine(3e-3, 8, 2_457_600, 2 * WARM_UP)],
 }
+
+
+def natural(word: str) -> int:
+    if (number := int(word)) < 0:
+        raise ValueError
+    return number
+
+
 # --- the runs and their records
 
 
@@ -113,7 +121,7 @@ def next_run(records: list[dict]) -> dict | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.time_to_loss", description=__doc__)
-    parser.add_argument("--runs", type=int, default=sys.maxsize, help="how many to make now; 0: only the table")
+    parser.add_argument("--runs", type=natural, default=sys.maxsize, help="how many to make now; 0: only the table")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON, and write nothing else")
     arguments = parser.parse_args()
     for _ in range(arguments.runs):
