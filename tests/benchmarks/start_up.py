@@ -20,6 +20,8 @@ STARTS = {
     "a misspelt key": ["-m", "recipe", "train", DEMO, "--learning_rat", "1"],
     "a value of a wrong type": ["-m", "recipe", "train", DEMO, "--learning_rate", "fast"],
     "a file that is not there": ["-m", "recipe", "train", DEMO, "--source", "nowhere.txt"],
+    "recipe plan, demo": ["-m", "recipe", "plan", DEMO],
+    "recipe plan, 180M": ["-m", "recipe", "plan", "recipe/configs/llama_180m.json", "--use_cpu"],
     "import transformers": ["-c", "import transformers"],
     "import torch, transformers": ["-c", "import torch, transformers"],
     "from transformers import Trainer": ["-c", "from transformers import Trainer"],
@@ -41,7 +43,10 @@ def measure_start(_folder: Path) -> Result:
         }
         for name, times in found.items()
     ]
-    measured = f"Fresh processes; medians of {ROUNDS} alternating rounds after one that is not counted."
+    measured = (
+        f"Fresh processes; medians of {ROUNDS} alternating rounds after one that is not counted. The "
+        "environment of the tests has peft, which transformers imports."
+    )
     return Result("seconds until an answer", measured, rows)
 
 
