@@ -132,7 +132,14 @@ def test_plan_of_a_shipped_config(monkeypatch):
     assert "3,148,224" in text and max(map(len, text.splitlines())) <= 120
 
 
-def test_hours_are_of_all_ranks_and_only_one_prints(monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def demo() -> StepSizes:
+    config = parse_config(CONFIGS / "cpu_demo.json", ["--use_cpu", "true"])
+    return StepSizes(config, read_model_config(config.model.model_config, None), "bf16", "cpu")
+
+
+def test_hours_are_of_all_ranks_and_only_one_prints(monkeypatch, capsys, demo):
+    monkeypatch.setattr("recipe.plan.StepSizes", lambda *given: demo)
     monkeypatch.setattr("recipe.plan.matrix_rate", lambda device, precision: 1e11)
     words = [str(CONFIGS / "cpu_demo.json"), "--use_cpu", "true"]
     alone = make_plan(parse_config(words[0], words[1:]))
@@ -144,28 +151,29 @@ def test_hours_are_of_all_ranks_and_only_one_prints(monkeypatch, capsys):
     assert run(["plan", *words]) == 0 and capsys.readouterr().out == ""
 
 
-def test_a_gpu_has_chunks_of_its_own():
+def test_a_gpu_has_chunks_of_its_own(demo):
     config = parse_config(CONFIGS / "cpu_demo.json", ["--use_cpu", "true"])
     model = read_model_config(config.model.model_config, None)
-    on_cpu, on_gpu = (StepSizes(config, model, "bf16", device) for device in ("cpu", "cuda"))
-    assert on_gpu.step(8).logits == 4 * on_cpu.step(8).logits  # 2,048 positions instead of 512
+    on_gpu = StepSizes(config, model, "bf16", "cuda")
+    assert on_gpu.step(8).logits == 4 * demo.step(8).logits  # 2,048 positions instead of 512
 
 
-def test_an_evaluation_in_bf16_keeps_copies_of_all_layers():
+def test_an_evaluation_in_bf16_keeps_copies_of_all_layers(demo):
     config = parse_config(CONFIGS / "cpu_demo.json", ["--use_cpu", "true"])
     model = read_model_config(config.model.model_config, None)
-    sizes, shared = StepSizes(config, model, "bf16", "cpu"), {"block_size": 256, "attention": "sdpa"}
-    whole = evaluation_memory(model, rows=config.training.per_device_eval_batch_size, precision="bf16", **shared)
-    assert sizes.evaluation == pytest.approx(whole, rel=1e-3)
+    shared = {"block_size": 256, "precision": "bf16", "attention": "sdpa"}
+    whole = evaluation_memory(model, rows=config.training.per_device_eval_batch_size, **shared)
+    assert demo.evaluation == pytest.approx(whole, rel=1e-3)
 
 
-def test_what_a_cpu_emulates_is_measured_shortly_and_said(monkeypatch):
+def test_what_a_cpu_emulates_is_measured_shortly_and_said(monkeypatch, demo):
     sizes = []
     ones = torch.ones
     monkeypatch.setattr("recipe.plan.time.perf_counter", iter(range(100)).__next__)  # a second a product
     monkeypatch.setattr("recipe.plan.torch.ones", lambda *size, **given: sizes.append(size) or ones(*size, **given))
     assert matrix_rate(torch.device("cpu"), "bf16") == 2 * 256**3 and sizes == [(256, 256)]
     monkeypatch.undo()
+    monkeypatch.setattr("recipe.plan.StepSizes", lambda *given: demo)
     monkeypatch.setattr("recipe.plan.has_fast_bf16_cpu", lambda: False)
     monkeypatch.setattr("recipe.plan.matrix_rate", lambda device, precision: 1e9)
     config = parse_config(CONFIGS / "cpu_demo.json", ["--use_cpu", "true", "--bf16", "true"])
