@@ -254,7 +254,7 @@ def _read_json(path: str | os.PathLike) -> tuple[dict[str, Any], list[checks.Pro
         is_array = isinstance(given, list) and given and isinstance(given[0], (str, dict))
         hint = _data_hint(path) if is_array else None
         raise ConfigError(path, [("", hint or f"must be a JSON object of keys and values, not {checks.show(given)}")])
-    if {"hidden_size", "num_hidden_layers"} <= given.keys():
+    if {"hidden_size", "num_hidden_layers"} <= given.keys() and not {"source", "model_config"} & given.keys():
         hint = f'is a model\'s configuration; name that of a training, with "model_config": "{path}" in it'
         raise ConfigError(path, [("", hint)])
     return given, repeated

@@ -530,3 +530,5 @@ def test_a_models_json_is_told_from_a_trainings_and_read_before_torch_is(write, 
     (tmp_path / "model.json").write_text('{"hidden_size": 8, "num_hidden_layers": 1}')
     with pytest.raises(ConfigError, match="1 problem\\n.*is a model's configuration; name that of a training"):
         parse_config(tmp_path / "model.json")
+    with pytest.raises(ConfigError, match="hidden_size: unknown key: the shape of a new model is in the JSON that"):
+        parse_config(write(hidden_size=8, num_hidden_layers=1))
