@@ -123,9 +123,9 @@ ALTERNATIVES = (("train_tokens", "max_steps"), ("model_config", "model_name_or_p
 
 def find_problem(name: str, value: Any, types: Mapping[str, FieldType]) -> str | None:
     """What is wrong with `value` for the known key `name`."""
-    kinds, choices = types[name]
-    if not any(_fits(value, kind) for kind in kinds):
-        return _type_problem(value, kinds, choices)
+    if problem := type_problem(value, types[name]):
+        return problem
+    choices = types[name].choices
     if name in FIXED and value != FIXED[name][0]:
         return f"must stay {show(FIXED[name][0])}: {FIXED[name][1]}"
     if problem := _missing_package(name, value):
@@ -227,7 +227,10 @@ def _fits(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and (kind is not list or all(isinstance(item, str) for item in value))
 
 
-def _type_problem(value: Any, kinds: Collection[type], choices: Collection[str]) -> str:
+def type_problem(value: Any, expected: FieldType) -> str | None:
+    kinds, choices = expected
+    if any(_fits(value, kind) for kind in kinds):
+        return None
     names = TYPE_NAMES | ({str: f"one of {', '.join(choices)}"} if choices else {})
     bare = {bool, int, float}.intersection(kinds) if isinstance(value, str) else ()
     fix = ": remove the quotes" if any(_fits(convert_word(value, [kind]), kind) for kind in bare) else ""

@@ -45,6 +45,7 @@ TEXTS = {
     "resume_from_checkpoint": "`latest`, `auto` (the latest, else a new run), or the path of a checkpoint",
     "seed": "seed of the initial weights",
 }
+NOT_DECLARED = ("model_type", "output_attentions", "unk_token_id")  # of a model's JSON
 LINE = 120  # columns of a line of the help
 CHOICES_SHOWN = 6
 PAGE = "docs/keys.md"  # whole texts and all values
@@ -71,6 +72,20 @@ def all_keys() -> dict[str, Key]:
     """Ours, then TrainingArguments', each in its declared order."""
     package = Path(importlib.util.find_spec("transformers").origin).parent  # finds it without importing it
     return _ours() | _of_training_arguments(package)
+
+
+@cache
+def model_keys() -> dict[str, Key]:
+    """Of a model's JSON: LlamaConfig's, and those that each configuration has."""
+    package = Path(importlib.util.find_spec("transformers").origin).parent
+    found = {name: Key("Model", FieldType((), ()), None, "") for name in NOT_DECLARED}
+    classes = {"configuration_utils": "PreTrainedConfig", "models/llama/configuration_llama": "LlamaConfig"}
+    for module, name in classes.items():
+        tree = ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))
+        for field, node in _fields(_class(tree, name)):
+            if not ast.unparse(node.annotation).startswith("ClassVar") and not field.startswith("_"):
+                found[field] = Key("Model", _type_of(node.annotation, {}), _default(node.value, {}), "")
+    return found
 
 
 @cache

@@ -1,6 +1,5 @@
 """LlamaConfig JSON -> LlamaForCausalLM, and what the hardware supports: attention kernel, precision, compilation."""
 
-import difflib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_flash_attn_2_available
 
@@ -32,6 +32,7 @@ from recipe.errors import UserError
 from recipe.hub import why_not_loaded, why_unreachable
 from recipe.internals import attention_of, has_fast_bf16_cpu
 from recipe.loss import with_chunked_loss
+from recipe.model_json import find_problem, without_comments
 
 logger = logging.getLogger(__name__)
 
@@ -148,49 +149,32 @@ def _cannot_load(name: str, error: Exception) -> UserError:
 
 
 def load_model_config(path: str) -> LlamaConfig:
-    """Read a LlamaConfig JSON; unknown keys are refused, since LlamaConfig would silently keep them."""
+    """Read a LlamaConfig JSON; raise `UserError` for what LlamaConfig or the model could not use."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"model_config {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"model_config {path}: holds {type(values).__name__}, not an object of LlamaConfig's keys")
-    if values.get("model_type", "llama") != "llama":
-        raise UserError(
-            f"model_config {path}: model_type {values['model_type']!r}; the recipe builds llama models from a JSON "
-            "(others can be continued with model_name_or_path)"
-        )
-    known = set(LlamaConfig().to_dict()) | {"unk_token_id"}
-    unknown = sorted(values.keys() - known)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"model_config {path}: LlamaConfig has no key {', '.join(unknown)}{hint}")
+    if problem := find_problem(values):
+        raise UserError(f"model_config {path}: {problem}")
     try:
-        config = LlamaConfig(**values)
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"model_config {path}: {_last_line(error)}") from error
-    check_shape(config, path)
+        config = LlamaConfig(**without_comments(values))
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"model_config {path}: {_reason(error)}") from error
+    rope = config.rope_parameters["rope_type"]
+    if rope != "default" and rope not in ROPE_INIT_FUNCTIONS:
+        known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
+        raise UserError(f"model_config {path}: rope_type {rope!r} of rope_parameters is not one of {known}")
+    if config.hidden_act not in ACT2FN:
+        raise UserError(f"model_config {path}: hidden_act {config.hidden_act!r} is unknown; llama's is silu")
     return config
 
 
-def _last_line(error: Exception) -> str:
-    """Without the name of an exception, which huggingface_hub writes before it."""
-    return re.sub(r"^\w+Error: ", "", str(error).strip().splitlines()[-1].strip())
-
-
-def check_shape(config: LlamaConfig, path: str) -> None:
-    """Raise `UserError` for shapes that LlamaConfig accepts but with which no forward pass works."""
-    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"):
-        if getattr(config, name) < 1:
-            raise UserError(f"model_config {path}: {name} must be at least 1, got {getattr(config, name)}")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise UserError(
-            f"model_config {path}: num_attention_heads {config.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads {config.num_key_value_heads}"
-        )
-    if config.hidden_act not in ACT2FN:
-        raise UserError(f"model_config {path}: hidden_act {config.hidden_act!r} is unknown; llama's is silu")
+def _reason(error: Exception) -> str:
+    """The last line, without the name of an exception, which huggingface_hub writes before it, but with its field."""
+    text = str(error.args[0]).strip()
+    reason = re.sub(r"^\w+Error: ", "", text.splitlines()[-1].strip())
+    field = re.search(r"for field '(\w+)'", text)
+    return f"{field[1]}: {reason}" if field and field[1] not in reason else reason
 
 
 def check_fit(config, tokenizer: PreTrainedTokenizerBase, block_size: int, name: str) -> None:

@@ -19,6 +19,7 @@ from recipe import config_checks as checks
 from recipe.conflicts import find_conflicts
 from recipe.errors import DataError, UserError
 from recipe.keys import Required, all_keys, source_types
+from recipe.model_json import find_problem
 from recipe.other_names import refusal
 from recipe.redact import remember_urls
 
@@ -168,7 +169,7 @@ def _resolve_paths(values: dict[str, Any], config_path: Path, unsound: Set[str])
         elif place is not None and place.is_dir() != is_folder:
             kind, fix = ("file", "folder that holds it") if is_folder else ("folder", "JSON file in it")
             problems[name] = f"{value} is a {kind}; name the {fix}"
-        elif name == "model_config" and place is not None and (problem := _why_no_json(place)):
+        elif name == "model_config" and place is not None and (problem := _why_no_model(place)):
             problems[name] = f"{value}: {problem}"
         elif place is not None and is_folder and not any((place / file).exists() for file in HOLDS[name]):
             problems[name] = _why_empty(name, value, place)
@@ -277,11 +278,9 @@ def _data_hint(path: str | os.PathLike) -> str | None:
     return f"is no configuration, but data; did you mean --source {shlex.quote(name)}?" if is_data else None
 
 
-def _why_no_json(path: Path) -> str | None:
-    """None where it is JSON: what is in it is read when torch is there."""
+def _why_no_model(path: Path) -> str | None:
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-        return None
+        return find_problem(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         return _why_unreadable(error, path)
 

@@ -81,7 +81,10 @@ def test_other_commands_have_their_own_help(command, capsys):
 def test_typing_errors_and_help_need_no_torch(tmp_path):
     config = tmp_path / "my.json"
     config.write_text('{"learning_rat": 1, "_note": 2, "tokenizer": "x", "source": "docstrings", "bf16": "yes"}')
-    commands = [["train", str(config), "--max-step", "3", "--seed=x"], ["plan", str(tmp_path)], ["train", "--help"]]
+    (tmp_path / "model.json").write_text('{"hiden_size": 64}')
+    model = ["--model_config", str(tmp_path / "model.json")]
+    commands = [["train", str(config), "--max-step", "3", "--seed=x", *model], ["plan", str(tmp_path)]]
+    commands += [["train", "--help"]]
     commands += [["new", str(config)], ["new", "--help"], ["nothing"]]
     code = (
         "import sys; from recipe.__main__ import run\n"
@@ -92,6 +95,7 @@ def test_typing_errors_and_help_need_no_torch(tmp_path):
     assert done.stdout.splitlines()[-1] == "[2, 2, 0, 2, 0, 2] [False, False, False, False]"
     assert "learning_rat: unknown key; did you mean learning_rate?" in done.stderr
     assert "--max_step: unknown key; did you mean max_steps?" in done.stderr
+    assert "LlamaConfig has no key hiden_size; did you mean hidden_size?" in done.stderr
     assert '--seed: expected a whole number, got "x"' in done.stderr and "bf16: expected true or false" in done.stderr
     assert "is a folder" in done.stderr and "my.json exists already" in done.stderr
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, TrainingArguments, masking_utils
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainingArguments, masking_utils
 from transformers import modeling_flash_attention_utils as flash
 from transformers.masking_utils import create_causal_mask
 
@@ -20,6 +20,7 @@ from recipe.data.collator import DataCollatorForPackedRows
 from recipe.data.fitting import HOLD_OUT_DOCUMENTS, HOLD_OUT_START
 from recipe.data.packing import LaneState, Row
 from recipe.errors import UserError
+from recipe.keys import model_keys
 from recipe.model import agree_on_tf32, build_model, check_fit, count_flops_per_token, load_model_config
 from recipe.resolve import resolve
 from recipe.trainer import SampleCallback
@@ -223,10 +224,18 @@ def test_the_loss_of_the_built_model_is_shifted_once(tiny_model):
         ("[1]", "not an object"),
         ('{"model_type": "gpt2"}', "model_type 'gpt2'"),
         ('{"hidden_sise": 5}', "no key hidden_sise; did you mean hidden_size"),
-        ('{"hidden_size": "64"}', "model.json: Field .* expected int, got str"),
-        ('{"hidden_size": 64, "num_attention_heads": 5}', "not a multiple of the number of attention heads"),
+        ('{"hidden_size": "64"}', 'model.json: hidden_size: expected .*, got "64": remove the quotes'),
+        ('{"hidden_size": 64, "num_attention_heads": 5}', "hidden_size 64 is not a multiple of num_attention_heads 5"),
         ('{"num_attention_heads": 4, "num_key_value_heads": 3}', "not a multiple of num_key_value_heads 3"),
         ('{"num_hidden_layers": 0}', "num_hidden_layers must be at least 1"),
+        ('{"num_key_value_heads": 0}', "not a multiple of num_key_value_heads 0"),
+        ('{"initializer_range": 2.0}', "model.json: initializer_range: Value must be .*, got 2.0"),
+        ('{"hidden_size": 1.5}', "model.json: hidden_size: expected .*, got 1.5"),
+        ('{"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}', "rope_type 'foo' .* one of default, linear"),
+        ('{"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}', "Missing required keys .*factor"),
+        ('{"rope_parameters": {"rope_theta": "1e4"}}', 'rope_parameters: rope_theta: expected a number, got "1e4"'),
+        ('{"rope_parameters": {"rope_theta": -1}}', "rope_theta must be above 0, got -1"),
+        ('{"rope_parameters": {"theta": 1e4}}', "rope_type default has no theta, only rope_type, rope_theta"),
         ('{"hidden_act": "foo"}', "hidden_act 'foo' is unknown"),
     ],
 )
@@ -234,6 +243,21 @@ def test_a_bad_model_json_is_one_message(tmp_path, content, message):
     (tmp_path / "model.json").write_text(content)
     with pytest.raises(UserError, match=message):
         load_model_config(str(tmp_path / "model.json"))
+
+
+def test_comments_in_a_model_json(tmp_path, tiny_config):
+    values = json.loads(json.dumps(tiny_config))
+    config = load_model_config(write(tmp_path, {"_comment": "of whoever wrote it", **values}))
+    assert not hasattr(config, "_comment") and config.hidden_size == tiny_config["hidden_size"]
+
+
+def test_the_keys_of_a_model_json_are_those_of_llama_config():
+    """Read from its source, without importing it."""
+    expected = {name: value for name, value in LlamaConfig().to_dict().items() if not name.startswith("_")}
+    assert model_keys().keys() == expected.keys() | {"unk_token_id"}
+    # `to_dict` has more than was declared where __post_init__ fills in what is None
+    declared = {name: key.default for name, key in model_keys().items() if key.default is not None}
+    assert declared == {name: expected[name] for name in declared}
 
 
 def test_what_does_not_fit_is_refused(tmp_path, tiny_config, tokenizer):

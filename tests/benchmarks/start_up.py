@@ -13,12 +13,14 @@ from pathlib import Path
 from tests.benchmarks.results import ROOT, Result
 
 ROUNDS = 3
+MISSPELT = "model.json"
 DEMO = "recipe/configs/cpu_demo.json"
 STARTS = {
     "recipe --help": ["-m", "recipe", "--help"],
     "recipe train --help": ["-m", "recipe", "train", "--help"],
     "a misspelt key": ["-m", "recipe", "train", DEMO, "--learning_rat", "1"],
     "a value of a wrong type": ["-m", "recipe", "train", DEMO, "--learning_rate", "fast"],
+    "a misspelt key of the model's JSON": ["-m", "recipe", "train", DEMO, "--model_config", MISSPELT],
     "a file that is not there": ["-m", "recipe", "train", DEMO, "--source", "nowhere.txt"],
     "recipe plan, demo": ["-m", "recipe", "plan", DEMO],
     "recipe plan, 180M": ["-m", "recipe", "plan", "recipe/configs/llama_180m.json", "--use_cpu"],
@@ -29,11 +31,12 @@ STARTS = {
 }
 
 
-def measure_start(_folder: Path) -> Result:
+def measure_start(folder: Path) -> Result:
+    (folder / MISSPELT).write_text('{"hiden_size": 64}')
     found = {name: [] for name in STARTS}
     for number in range(ROUNDS + 1):
         for name, words in STARTS.items():
-            seconds = run_once(words)
+            seconds = run_once([str(folder / word) if word == MISSPELT else word for word in words])
             found[name] += [seconds] if number else []
     rows = [
         {
