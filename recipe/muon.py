@@ -28,6 +28,7 @@ from recipe.internals import has_fast_bf16_cpu
 MOMENTUM, STEPS, EPSILON = 0.95, 5, 1e-7  # torch's defaults, as are the coefficients
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 RMS = 0.2  # of AdamW's updates, Moonlight's section 2.2
+WIDE = 1.5  # columns of a row from which iterating on x x^T takes fewer FLOPs, see `_iterate_gram`
 AT_ONCE = 16  # matrices of one shape, on each rank. Chosen: bounds the copies that a step makes
 
 
@@ -131,14 +132,39 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype | None = None) -> t
     is fast. Returns float32.
     """
     dtype = dtype or fast_dtype(matrices.device)
-    a, b, c = COEFFICIENTS
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(EPSILON)
     x = (x.mT if is_tall else x).to(dtype).contiguous()
+    is_wide = x.shape[2] > WIDE * x.shape[1] and dtype in (torch.float32, torch.float64)
+    x = _iterate_gram(x) if is_wide else _iterate(x)
+    return (x.mT if is_tall else x).float()
+
+
+def _iterate(x: torch.Tensor) -> torch.Tensor:
+    """x <- a x + (b G + c G^2) x with G = x x^T: 20 m^2 n + 10 m^3 FLOPs of an m x n matrix."""
+    a, b, c = COEFFICIENTS
     for _ in range(STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if is_tall else x).float()
+    return x
+
+
+def _iterate_gram(x: torch.Tensor) -> torch.Tensor:
+    """The same, of G alone: with P = a + b G + c G^2 the next G is P G P, and at the end x is multiplied by all P at
+    once: 4 m^2 n + 34 m^3 FLOPs. Rounding of G grows 12-fold in each iteration: of bf16 nothing would be left."""
+    a, b, c = COEFFICIENTS
+    gram, product = x @ x.mT, None
+    for step in range(STEPS):
+        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # P - a
+        if product is None:
+            product = rest.clone()
+            product.diagonal(dim1=1, dim2=2).add_(a)
+        else:
+            product = torch.baddbmm(product, rest, product, beta=a)
+        if step < STEPS - 1:
+            gram = torch.baddbmm(gram, rest, gram, beta=a)
+            gram = torch.baddbmm(gram, gram, rest, beta=a)
+    return product @ x
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
