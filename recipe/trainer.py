@@ -60,6 +60,12 @@ class PretrainTrainer(Trainer):
         self._loss_sum: torch.Tensor | None = None  # of the micro-batches of this step
         self._staging: Path | None = None
 
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.train_loader.close()
+
     def get_train_dataloader(self) -> BatchLoader:
         return self.train_loader
 

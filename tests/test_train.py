@@ -1,6 +1,7 @@
 """Whole runs through the command, on a tiny model and made-up text."""
 
 import copy
+import gc
 import json
 import logging
 import multiprocessing
@@ -138,6 +139,18 @@ def test_evaluating_changes_nothing_of_the_training(write_config, tmp_path, num_
     for name, steps in (("often", "1"), ("never", "1000")):
         assert run(["train", path, "--output_dir", str(tmp_path / name), "--eval_steps", steps]) == 0
     assert losses(tmp_path / "often") == losses(tmp_path / "never")
+
+
+def test_workers_end_with_the_training(write_config, monkeypatch):
+    """Not when the garbage is collected, which would wait for each of them for 5 seconds."""
+    before = {*multiprocessing.active_children()}
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
+    gc.disable()
+    try:
+        assert run(["train", write_config(dataloader_num_workers=2, eval_strategy="no")]) == 0
+        assert {*multiprocessing.active_children()} <= before
+    finally:
+        gc.enable()
 
 
 def test_resuming_at_the_end_trains_no_further_step(trained, tmp_path):

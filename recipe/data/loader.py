@@ -58,11 +58,18 @@ class BatchLoader:
         self._group = None  # of the ranks, over the host's network
         self._recent: deque = deque(maxlen=0)
         self._num_batches = 0
+        self._batches: Iterator[dict] | None = None  # that are being read
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        batches = self._collated()
-        while found := self._read_step(batches):
+        self._batches = self._collated()
+        while found := self._read_step(self._batches):
             yield from found
+
+    def close(self) -> None:
+        """End the workers. Those that are left to the garbage collector hear of nothing: their queue may be gone
+        before, and each is waited for 5 seconds."""
+        if self._batches is not None:
+            self._batches.close()
 
     def _read_step(self, batches: Iterator[dict]) -> list[dict]:
         before, found, failure = self._copied_position(), [], None
