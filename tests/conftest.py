@@ -1,5 +1,6 @@
 """Small things that many tests need: a throw-away tokenizer, a corpus, a tiny model. No network anywhere."""
 
+import functools
 import gc
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import replace
+from types import FrameType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,7 +20,7 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, TokenizersBackend
+from transformers import LlamaConfig, LlamaForCausalLM, TokenizersBackend, Trainer
 
 from recipe.guards.guard import Guard
 
@@ -79,6 +81,34 @@ def findings_fit_in_their_line(monkeypatch):
     monkeypatch.setattr(Guard, "finding", classmethod(finding))
     yield
     assert cut == []
+
+
+@pytest.fixture(autouse=True)
+def a_training_leaves_no_frames(monkeypatch, caplog):
+    """Whatever the guards keep of an exception: its frames would hold the loader's workers, who do not end then. They
+    are looked for before garbage is collected; not where pytest itself keeps a traceback that was logged."""
+    kept, train = [], Trainer.train
+
+    def frames_of_trainings() -> dict[int, FrameType]:
+        frames = [each for each in gc.get_objects() if type(each) is FrameType]
+        return {id(frame): frame for frame in frames if frame.f_code.co_name == "_inner_training_loop"}
+
+    @functools.wraps(train)
+    def watched(self, *arguments, **keywords):
+        is_on, before = gc.isenabled(), frames_of_trainings()  # such as one that ended in an exception
+        gc.disable()
+        try:
+            found = train(self, *arguments, **keywords)
+            if not any(record.exc_info for record in caplog.records):
+                kept.extend(str(frame) for key, frame in frames_of_trainings().items() if key not in before)
+            return found
+        finally:
+            if is_on:
+                gc.enable()
+
+    monkeypatch.setattr(Trainer, "train", watched)
+    yield
+    assert kept == []
 
 
 @pytest.fixture(scope="session")

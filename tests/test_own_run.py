@@ -232,7 +232,7 @@ class FailsAt(TrainerCallback):
 
         def compute(*args, **kwargs):
             if trainer.state.global_step == step - 1 and not is_at_the_end:
-                raise error
+                raise type(error)(*error.args)  # one that is kept would hold its frames
             return compute_loss(*args, **kwargs)
 
         trainer.compute_loss, self.step = compute, step

@@ -79,7 +79,7 @@ class OptimizerOff(Guard):
         except NotApplicable as reason:
             if not self._judge_settings(run):
                 raise
-            self._no_adam = reason  # what its settings show is still said
+            self._no_adam = reason.without_trace()  # what its settings show is still said
         # Of each, steps since its moments were zero, by which Adam corrects them; None: by the optimizer's own count
         self._counts: list[int | None] = [None] * len(self._watched)
         self._num_seen = 0  # steps in this process
@@ -120,7 +120,7 @@ class OptimizerOff(Guard):
         if self._watched or self._matrices or finding:
             yield finding or self.clear(check=PROBE)
         if self._no_adam is not None:
-            raise self._no_adam
+            raise self._no_adam.without_trace()
 
     def _judge_settings(self, run) -> Finding | None:
         finding = self.judge_repeated(run.named_parameters, run.optimizer)

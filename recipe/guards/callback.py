@@ -118,7 +118,7 @@ class RegressionCallback(Answers):
             raise CannotJudge("another RegressionCallback watches this Trainer")
         if reason is not None:
             self.open_files(args, state)
-            raise reason
+            raise reason.without_trace()  # which is not held by this frame
         given = Options(self.guards, self.trajectory, self._facts, self.only_check, self.documents_of)
         known = (self.reporter, Ranks(args.world_size, self.is_main), self._folder(args))
         self.session = Session(self._trainer, given, *known)
@@ -378,7 +378,7 @@ def _disk_errors_logged() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        logger.warning("a checkpoint has no state of the guards, training goes on: %s", error)
+        logger.warning("a checkpoint has no state of the guards, training goes on: %s", str(error))
 
 
 def _write_own_files(guards: RegressionCallback, write: Callable) -> None:
@@ -389,7 +389,7 @@ def _write_own_files(guards: RegressionCallback, write: Callable) -> None:
         try:
             write(own_run)
         except Exception as error:  # in a training that has nothing to do with it
-            logger.warning("run.json or the report cannot be written: %s", error)
+            logger.warning("run.json or the report cannot be written: %s", str(error))
 
 
 def _stop(control) -> None:

@@ -3,8 +3,10 @@
 import functools
 import re
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +23,11 @@ STEP, PROBE = "step", "probe"
 
 class CannotJudge(Exception):
     """The guard lacks what it needs. The message is the reason shown to the user."""
+
+    def without_trace(self) -> "CannotJudge":
+        """To be kept. The frames of a traceback hold all that the training held then, its data loader's workers too:
+        they would not end with it."""
+        return type(self)(*self.args)
 
 
 class NotApplicable(CannotJudge):
@@ -115,6 +122,11 @@ class Skip(NamedTuple):
 Verdict = Finding | Clear | Skip
 
 
+def say(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}: {error}"
+
+
 def contained(hook: Callable) -> Callable:
     """For hooks that run inside the user's training: an exception is kept in `self.failure` and not raised, and the
     hook does nothing from then on."""
@@ -125,7 +137,7 @@ def contained(hook: Callable) -> Callable:
             try:
                 return hook(self, *arguments, **kwargs)
             except Exception as error:
-                self.failure = error
+                self.failure = say(error)
         return None
 
     return call
@@ -169,7 +181,7 @@ class Guard:
 
     def __init__(self):
         self.state: dict[str, Any] = {}
-        self.failure: Exception | None = None  # of a hook, see `contained`
+        self.failure: str | None = None  # of a hook, see `contained`
 
     # --- before step 1
 

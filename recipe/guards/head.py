@@ -182,7 +182,7 @@ class HeadTap:
 
     def __init__(self, model: torch.nn.Module):
         self.head = head_of(model)
-        self.failure: Exception | None = None
+        self.failure: str | None = None
         self._ids: torch.Tensor | None = None  # of the micro-batch that is being trained on; None: do not sample
         self._sampled: SampledRows | None = None
         self._turn, self._logits_seen = 0, False

@@ -98,7 +98,7 @@ class LearningRate(Guard):
         if isinstance(self.schedule, CannotJudge):
             if is_off:
                 yield finding
-            raise self.schedule
+            raise self.schedule.without_trace()
         yield finding if is_off else self.clear()
 
     @classmethod
@@ -302,7 +302,7 @@ def schedule_of(trainer) -> Callable[[int], float] | CannotJudge:
             args.lr_scheduler_type, args.learning_rate, warmup, total, args.lr_scheduler_kwargs
         )
     except CannotJudge as reason:
-        return reason
+        return reason.without_trace()
 
 
 def expected_learning_rates(

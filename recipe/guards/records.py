@@ -55,7 +55,7 @@ def append_text(path: Path, line: str) -> None:
         _append("".join(lines).encode(), path)
     except OSError as error:
         if len(lines) == 1:
-            logger.warning("%s cannot be written, its lines wait in memory: %s", path, error)
+            logger.warning("%s cannot be written, its lines wait in memory: %s", path, str(error))
         return
     if len(_waiting.pop(path)) > 1:
         logger.warning("%s: %d lines that had waited are written", path, len(lines))
@@ -123,7 +123,7 @@ def prepare_files(folder: Path, names: Sequence[str], step: int) -> None:
             keep_until(folder / name, step)
         (folder / "findings.jsonl").touch()
     except OSError as error:
-        logger.warning("the guards cannot prepare their files; the training goes on: %s", error)
+        logger.warning("the guards cannot prepare their files; the training goes on: %s", str(error))
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -119,7 +119,7 @@ class Repetition(Guard):
             try:
                 self.ledger.observe_eval(read_eval_rows(run.trainer, run.pad_token_id))
             except Exception as error:  # such as columns that Trainer would have dropped
-                logger.debug("eval rows are known when they are evaluated: %s: %s", type(error).__name__, error)
+                logger.debug("eval rows are known when they are evaluated: %s: %s", type(error).__name__, str(error))
 
     def measure_tokens(self, step: int, tokens: list[SeenTokens]) -> Fingerprints | None:
         pieces = [(micro, *piece) for micro, seen in enumerate(tokens) for piece in enumerate(seen.pieces)]

@@ -23,6 +23,7 @@ from recipe.guards.guard import (
     Skip,
     Verdict,
     checked,
+    say,
     shorten,
 )
 from recipe.guards.objective import Objective
@@ -152,7 +153,7 @@ class Runner:
                 verdicts.append(checked(verdict))
             return verdicts
         except CannotJudge as error:
-            reason = error
+            reason = error.without_trace()
         except Exception as error:
             logger.debug("the probe of %s failed", type(guard).__name__, exc_info=error)
             if is_own_fault(error, guard):
@@ -235,7 +236,7 @@ class Runner:
                 for verdict in method(*given):
                     verdicts.append(checked(verdict))
             except CannotJudge as reason:
-                verdicts += [Skip(name, reason) for name in guard.ids]
+                verdicts += [Skip(name, reason.without_trace()) for name in guard.ids]
         return verdicts
 
     # --- isolation
@@ -308,19 +309,15 @@ class _Isolation:
     def __exit__(self, kind, error, trace) -> bool:
         name, seconds = type(self.guard).__name__, time.perf_counter() - self._begin
         (self.runner.seconds if self.faults is None else self.runner.seconds_beside)[name] += seconds
-        error = error or self.guard.failure
-        if error is None or isinstance(error, CannotJudge) or not isinstance(error, Exception):
+        if isinstance(error, CannotJudge) or (error is not None and not isinstance(error, Exception)):
+            return False
+        if (fault := self.guard.failure if error is None else say(error)) is None:
             return False
         if self.faults is None:
-            self.runner.fail(name, say(error))
+            self.runner.fail(name, fault)
         else:
-            self.faults.setdefault(name, say(error))
+            self.faults.setdefault(name, fault)
         return True
-
-
-def say(error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}: {error}"
 
 
 def say_ids(ids: Iterable[str]) -> str:

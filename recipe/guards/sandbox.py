@@ -87,7 +87,7 @@ class Batch:
                 self.inputs = inputs
                 return record(self.model, self.loss_of(), ids=inputs["input_ids"])
             except CannotJudge as reason:
-                return reason
+                return reason.without_trace()
             except Exception as error:
                 logger.debug("compute_loss failed in a probe", exc_info=error)
         return CannotJudge(LOSS_FAILED)
@@ -96,7 +96,7 @@ class Batch:
     def recording(self) -> Recording:
         """Of the trainer's own loss of `inputs` in train mode. Raises `CannotJudge`."""
         if isinstance(self._recorded, CannotJudge):
-            raise self._recorded
+            raise self._recorded.without_trace()
         return self._recorded
 
     @cached_property

@@ -107,13 +107,12 @@ class Session:
             return None
         try:
             return action(*arguments)
-        except PreflightDone:
-            raise
         except Exception as error:
-            if self.options.only_check:
+            if self.options.only_check or isinstance(error, PreflightDone):
                 raise
             logger.error("the guards failed and are off; the training goes on without them", exc_info=error)
             self.failure = why(error)
+            error.__traceback__ = None  # of a fault that the worker found: its step holds it, see `without_trace`
             return None
 
     # --- before the first step

@@ -184,7 +184,7 @@ class TrainSet:
         try:
             rows = read_packed(dataset)
         except Exception as error:  # the user's own rows
-            logger.debug("the training set is not read: %s: %s", type(error).__name__, error)
+            logger.debug("the training set is not read: %s: %s", type(error).__name__, str(error))
             return None
         if rows is None:
             return None

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from recipe.guards.batches import LabelCounts
 from recipe.guards.finite import not_finite
-from recipe.guards.guard import Verdict
+from recipe.guards.guard import Verdict, say
 from recipe.guards.records import append_line
-from recipe.guards.runner import say
 from recipe.guards.step import Step, mean_loss, norm_of
 from recipe.guards.taps import LocalStep, PendingStep
 
