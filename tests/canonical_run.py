@@ -1,6 +1,6 @@
 """Real ranks and workers, for tests/test_canonical.py: what each rank trained on, what each process read.
 
-    python -m torch.distributed.run ... tests/canonical_run.py CONFIG OUT_DIR WORKERSxROWSxACCUMULATION ...
+    python tests/canonical_run.py CONFIG OUT_DIR WORKERSxROWSxACCUMULATION ...
 
 Trains a few steps for each combination through the recipe's Trainer. Each rank writes the rows of each micro-batch to
 `OUT_DIR/rows-COMBINATION-RANK.json`; each process appends a line for every row group that it opened, with the bytes

@@ -1,11 +1,12 @@
 """Ranks without torchrun: `python -m tests.forked_ranks JOBS` imports everything once, and forks them.
 
 A job is {"words": of the train command, "ranks": their number, "log": a file}; where wanted "rows": a file for each
-rank's rows, "fault": see `fault_run.Fault`, "environment", and "is_sharded": whether accelerate shards on these CPU
-ranks. They run one after the other; the exit codes of each job's ranks are printed. A rank that outlives LIMIT is
-killed.
+rank's rows, "fault": see `fault_run.Fault`, "environment", "is_sharded": whether accelerate shards on these CPU ranks,
+and "module": whose `main` is given the words instead. They run one after the other; the exit codes of each job's ranks
+are printed. A rank that outlives LIMIT is killed.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -81,6 +82,8 @@ def _train(job: dict, rank: int) -> int:
         record_rows(Path(f"{job['rows']}-{rank}"))
     if job.get("is_sharded"):
         shard()
+    if "module" in job:
+        return importlib.import_module(job["module"]).main(*job["words"])
     return run(["train", *job["words"]])
 
 

@@ -17,6 +17,7 @@ from conftest import document
 from recipe.arguments import parse_config
 from recipe.data.pipeline import build_data
 from recipe.guards.records import read_lines
+from tests.forked_ranks import run_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 GLOBAL_BATCH = 16
@@ -63,9 +64,12 @@ def test_every_row_and_every_read(write_config, write_parquet, tmp_path, world_s
 
 
 def launch(world_size: int, config: str, out: Path, combinations: list[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    command = command if world_size > 1 else [sys.executable]
-    command += [str(ROOT / "tests/canonical_run.py"), config, str(out), *combinations]
+    if world_size > 1:
+        words = [config, str(out), *combinations]
+        job = {"module": "tests.canonical_run", "words": words, "ranks": world_size, "log": str(out / "log")}
+        assert run_jobs([job]) == [[0] * world_size], (out / "log").read_text()[-3000:]
+        return
+    command = [sys.executable, str(ROOT / "tests/canonical_run.py"), config, str(out), *combinations]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
