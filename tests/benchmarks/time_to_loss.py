@@ -64,6 +64,8 @@ SWEEP = {
         cosine(3e-3, 4, 1_228_800, 2 * WARM_UP),
         wsd(3e-3, 4, 1_024_000, 2 * WARM_UP),
         cosine(3e-3, 8, 1_843_200, 2 * WARM_UP),
+        cosine(5e-3, 8, 1_843_200, 2 * WARM_UP),
+        cosine(2e-3, 8, 1_843_200, 2 * WARM_UP),
     ],
     ("ours", 4.6): [
         wsd(6e-3, 4, 983_040) | EMBEDDINGS,
