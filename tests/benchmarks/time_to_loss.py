@@ -118,7 +118,23 @@ def next_run(records: list[dict]) -> dict | None:
                 if best is not None and find(records, arm, target, best["settings"], seed) is None:
                     known = {"arm": arm, "target": target, "settings": best["settings"]}
                     return {**known, "seed": seed, "limit": sys.maxsize}
+        if (run := _run_to_compare(records, target, arms)) is not None:
+            return run
     return None
+
+
+def _run_to_compare(records: list[dict], target: float, arms: list[str]) -> dict | None:
+    """Of an arm whose winner has not run on this processor, where another's has: their seconds are compared."""
+    best = {arm: best_of(records, arm, target) for arm in arms}
+    known = ("arm", "target", "settings")
+    here = {
+        arm
+        for arm, of in best.items()
+        for each in records
+        if of is not None and each["processor"] == processor() and all(each[k] == of[k] for k in known)
+    }
+    arm = next((arm for arm in arms if here and arm not in here and best[arm] is not None), None)
+    return arm and {**{key: best[arm][key] for key in known}, "seed": SEEDS[0], "limit": sys.maxsize}
 
 
 def main() -> None:
@@ -159,8 +175,11 @@ def summary(records: list[dict]) -> list[dict]:
         runs = [find(records, arm, target, best["settings"], seed) for seed in SEEDS]
         runs = [run for run in runs if run is not None]
         rows.append({"arm": arm, "target": target, "settings": best["settings"], "seeds": len(runs)})
-        for name in ("tokens", "seconds", "processor_seconds", "processor"):
-            rows[-1][name] = [run[name] for run in runs if run["reached"]]
+        rows[-1]["tokens"] = [run["tokens"] for run in runs if run["reached"]]
+        known = (arm, target, best["settings"])
+        on_any = [r for r in records if (r["arm"], r["target"], r["settings"]) == known and r["reached"]]
+        for name in ("seconds", "processor_seconds", "processor"):
+            rows[-1][name] = [run[name] for run in on_any]
     return rows
 
 
@@ -215,7 +234,8 @@ def compare(target: float, ours: dict, stock: dict) -> str:
     tokens = statistics.median(ours["tokens"]) / statistics.median(stock["tokens"])
     own, other = seconds_by_processor(ours), seconds_by_processor(stock)
     times = [f"{own[name][0] / other[name][0]:.2f} on {name.split(', ')[1]}" for name in own if name in other]
-    return f"To {target:g} the recipe needs {tokens:.2f} of the tokens and of the processor time {', '.join(times)}."
+    time = f" and of the processor time {', '.join(times)}" if times else ""
+    return f"To {target:g} the recipe needs {tokens:.2f} of the tokens{time}."
 
 
 def describe(settings: dict) -> str:
