@@ -2,7 +2,10 @@
 and judged."""
 
 import copy
+import gc
+import multiprocessing
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -401,6 +404,26 @@ class LittleMemory(Trainer):
 def test_a_batch_size_found_by_trial(tmp_path):
     values = {"auto_find_batch_size": True, "trainer_class": LittleMemory, "steps": MORE_STEPS}
     assert_healthy(watch(tiny(), tmp_path, rows(8 * MORE_STEPS), **values))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_trainer_is_not_kept_alive(tmp_path, workers):
+    """Without it neither are its model, in a GPU's memory, and its loader's workers, persistent or not."""
+    loading = dict(dataloader_num_workers=workers, dataloader_persistent_workers=workers > 0)
+    guards = RegressionCallback()
+    trainer = train_watched(tiny(), tmp_path, [guards], **loading)
+    known, model, children = weakref.ref(trainer), weakref.ref(trainer.model), {*multiprocessing.active_children()}
+    assert workers == 0 or children
+    gc.disable()
+    try:
+        del trainer
+        assert known() is None and not {*multiprocessing.active_children()} & children
+    finally:
+        gc.enable()
+    assert guards.judged and guards.history and guards.facts and guards.failure is None
+    del guards
+    gc.collect()
+    assert model() is None
 
 
 def test_evaluations_of_several_sets_and_outside_of_training(tmp_path):

@@ -19,7 +19,10 @@ def find_trainer(callback: TrainerCallback) -> tuple[Trainer | None, str | None]
     """The Trainer that is training now, and the checkpoint that it resumes from (None: it starts fresh)."""
     frame, trainer, checkpoint = sys._getframe(1), None, None
     while frame is not None:
-        candidate = frame.f_locals.get("self")
+        # Before Python 3.13 a frame keeps what `f_locals` gave, its trainer and model too, also after `del`: a caller
+        # of `train` is not asked.
+        names = {"self"} if trainer is None else {"self", "resume_from_checkpoint"}
+        candidate = frame.f_locals.get("self") if names <= {*frame.f_code.co_varnames} else None
         if isinstance(candidate, Trainer) and callback in candidate.callback_handler.callbacks:
             named = frame.f_locals.get("resume_from_checkpoint")
             trainer, checkpoint = trainer or candidate, named if isinstance(named, str) else checkpoint

@@ -13,6 +13,7 @@ at saves, evaluations and the end at once, so that all ranks act at the same ste
 import functools
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,6 +322,15 @@ class Session:
             part.close()
         if not is_busy:
             self.ranks.close()
+        _let_go(self)
+
+
+def _let_go(session: Session) -> None:
+    """Of the trainer, which holds the guards as its callback: in a cycle, model and data loader would stay until
+    garbage is collected, twice even, for torch brings tensors back once."""
+    weak = session.trainer if isinstance(session.trainer, weakref.ProxyType) else weakref.proxy(session.trainer)
+    for holder in filter(None, (session, session.run, session.trackers)):
+        holder.trainer = weak
 
 
 def _raise(error: Exception | None) -> None:
