@@ -45,7 +45,8 @@ TEXTS = {
     "resume_from_checkpoint": "`latest`, `auto` (the latest, else a new run), or the path of a checkpoint",
     "seed": "seed of the initial weights",
 }
-NOT_DECLARED = ("model_type", "output_attentions", "unk_token_id")  # of a model's JSON
+# Of a model's JSON. The last three are in those of transformers 4, and LlamaConfig still reads them.
+NOT_DECLARED = ("model_type", "output_attentions", "unk_token_id", "rope_theta", "rope_scaling", "torch_dtype")
 LINE = 120  # columns of a line of the help
 CHOICES_SHOWN = 6
 PAGE = "docs/keys.md"  # whole texts and all values

@@ -32,7 +32,7 @@ from recipe.errors import UserError
 from recipe.hub import why_not_loaded, why_unreachable
 from recipe.internals import attention_of, has_fast_bf16_cpu
 from recipe.loss import with_chunked_loss
-from recipe.model_json import find_problem, without_comments
+from recipe.model_json import find_problem, to_read
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +106,12 @@ def build_model(
         check_fit(config, tokenizer, block_size, model_config)
         if attn_implementation == "auto" and attention == "sdpa" and not document_masking:
             attention = CAUSAL_SDPA
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
-        )
+        try:
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+            )
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"model_config {model_config}: no model can be made of it: {reason_of(error)}") from error
         return with_chunked_loss(model)
     config = read_model_config(None, model_name_or_path)
     check_fit(config, tokenizer, block_size, model_name_or_path)
@@ -151,15 +154,15 @@ def _cannot_load(name: str, error: Exception) -> UserError:
 def load_model_config(path: str) -> LlamaConfig:
     """Read a LlamaConfig JSON; raise `UserError` for what LlamaConfig or the model could not use."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"model_config {path}: {error}") from error
     if problem := find_problem(values):
         raise UserError(f"model_config {path}: {problem}")
     try:
-        config = LlamaConfig(**without_comments(values))
+        config = LlamaConfig(**to_read(values))
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"model_config {path}: {_reason(error)}") from error
+        raise UserError(f"model_config {path}: {reason_of(error)}") from error
     rope = config.rope_parameters["rope_type"]
     if rope != "default" and rope not in ROPE_INIT_FUNCTIONS:
         known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
@@ -169,7 +172,7 @@ def load_model_config(path: str) -> LlamaConfig:
     return config
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The last line, without the name of an exception, which huggingface_hub writes before it, but with its field."""
     text = str(error.args[0]).strip()
     reason = re.sub(r"^\w+Error: ", "", text.splitlines()[-1].strip())

@@ -1,6 +1,7 @@
 """Muon for hidden matrices, AdamW for all else, in one optimizer: `"optim": "muon"`.
 
-    optimizer = Muon(group_parameters(model, decayed_names, weight_decay=0.1), lr=1e-3)
+    trainer = Trainer(model, args, ...)
+    trainer.optimizer = make_muon(model, trainer)  # with the settings of `args`
 
 Keller Jordan's post (kellerjordan.github.io/posts/muon) and torch.optim.Muon define the update; Moonlight (arXiv
 2502.16982) scales it by 0.2 sqrt(max(rows, columns)), so that its elements are as large as AdamW's and one learning
@@ -45,6 +46,11 @@ class Muon(Optimizer):
     def __init__(self, groups: list[dict], lr: float, world_size: int = 1):
         self._world_size = world_size
         super().__init__(groups, {"lr": lr})
+        if not all({"momentum", "betas"} & group.keys() for group in self.param_groups):
+            raise ValueError(
+                "Muon is given groups that say what Muon and what AdamW trains: make it by "
+                "recipe.muon.make_muon(model, trainer), or the groups by group_parameters"
+            )
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -29,7 +29,7 @@ from recipe.memory import (
     step_memory,
     update_bytes,
 )
-from recipe.model import choose_attention, flops_per_token, read_model_config, why_not_compile
+from recipe.model import choose_attention, flops_per_token, read_model_config, reason_of, why_not_compile
 
 # GPU memory in GB; dense matrix-product rates in TFLOP/s of bf16, or of fp16 where there is no bf16; from the vendor's
 # data sheets.
@@ -70,11 +70,18 @@ class Device:
     mfu: float  # the share of it that training reaches
 
 
+def _count_parts(model: PretrainedConfig, source: str) -> dict[str, int]:
+    try:
+        return count_parameters(model)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{source}: no model can be made of it: {reason_of(error)}") from error
+
+
 def make_plan(config: Config) -> dict:
     """JSON-able; sizes in bytes. Nothing is allocated, and no data is read."""
     training, block_size = config.training, config.data.block_size
     model = read_model_config(config.model.model_config, config.model.model_name_or_path)
-    parts = count_parameters(model)
+    parts = _count_parts(model, config.model.model_config or config.model.model_name_or_path)
     count, tokens = sum(parts.values()), config.max_steps * config.tokens_per_step
     flops = flops_per_token(model, count, block_size)
     here = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"

@@ -236,17 +236,10 @@ def _why_nothing(source: str | list) -> str | None:
 
 
 def _read_json(path: str | os.PathLike) -> tuple[dict[str, Any], list[checks.Problem]]:
-    repeated = []
-
-    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs if not name.startswith("_")]
-        repeated.extend((name, "is given twice; keep one") for name in dict.fromkeys(names) if names.count(name) > 1)
-        return dict(pairs)
-
     if not os.fspath(path).endswith(".json") and (hint := _data_hint(path)):
         raise ConfigError(path, [("", hint)])
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=to_dict)
+        given, repeated = _load_json(Path(path))
     except (OSError, ValueError, RecursionError) as error:
         is_many = isinstance(error, json.JSONDecodeError) and (error.msg, error.colno) == ("Extra data", 1)  # lines
         hint = _data_hint(path) if is_many else None
@@ -259,6 +252,17 @@ def _read_json(path: str | os.PathLike) -> tuple[dict[str, Any], list[checks.Pro
         hint = f'is a model\'s configuration; name that of a training, with "model_config": "{path}" in it'
         raise ConfigError(path, [("", hint)])
     return given, repeated
+
+
+def _load_json(path: Path) -> tuple[Any, list[checks.Problem]]:
+    repeated = []
+
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs if not name.startswith("_")]
+        repeated.extend((name, "is given twice; keep one") for name in dict.fromkeys(names) if names.count(name) > 1)
+        return dict(pairs)
+
+    return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=to_dict), repeated
 
 
 def _data_hint(path: str | os.PathLike) -> str | None:
@@ -280,7 +284,8 @@ def _data_hint(path: str | os.PathLike) -> str | None:
 
 def _why_no_model(path: Path) -> str | None:
     try:
-        return find_problem(json.loads(path.read_text(encoding="utf-8")))
+        values, repeated = _load_json(path)
+        return next((f"{name} {problem}" for name, problem in repeated), None) or find_problem(values)
     except (OSError, ValueError, RecursionError) as error:
         return _why_unreadable(error, path)
 

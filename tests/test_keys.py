@@ -95,7 +95,7 @@ def test_typing_errors_and_help_need_no_torch(tmp_path):
     assert done.stdout.splitlines()[-1] == "[2, 2, 0, 2, 0, 2] [False, False, False, False]"
     assert "learning_rat: unknown key; did you mean learning_rate?" in done.stderr
     assert "--max_step: unknown key; did you mean max_steps?" in done.stderr
-    assert "LlamaConfig has no key hiden_size; did you mean hidden_size?" in done.stderr
+    assert "LlamaConfig has no key hiden_size (did you mean hidden_size?)" in done.stderr
     assert '--seed: expected a whole number, got "x"' in done.stderr and "bf16: expected true or false" in done.stderr
     assert "is a folder" in done.stderr and "my.json exists already" in done.stderr
 

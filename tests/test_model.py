@@ -223,18 +223,28 @@ def test_the_loss_of_the_built_model_is_shifted_once(tiny_model):
         ("{", "model.json"),
         ("[1]", "not an object"),
         ('{"model_type": "gpt2"}', "model_type 'gpt2'"),
-        ('{"hidden_sise": 5}', "no key hidden_sise; did you mean hidden_size"),
+        ('{"hidden_sise": 5}', "no key hidden_sise .did you mean hidden_size"),
+        (
+            '{"hidden_sise": 5, "is_llama": true}',
+            "no key hidden_sise .did you mean hidden_size.., is_llama .remove it",
+        ),
+        ("{}", "holds no key; .* 6.7B"),
+        ('{"attention_dropout": 2}', "attention_dropout must be from 0 to 1, got 2"),
+        ('{"rms_norm_eps": -1}', "rms_norm_eps must be 0 or above, got -1"),
+        ('{"hidden_size": 99, "num_attention_heads": 3}', "a head has 33 dimensions; they must be even"),
+        ('{"rope_parameters": {"rope_type": "default", "rope_theta": null}}', "rope_theta must be a number above 0"),
+        ('{"rope_scaling": {"rope_type": "linear", "factor": -2}}', "rope_scaling: factor must be a number above 0"),
         ('{"hidden_size": "64"}', 'model.json: hidden_size: expected .*, got "64": remove the quotes'),
         ('{"hidden_size": 64, "num_attention_heads": 5}', "hidden_size 64 is not a multiple of num_attention_heads 5"),
         ('{"num_attention_heads": 4, "num_key_value_heads": 3}', "not a multiple of num_key_value_heads 3"),
         ('{"num_hidden_layers": 0}', "num_hidden_layers must be at least 1"),
         ('{"num_key_value_heads": 0}', "not a multiple of num_key_value_heads 0"),
-        ('{"initializer_range": 2.0}', "model.json: initializer_range: Value must be .*, got 2.0"),
+        ('{"initializer_range": 2.0}', "initializer_range must be from 0 to 1, got 2.0"),
         ('{"hidden_size": 1.5}', "model.json: hidden_size: expected .*, got 1.5"),
         ('{"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}', "rope_type 'foo' .* one of default, linear"),
         ('{"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}', "Missing required keys .*factor"),
         ('{"rope_parameters": {"rope_theta": "1e4"}}', 'rope_parameters: rope_theta: expected a number, got "1e4"'),
-        ('{"rope_parameters": {"rope_theta": -1}}', "rope_theta must be above 0, got -1"),
+        ('{"rope_parameters": {"rope_theta": -1}}', "rope_theta must be a number above 0, got -1"),
         ('{"rope_parameters": {"theta": 1e4}}', "rope_type default has no theta, only rope_type, rope_theta"),
         ('{"hidden_act": "foo"}', "hidden_act 'foo' is unknown"),
     ],
@@ -251,10 +261,30 @@ def test_comments_in_a_model_json(tmp_path, tiny_config):
     assert not hasattr(config, "_comment") and config.hidden_size == tiny_config["hidden_size"]
 
 
+def test_the_json_of_a_published_llama_is_read(tmp_path, tiny_config):
+    """As transformers 4 wrote it, with a byte order mark, and numbers of the other kind."""
+    scaling = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3"}
+    values = {**tiny_config, "rope_theta": 500000.0, "torch_dtype": "bfloat16", "hidden_size": 32.0, "rms_norm_eps": 0}
+    values["rope_scaling"] = {**scaling, "original_max_position_embeddings": 32}
+    (tmp_path / "model.json").write_text(json.dumps(values), encoding="utf-8-sig")
+    config = load_model_config(str(tmp_path / "model.json"))
+    assert config.rope_parameters == {**values["rope_scaling"], "rope_theta": 500000.0}
+    assert type(config.hidden_size) is int and type(config.rms_norm_eps) is float
+
+
+def test_a_model_that_cannot_be_made_is_one_message(tmp_path, tiny_config, tokenizer):
+    factors = {"short_factor": [1.0] * 3, "long_factor": [1.0] * 3}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
+    path = write(tmp_path, {**tiny_config, "rope_parameters": rope})
+    with pytest.raises(UserError, match="model.json: no model can be made of it: "):
+        build_model(model_config=path, model_name_or_path=None, tokenizer=tokenizer, block_size=16)
+
+
 def test_the_keys_of_a_model_json_are_those_of_llama_config():
     """Read from its source, without importing it."""
     expected = {name: value for name, value in LlamaConfig().to_dict().items() if not name.startswith("_")}
-    assert model_keys().keys() == expected.keys() | {"unk_token_id"}
+    of_transformers_4 = {"rope_theta", "rope_scaling", "torch_dtype"}
+    assert model_keys().keys() == expected.keys() | {"unk_token_id"} | of_transformers_4
     # `to_dict` has more than was declared where __post_init__ fills in what is None
     declared = {name: key.default for name, key in model_keys().items() if key.default is not None}
     assert declared == {name: expected[name] for name in declared}

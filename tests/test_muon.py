@@ -6,15 +6,23 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from recipe import muon as recipe_muon
 from recipe.__main__ import run
 from recipe.arguments import ConfigError, parse_config
 from recipe.errors import UserError
+from recipe.guards import RegressionCallback
 from recipe.guards.records import read_lines
 from recipe.memory import optimizer_bytes
-from recipe.muon import Muon, group_parameters, orthogonalize
+from recipe.muon import Muon, group_parameters, make_muon, orthogonalize
 from tests.forked_ranks import run_jobs
 
 SETTINGS = {"weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
@@ -292,3 +300,21 @@ def test_two_ranks_are_the_same_run_as_one(write_config, tmp_path):
     assert run_jobs([{"words": [path, *words], "ranks": 2, "log": str(tmp_path / "log")}]) == [[0, 0]]
     two = [record["loss"] for record in read_lines(tmp_path / "two/steps.jsonl")]
     assert two == pytest.approx(one, abs=2e-3)  # a bf16 iteration rounds gradients of another last bit to 2**-8
+
+
+def test_in_a_trainer_of_ones_own(tmp_path):
+    """As docs/how_to.md has it; groups that nobody has divided are refused at once."""
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    ids = torch.randint(0, 32, (32, 8), generator=torch.Generator().manual_seed(0))
+    settings = dict(max_steps=3, learning_rate=3e-3, optim_args="embedding_lr_ratio=2", use_cpu=True, report_to=[])
+    arguments = TrainingArguments(str(tmp_path), **settings, disable_tqdm=True)
+    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+    trainer.optimizer = make_muon(model, trainer)
+    guards = RegressionCallback()
+    trainer.add_callback(guards)
+    trainer.train()
+    assert guards.failure is None and [f.id for f in guards.findings if f.severity != "info"] == []
+    with pytest.raises(ValueError, match="make_muon"):
+        Muon(model.parameters(), lr=1e-3)
