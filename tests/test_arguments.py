@@ -70,7 +70,7 @@ BAD_VALUES = [
     ({"learning_rat": 1e-3}, "learning_rat", "did you mean learning_rate?"),
     ({"blocksize": 64}, "blocksize", "did you mean block_size?"),
     ({"zzzz": 1}, "zzzz", "unknown key"),
-    ({"evaluation_strategy": "steps"}, "evaluation_strategy", "renamed eval_strategy"),
+    ({"evaluation_strategy": "steps"}, "evaluation_strategy", "its name is now eval_strategy"),
     ({"warmup_ratio": 0.1}, "warmup_ratio", "warmup_steps"),
     ({"gradient_checkpointing": True}, "gradient_checkpointing", "activation_checkpointing"),
     # types

@@ -133,7 +133,7 @@ def fixed(message: str, words: list[str]) -> list[str]:
     value = value or words[place].split("=")[1:]
     if found := re.search(r"did you mean (--.+?)(?: \(.*\))?\?|(--\w+ \S+) would do", problem):
         return [*rest, *shlex.split(found[1] or found[2])]
-    if found := re.search(r"did you mean (\w+)\?|renamed (\w+)", problem):
+    if found := re.search(r"did you mean (\w+)\?|its name is now (\w+)", problem):
         return [*rest, f"--{found[1] or found[2]}", *value]
     if found := re.search(r"is not one of (\w+)", problem):
         return [*rest, f"--{key}", found[1]]
