@@ -37,7 +37,7 @@ def on_one_process(monkeypatch):
 def write(tmp_path, monkeypatch):
     """Writes a config that parses, with `changes`; a change to ... takes the key out."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "model.json").write_text("{}")
+    (tmp_path / "model.json").write_text('{"hidden_size": 4096}')
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok/tokenizer.json").write_text("{}")
 
@@ -215,7 +215,7 @@ def test_unreadable_file(tmp_path, content, says):
 
 def test_missing_file_and_folder(tmp_path):
     assert problems_of(tmp_path / "nope.json") == {"": "no such file"}
-    (tmp_path / "mine.json").write_text("{}")
+    (tmp_path / "mine.json").write_text('{"hidden_size": 4096}')
     assert problems_of(tmp_path / "mime.json")[""] == f"no such file; did you mean {tmp_path / 'mine.json'}?"
     assert "is a folder" in problems_of(tmp_path)[""]
 
@@ -371,7 +371,7 @@ def test_error_of_an_unknown_origin_is_one_problem(write, monkeypatch):
 
 def test_paths_are_found_beside_the_config_and_in_the_project(write, tmp_path, monkeypatch):
     path = write(model_config="beside.json", trajectory="recipe/errors.py")
-    (tmp_path / "beside.json").write_text("{}")
+    (tmp_path / "beside.json").write_text('{"hidden_size": 4096}')
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -379,7 +379,7 @@ def test_paths_are_found_beside_the_config_and_in_the_project(write, tmp_path, m
     assert config.model.model_config == str(tmp_path / "beside.json")
     assert config.guards.trajectory == str(CONFIGS.parent / "errors.py")
     assert config.model.tokenizer == str(tmp_path / "tok")
-    (elsewhere / "beside.json").write_text("{}")
+    (elsewhere / "beside.json").write_text('{"hidden_size": 4096}')
     assert parse_config(path).model.model_config == "beside.json"
     assert find_path("nowhere.json", path) is None
 
