@@ -46,7 +46,8 @@ TEXTS = {
     "seed": "seed of the initial weights",
 }
 # Of a model's JSON. The last three are in those of transformers 4, and LlamaConfig still reads them.
-NOT_DECLARED = ("model_type", "output_attentions", "unk_token_id", "rope_theta", "rope_scaling", "torch_dtype")
+NOT_DECLARED = {"model_type": str, "output_attentions": bool, "unk_token_id": int}
+NOT_DECLARED |= {"rope_theta": float, "rope_scaling": dict, "torch_dtype": str}
 LINE = 120  # columns of a line of the help
 CHOICES_SHOWN = 6
 PAGE = "docs/keys.md"  # whole texts and all values
@@ -79,7 +80,7 @@ def all_keys() -> dict[str, Key]:
 def model_keys() -> dict[str, Key]:
     """Of a model's JSON: LlamaConfig's, and those that each configuration has."""
     package = Path(importlib.util.find_spec("transformers").origin).parent
-    found = {name: Key("Model", FieldType((), ()), None, "") for name in NOT_DECLARED}
+    found = {name: Key("Model", FieldType((kind, NoneType), ()), None, "") for name, kind in NOT_DECLARED.items()}
     classes = {"configuration_utils": "PreTrainedConfig", "models/llama/configuration_llama": "LlamaConfig"}
     for module, name in classes.items():
         tree = ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))

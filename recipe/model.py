@@ -174,7 +174,7 @@ def load_model_config(path: str) -> LlamaConfig:
 
 def reason_of(error: Exception) -> str:
     """The last line, without the name of an exception, which huggingface_hub writes before it, but with its field."""
-    text = str(error.args[0]).strip()
+    text = str(error.args[0] if error.args else "").strip() or type(error).__name__
     reason = re.sub(r"^\w+Error: ", "", text.splitlines()[-1].strip())
     field = re.search(r"for field '(\w+)'", text)
     return f"{field[1]}: {reason}" if field and field[1] not in reason else reason

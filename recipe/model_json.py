@@ -56,9 +56,13 @@ def _with_hint(name: str, known: dict[str, Key]) -> str:
 
 def _rope_problem(values: dict[str, Any]) -> str | None:
     """Of keys that transformers would look at in the first forward pass, or never."""
+    if "rope_theta" in values and not (values["rope_theta"] or 0) > 0:
+        return f"rope_theta must be above 0, got {checks.show(values['rope_theta'])}"
     where = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-    rope = {**({"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}), **(values.get(where) or {})}
+    rope = values.get(where) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str):
+        return f"{where}: rope_type: expected text, got {checks.show(kind)}"
     word = next((name for name, each in rope.items() if isinstance(each, str) and "type" not in name), None)
     if word is not None:
         return f"{where}: {word}: expected a number, got {checks.show(rope[word])}"

@@ -113,3 +113,16 @@ def test_growth_is_against_the_first_point():
     assert [row["to the first"] for row in rows] == ["1.00", "3.00"]
     assert rows[0]["us a token"] == 1000 and rows[0]["end of step (guards), us a token"] == 1.0
     assert growth.draw({"block": points, "rows": points}).count("<circle") == 4
+
+
+def test_a_winner_also_runs_where_the_other_arm_ran(monkeypatch):
+    """Once the seeds are done: seconds of two processors are not compared."""
+    sizes = [len(SWEEP[arm, 5.03]) for arm in ("ours", "stock")]
+    records = whole_sweep([200] * sizes[0], [500] * sizes[1])
+    records += [record(arm, 0, seed, 200) for seed in SEEDS[1:] for arm in ("ours", "stock")]
+    here = {"processor": "AMD EPYC, AVX2, 2 CPUs"}
+    records = [each | here if each["arm"] == "stock" else each for each in records]
+    monkeypatch.setattr(time_to_loss, "processor", lambda: here["processor"])
+    run = next_run(records)
+    assert (run["arm"], run["target"], run["settings"]) == ("ours", 5.03, SWEEP["ours", 5.03][0])
+    assert next_run([*records, record("ours", 0, tokens=200) | here])["target"] != 5.03
